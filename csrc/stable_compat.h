@@ -1,0 +1,53 @@
+// The only file of this project that includes torch headers.
+//
+// Everything is built against the libtorch stable ABI (TORCH_STABLE_ONLY and
+// TORCH_TARGET_VERSION come from the command line), so one binary serves every
+// torch from the target version on. Including <ATen/ATen.h> does not compile.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/macros/Macros.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#if !defined(TORCH_STABLE_ONLY) || !defined(TORCH_TARGET_VERSION)
+#error "build with -DTORCH_STABLE_ONLY -DTORCH_TARGET_VERSION=..., see setup.py"
+#endif
+
+namespace swa_fast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using BFloat16 = c10::BFloat16;
+using Half = c10::Half;
+
+// Calls f(T{}) with the C++ type of `type`. The schema's Python front checks dtypes and
+// names the tensor; the message here is the backstop for callers of the raw op.
+template <typename F>
+void dispatch_floating(ScalarType type, const F& f) {
+  switch (type) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::BFloat16:
+      return f(BFloat16{});
+    case ScalarType::Half:
+      return f(Half{});
+    default:
+      STD_TORCH_CHECK(false,
+                      "average_: expected float32, float64, bfloat16 or float16, found dtype code ",
+                      static_cast<int>(type));
+  }
+}
+
+}  // namespace swa_fast

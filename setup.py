@@ -1,0 +1,285 @@
+"""Builds the C++ and CUDA libraries; everything static is in pyproject.toml.
+
+swa_fast._C (CPU) is always built, swa_fast._C_cuda when a CUDA toolkit is found. Both use the
+libtorch stable ABI and Python's limited API, so one wheel serves every torch from 2.13 and every
+CPython from 3.10.
+
+    SWA_FAST_NO_EXT=1     build neither: a pure-Python wheel (reference and Triton backends)
+    SWA_FAST_CUDA=auto    build _C_cuda if a toolkit is found (default)
+                  1       ... and fail if none is
+                  0       do not look for one
+    TORCH_CUDA_ARCH_LIST  such as "8.0;9.0+PTX" (the default), as PyTorch reads it
+    CUDA_HOME             the toolkit to use
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+TORCH_TARGET_VERSION = "0x020d000000000000"  # 2.13, the oldest torch the binary runs on
+DEFAULT_ARCH_LIST = "8.0;9.0+PTX"
+MIN_TOOLKIT = (12, 1)  # kernel arguments of more than 4 KB
+
+
+def fail(message: str) -> None:
+    raise SystemExit(f"swa_fast: {message}")
+
+
+def flag(name: str, allowed: tuple[str, ...]) -> str:
+    value = os.environ.get(name) or allowed[0]
+    if value not in allowed:
+        fail(f"{name}: expected one of {', '.join(allowed)}, found {value!r}")
+    return value
+
+
+def is_toolkit(root: Path) -> bool:
+    return (root / "bin" / "nvcc").exists() and (root / "include" / "cuda_runtime.h").exists()
+
+
+def toolkit_of_nvcc(nvcc: str) -> Path | None:
+    """The toolkit behind an nvcc on PATH, which may be a link or a wrapper script."""
+    root = Path(nvcc).resolve().parent.parent
+    if is_toolkit(root):
+        return root
+    try:
+        dryrun = subprocess.run(
+            [nvcc, "--dryrun", "-x", "cu", os.devnull, "-c", "-o", os.devnull],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:
+        return None
+    top = re.search(r"^#\$ TOP=(.+)$", dryrun.stderr, re.MULTILINE)
+    if top is None:
+        return None
+    root = Path(os.path.normpath(top.group(1).strip()))
+    return root if is_toolkit(root) else None
+
+
+def find_toolkit() -> tuple[Path | None, str]:
+    """The CUDA toolkit's root, and where it was found or why there is none."""
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if value := os.environ.get(variable):
+            if not is_toolkit(Path(value)):
+                return None, (
+                    f"{variable}={value} holds no CUDA toolkit (bin/nvcc and "
+                    "include/cuda_runtime.h expected)"
+                )
+            return Path(value), variable
+    nvcc = shutil.which("nvcc")
+    if nvcc and (root := toolkit_of_nvcc(nvcc)):
+        return root, "nvcc on PATH"
+
+    def version_key(path: Path) -> list[int]:
+        return [int(n) for n in re.findall(r"\d+", path.name)]
+
+    versioned = sorted(Path("/usr/local").glob("cuda-*"), key=version_key, reverse=True)
+    for root in (Path("/usr/local/cuda"), *versioned, Path("/opt/cuda")):
+        if is_toolkit(root):
+            return root, "a usual place"
+    for entry in sys.path:
+        for root in sorted(Path(entry or ".").glob("nvidia/cu1?"), reverse=True):
+            if is_toolkit(root):
+                return root, "pip's cuda-toolkit"
+    return None, (
+        "no CUDA toolkit was found (looked at CUDA_HOME, CUDA_PATH, nvcc on PATH, "
+        "/usr/local/cuda*, /opt/cuda and pip's cuda-toolkit)"
+    )
+
+
+def toolkit_version(root: Path) -> tuple[int, int]:
+    header = (root / "include" / "cuda_runtime_api.h").read_text(encoding="utf-8", errors="ignore")
+    match = re.search(r"#define\s+CUDART_VERSION\s+(\d+)", header)
+    if match is None:
+        fail(f"{root}/include/cuda_runtime_api.h does not define CUDART_VERSION")
+    assert match is not None
+    number = int(match.group(1))
+    return number // 1000, number % 1000 // 10
+
+
+def cudart_library(root: Path) -> Path:
+    # pip's toolkit has only the versioned name, so the linker is given the file's own name.
+    for folder in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
+        for library in sorted((root / folder).glob("libcudart.so*"), key=lambda p: len(p.name)):
+            return library
+    fail(f"{root} holds no libcudart.so: install the toolkit's cudart, or set SWA_FAST_CUDA=0")
+    raise AssertionError
+
+
+def gencode_flags(arch_list: str) -> list[str]:
+    """nvcc's -gencode flags for a list such as "8.0;9.0+PTX".
+
+    torch's own flags are not used: torch drops its list when any compiler flag contains the
+    letters "arch", a path for instance.
+    """
+    flags = []
+    for arch in arch_list.replace(" ", ";").split(";"):
+        if not arch:
+            continue
+        match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", arch)
+        if match is None:
+            fail(
+                f"TORCH_CUDA_ARCH_LIST: expected numbers such as 8.0;9.0+PTX, found {arch!r} in "
+                f"{arch_list!r}"
+            )
+        assert match is not None
+        number = match.group(1) + match.group(2)
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if match.group(3):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    if not flags:
+        fail(f"TORCH_CUDA_ARCH_LIST: expected at least one architecture, found {arch_list!r}")
+    return flags
+
+
+def compiler_version(compiler: str) -> str:
+    output = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
+    return output.stdout.splitlines()[0] if output.stdout else compiler
+
+
+def git_commit() -> str | None:
+    if not (ROOT / ".git").exists():
+        return None
+    try:
+        result = subprocess.run(
+            ["git", "rev-parse", "--verify", "--quiet", "HEAD"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:
+        return None
+    return result.stdout.strip() or None
+
+
+def extensions(info: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """Extension modules and build commands; records in ``info`` what is built and what is not."""
+    cuda = flag("SWA_FAST_CUDA", ("auto", "1", "0"))
+    if flag("SWA_FAST_NO_EXT", ("0", "1")) == "1":
+        if cuda == "1":
+            fail("SWA_FAST_CUDA=1 contradicts SWA_FAST_NO_EXT=1")
+        info["skipped"] = dict.fromkeys(("_C", "_C_cuda"), "SWA_FAST_NO_EXT=1 when it was built")
+        return [], {}
+
+    compiler = os.environ.get("CXX") or "c++"
+    if shutil.which(compiler.split()[0]) is None:
+        fail(
+            f"no C++ compiler ({compiler} not found): install one, or set SWA_FAST_NO_EXT=1 for "
+            "the pure-Python package"
+        )
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except ImportError as error:
+        fail(
+            f"torch cannot be imported ({error}): with --no-build-isolation, install torch>=2.13 "
+            "first"
+        )
+    info["torch"] = torch.__version__
+    info["compiler"] = compiler_version(compiler.split()[0])
+
+    # Messages of failed checks carry __FILE__: the builder's paths do not belong in a wheel.
+    prefixes = [f"{ROOT}/=", *(f"{path}/=" for path in cpp_extension.include_paths())]
+    prefix_maps = [f"-ffile-prefix-map={prefix}" for prefix in prefixes]
+    abi = [
+        "-DTORCH_STABLE_ONLY",
+        f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+    ]
+    cxx = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", *abi, *prefix_maps]
+    common: dict[str, Any] = {
+        "include_dirs": ["csrc"],
+        "depends": [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").glob("*.[hc]*"))],
+        "extra_link_args": ["-Wl,--as-needed", "-Wl,-s"],
+        "py_limited_api": True,
+    }
+    modules = [
+        cpp_extension.CppExtension(
+            "swa_fast._C",
+            ["csrc/module_cpu.cpp", "csrc/average_cpu.cpp"],
+            extra_compile_args={"cxx": cxx},
+            **common,
+        )
+    ]
+
+    toolkit, where = (None, "SWA_FAST_CUDA=0") if cuda == "0" else find_toolkit()
+    if toolkit is not None and toolkit_version(toolkit) < MIN_TOOLKIT:
+        found = ".".join(map(str, toolkit_version(toolkit)))
+        toolkit, where = None, f"the CUDA toolkit ({where}) is {found}, 12.1 or newer is needed"
+    if toolkit is None:
+        if cuda == "1":
+            fail(f"SWA_FAST_CUDA=1, but {where}")
+        info["skipped"] = {"_C_cuda": where}
+        print(f"swa_fast: building the CPU kernels only: {where}", file=sys.stderr)
+    else:
+        arch_list = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCH_LIST
+        cudart = cudart_library(toolkit)
+        nvcc = ["-O3", "-Xcompiler=-fvisibility=hidden", *abi, *gencode_flags(arch_list)]
+        nvcc += [f"-Xcompiler={prefix_map}" for prefix_map in prefix_maps]
+        # With a CPU build of torch the environment variable alone would have no effect.
+        cpp_extension.CUDA_HOME = str(toolkit)
+        module = cpp_extension.CUDAExtension(
+            "swa_fast._C_cuda",
+            ["csrc/module_cuda.cpp", "csrc/average_cuda.cu"],
+            extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+            **common,
+        )
+        # Neither libtorch_cuda nor libc10_cuda: the stable ABI reaches streams through
+        # libtorch_cpu, so the same file loads in every torch with this major version of the
+        # CUDA runtime.
+        module.libraries = ["c10", "torch", "torch_cpu"]
+        module.library_dirs.append(str(cudart.parent))
+        module.extra_link_args = [*module.extra_link_args, f"-l:{cudart.name}"]
+        modules.append(module)
+        info["cuda"] = ".".join(map(str, toolkit_version(toolkit)))
+        info["arch_list"] = arch_list
+        print(
+            f"swa_fast: building the CUDA kernels for {arch_list} with {toolkit} ({where})",
+            file=sys.stderr,
+        )
+    return modules, {"build_ext": cpp_extension.BuildExtension}
+
+
+INFO: dict[str, Any] = {
+    "python": platform.python_version(),
+    "platform": platform.platform(terse=True),
+    "commit": git_commit(),
+}
+
+
+class BuildPy(build_py):
+    """Puts the build facts into the package."""
+
+    def run(self) -> None:
+        super().run()
+        root = ROOT if getattr(self, "editable_mode", False) else Path(self.build_lib)
+        target = root / "swa_fast" / "_build_info.json"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(INFO, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+# Metadata commands (egg_info, sdist) need neither torch nor a compiler.
+builds = any(
+    command in sys.argv
+    for command in ("build_ext", "bdist_wheel", "editable_wheel", "build", "install", "develop")
+)
+ext_modules, commands = extensions(INFO) if builds else ([], {})
+
+setup(
+    ext_modules=ext_modules,
+    cmdclass={"build_py": BuildPy, **commands},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if ext_modules else {},
+)

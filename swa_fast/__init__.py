@@ -1,0 +1,26 @@
+"""Fast weight averaging: a drop-in for :mod:`torch.optim.swa_utils` with fused kernels.
+
+``import swa_fast as swa_utils`` and everything that :mod:`torch.optim.swa_utils` offers works.
+"""
+
+from .averaging import (
+    AveragedModel,
+    get_ema_avg_fn,
+    get_ema_multi_avg_fn,
+    get_swa_avg_fn,
+    get_swa_multi_avg_fn,
+)
+from .batch_norm import update_bn
+from .schedules import SWALR
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SWALR",
+    "AveragedModel",
+    "get_ema_avg_fn",
+    "get_ema_multi_avg_fn",
+    "get_swa_avg_fn",
+    "get_swa_multi_avg_fn",
+    "update_bn",
+]

@@ -1,0 +1,107 @@
+"""``python -m swa_fast``: versions, build facts, usable backends, and a one-step self-check."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import sys
+from typing import Any
+
+import torch
+
+from . import __version__, _backends, _ops
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _self_check(backend: str, device: str) -> str:
+    """Averages 1, 2 and 6 with one backend; "passed", or what went wrong."""
+    average = torch.zeros(1001, device=device)
+    n = torch.zeros((), dtype=torch.int64, device=device)
+    try:
+        for value in (1.0, 2.0, 6.0):
+            _ops.average_([average], [torch.full_like(average, value)], n, backend=backend)
+            n += 1
+        error = (average.cpu() - 3.0).abs().max().item()
+    # A report has to survive whatever a broken installation throws, and shows it.
+    except Exception as failure:
+        return f"failed: {type(failure).__name__}: {failure}"
+    return "passed" if error < 1e-6 else f"failed: the mean of 1, 2, 6 came out {3.0 + error}"
+
+
+def report() -> dict[str, Any]:
+    """Everything a bug report needs.
+
+    Returns:
+        ``versions`` (str or None each), ``build`` (facts recorded at build time), ``devices``, and
+        ``backends``: for each name ``usable`` (bool), ``device`` (where it was checked), ``reason``
+        (why not, or None) and ``self_check`` ("passed", "failed: ..." or None).
+    """
+    cuda = torch.cuda.is_available()
+    backends = {}
+    for backend in _backends.BACKENDS:
+        device = "cuda" if backend in ("cuda", "triton") else "cpu"
+        reason = _backends.why_unusable(backend, device)
+        backends[backend] = {
+            "usable": reason is None,
+            "device": device,
+            "reason": reason,
+            "self_check": _self_check(backend, device) if reason is None else None,
+        }
+    return {
+        "versions": {
+            "swa_fast": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torch_cuda": torch.version.cuda,
+            "triton": _version("triton"),
+            "numpy": _version("numpy"),
+            "platform": platform.platform(terse=True),
+        },
+        "build": _backends.build_info(),
+        "devices": {
+            "cpu_threads": torch.get_num_threads(),
+            "cuda": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+            if cuda
+            else [],
+        },
+        "backends": backends,
+    }
+
+
+def _print(facts: dict[str, Any]) -> None:
+    for section in ("versions", "build", "devices"):
+        print(section)
+        for key, value in facts[section].items() or [("(none)", "this copy was never built")]:
+            print(f"  {key:12} {value if value not in (None, []) else '-'}")
+    print("backends")
+    for name, state in facts["backends"].items():
+        if state["usable"]:
+            print(f"  {name:12} usable on {state['device']}, self-check {state['self_check']}")
+        else:
+            print(f"  {name:12} not usable: {state['reason']}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the report; returns 1 if a usable backend fails its self-check, else 0."""
+    parser = argparse.ArgumentParser(prog="python -m swa_fast", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    arguments = parser.parse_args(argv)
+    facts = report()
+    if arguments.json:
+        print(json.dumps(facts, indent=2))
+    else:
+        _print(facts)
+    checks = [state["self_check"] for state in facts["backends"].values()]
+    return int(any(check not in (None, "passed") for check in checks))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
