@@ -1,0 +1,119 @@
+"""Checks a built wheel: tag, contents, ABI, device code, and no path of the build machine.
+
+    python .ci/check_wheel.py dist/swa_fast-*.whl
+
+Needs torch-abi-audit, and for the CUDA library NVIDIA's cuobjdump, which is taken from PATH, from
+CUDA_HOME, or from the triton package. Exits with 1 and a line for each failed check.
+"""
+
+from __future__ import annotations
+
+import getpass
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+MODULES = (
+    "swa_fast/__init__.py",
+    "swa_fast/py.typed",
+    "swa_fast/_build_info.json",
+    "swa_fast/kernels/average.py",
+    "swa_fast/train/cli.py",
+)
+problems: list[str] = []
+
+
+def check(condition: bool, message: str) -> None:
+    print(("ok    " if condition else "FAIL  ") + message)
+    if not condition:
+        problems.append(message)
+
+
+def cuobjdump() -> str | None:
+    candidates = [shutil.which("cuobjdump")]
+    if "CUDA_HOME" in os.environ:
+        candidates.append(os.path.join(os.environ["CUDA_HOME"], "bin", "cuobjdump"))
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin is not None:
+        candidates += [str(p) for p in Path(triton.origin).parent.rglob("bin/cuobjdump")]
+    return next((c for c in candidates if c and os.access(c, os.X_OK)), None)
+
+
+def listed(tool: str, option: str, library: Path) -> set[str]:
+    output = subprocess.run(
+        [tool, option, str(library)], capture_output=True, text=True, check=True
+    )
+    return set(re.findall(r"\bsm_(\d+[af]?)\b", output.stdout))
+
+
+def check_device_code(library: Path, arch_list: str) -> None:
+    tool = cuobjdump()
+    if tool is None:
+        check(False, "cuobjdump is needed to list the device code of _C_cuda")
+        return
+    arches = arch_list.replace(" ", ";").split(";")
+    expected = {a.removesuffix("+PTX").replace(".", "") for a in arches}
+    expected_ptx = {a.removesuffix("+PTX").replace(".", "") for a in arches if a.endswith("+PTX")}
+    found, found_ptx = listed(tool, "--list-elf", library), listed(tool, "--list-ptx", library)
+    check(found == expected, f"cubins of {library.name}: {sorted(found)}, asked {arch_list}")
+    check(found_ptx == expected_ptx, f"PTX of {library.name}: {sorted(found_ptx)}")
+
+
+def check_no_build_path(file: Path, shown: str) -> None:
+    content = file.read_bytes()
+    roots = {str(Path.cwd()), str(Path.home()), sys.prefix, sys.base_prefix, tempfile.gettempdir()}
+    # Directories every machine has say nothing about this one.
+    roots -= {"/", "/usr", "/usr/local", "/root"}
+    roots |= {f"/home/{getpass.getuser()}/", "/root/", "site-packages/"}
+    leaked = sorted(root for root in roots if root.encode() in content)
+    check(not leaked, f"no path of the build machine in {shown} {leaked or ''}")
+
+
+def main(wheel: Path) -> int:
+    with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as scratch:
+        archive.extractall(scratch)
+        names = archive.namelist()
+        root = Path(scratch)
+        libraries = sorted(n for n in names if n.endswith(".so"))
+        info = json.loads((root / "swa_fast" / "_build_info.json").read_text())
+
+        tag = "-".join(wheel.stem.split("-")[-3:])
+        pattern = r"cp310-abi3-linux_\w+" if libraries else r"py3-none-any"
+        check(re.fullmatch(pattern, tag) is not None, f"tag {tag}")
+        check(all(m in names for m in MODULES), "package files are there")
+        stray = [n for n in names if not n.startswith(("swa_fast/", "swa_fast-"))]
+        check(not stray, f"nothing outside the package {stray or ''}")
+
+        built = {"_C", "_C_cuda"} - set(info.get("skipped", {}))
+        expected = sorted(f"swa_fast/{name}.abi3.so" for name in built)
+        check(libraries == expected, f"libraries {libraries}, build facts say {expected}")
+        for name in libraries:
+            audit = subprocess.run(
+                [Path(sys.executable).parent / "torch-abi-audit", "--check", "both", root / name],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            print(audit.stdout)
+            check(audit.returncode == 0, f"torch-abi-audit accepts {name}")
+            check("Min torch:   2.13.0" in audit.stdout, f"{name} needs no torch after 2.13.0")
+        for name in names:
+            if not name.endswith("/"):
+                check_no_build_path(root / name, name)
+        if "_C_cuda" in built:
+            check_device_code(root / "swa_fast" / "_C_cuda.abi3.so", info["arch_list"])
+    print(f"{wheel.name}: {len(problems)} problems")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: check_wheel.py WHEEL")
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,58 @@
+# `make demo` and `make test` do all the set-up on a machine that has Python 3.10 or newer and a C++
+# compiler (SWA_FAST_NO_EXT=1 does without the compiler). Everything is installed into VENV.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
+
+.PHONY: help demo test lint types bench wheel clean
+
+help:
+	@echo "make demo   install and train with SGD and SWA on a small real dataset (RUN=folder)"
+	@echo "make test   install with the test extras and run the tests"
+	@echo "make lint   ruff, clang-format"
+	@echo "make types  mypy --strict"
+	@echo "make bench  time the averaging update against torch's"
+	@echo "make wheel  build the wheel into dist/ and check it"
+	@echo "make clean  remove everything that was built, but not $(VENV)"
+
+# torch comes first and the build is not isolated, so that torch is fetched once.
+$(VENV)/.torch: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "setuptools>=77" "torch>=2.13" ninja numpy
+	touch $@
+
+# One stamp for each extra of pyproject.toml: .venv/.train, .venv/.test, ...
+$(VENV)/.%: $(VENV)/.torch $(SOURCES)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install --quiet --no-build-isolation --editable ".[$*]"
+	touch $@
+
+RUN ?= runs/demo
+demo: $(VENV)/.train
+	$(BIN)/swa-fast train --out $(RUN) --overwrite
+	@echo "curves: $(RUN)/curves.png   results: $(RUN)/results.json"
+
+test: $(VENV)/.test
+	$(BIN)/pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+bench: $(VENV)/.bench
+	$(BIN)/pytest bench --benchmark-sort=name --benchmark-group-by=group
+
+# setuptools packs whatever lies in build/, so files renamed since would be in the wheel too.
+wheel: $(VENV)/.dev
+	rm -rf build dist
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m build --no-isolation --wheel
+	$(BIN)/python .ci/check_wheel.py dist/*.whl
+
+clean:
+	rm -rf build dist runs *.egg-info swa_fast/*.so swa_fast/_build_info.json
+	rm -f $(VENV)/.[a-z]*
+	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
