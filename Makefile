@@ -44,7 +44,7 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.bench
-	$(BIN)/pytest bench --benchmark-sort=name --benchmark-group-by=group
+	$(BIN)/pytest bench/bench_*.py --benchmark-sort=mean --benchmark-columns=median,iqr,min,max,rounds
 
 # setuptools packs whatever lies in build/, so files renamed since would be in the wheel too.
 wheel: $(VENV)/.dev

@@ -261,11 +261,16 @@ INFO: dict[str, Any] = {
 
 
 class BuildPy(build_py):
-    """Puts the build facts into the package."""
+    """Starts from an empty folder and puts the build facts into the package."""
 
     def run(self) -> None:
+        editable = getattr(self, "editable_mode", False)
+        if not editable:
+            # setuptools packs whatever lies there, so a module renamed since the last build would
+            # be in the wheel under both names. The libraries come later (build_ext).
+            shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
-        root = ROOT if getattr(self, "editable_mode", False) else Path(self.build_lib)
+        root = ROOT if editable else Path(self.build_lib)
         target = root / "swa_fast" / "_build_info.json"
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(INFO, indent=2, sort_keys=True) + "\n", encoding="utf-8")

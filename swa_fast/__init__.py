@@ -3,6 +3,7 @@
 ``import swa_fast as swa_utils`` and everything that :mod:`torch.optim.swa_utils` offers works.
 """
 
+from ._backends import BackendError, choose_backend
 from .averaging import (
     AveragedModel,
     get_ema_avg_fn,
@@ -18,6 +19,8 @@ __version__ = "0.1.0"
 __all__ = [
     "SWALR",
     "AveragedModel",
+    "BackendError",
+    "choose_backend",
     "get_ema_avg_fn",
     "get_ema_multi_avg_fn",
     "get_swa_avg_fn",

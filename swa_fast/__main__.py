@@ -48,6 +48,8 @@ def report() -> dict[str, Any]:
     backends = {}
     for backend in _backends.BACKENDS:
         device = "cuda" if backend in ("cuda", "triton") else "cpu"
+        if backend == "triton" and not cuda and _backends.triton_interprets():
+            device = "cpu"
         reason = _backends.why_unusable(backend, device)
         backends[backend] = {
             "usable": reason is None,

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["BACKENDS", "BackendError", "build_info", "choose", "why_unusable"]
+__all__ = ["BACKENDS", "BackendError", "build_info", "choose_backend", "why_unusable"]
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
@@ -87,7 +87,8 @@ def _triton_reason() -> str | None:
     return None
 
 
-def _triton_interprets() -> bool:
+def triton_interprets() -> bool:
+    """True when Triton runs its kernels in Python, which also serves CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -105,7 +106,7 @@ def why_unusable(backend: str, device_type: str) -> str | None:
         if device_type != "cpu":
             return f"it serves CPU tensors, not {device_type} tensors"
         return _load_library("_C")
-    if backend == "triton" and _triton_interprets() and device_type in ("cpu", "cuda"):
+    if backend == "triton" and triton_interprets() and device_type == "cpu":
         return _triton_reason()
     if device_type != "cuda":
         return f"it serves CUDA tensors, not {device_type} tensors"
@@ -122,7 +123,7 @@ def _log_choice(backend: str, device_type: str) -> None:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def choose(device_type: str, requested: str | None = None) -> str:
+def choose_backend(device_type: str, requested: str | None = None) -> str:
     """The backend for tensors on ``device_type``.
 
     Args:

@@ -155,7 +155,7 @@ def average_(
 
     groups: dict[tuple[str, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
     for average, source in zip(averages, sources, strict=True):
-        served = _backends.choose(average.device.type, backend)
+        served = _backends.choose_backend(average.device.type, backend)
         if served != "reference" and not _same_dense_layout(average, source):
             served = "reference"
         group = groups.setdefault((served, average.device), ([], []))

@@ -1,0 +1,1 @@
+"""Trainer that reproduces the SWA paper's recipe: ``swa-fast train``."""

@@ -1,0 +1,26 @@
+"""The error that the command line reports to its user, and imports of optional packages."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+__all__ = ["TrainError", "import_extra"]
+
+
+class TrainError(Exception):
+    """Something the user can put right; the message says what was found and what was expected."""
+
+
+def import_extra(module: str) -> ModuleType:
+    """Imports a module of a package that only the trainer needs.
+
+    Raises:
+        TrainError: the package is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise TrainError(
+            f'{module} cannot be imported ({error}); run: pip install "swa_fast[train]"'
+        ) from error

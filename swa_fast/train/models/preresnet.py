@@ -1,0 +1,150 @@
+"""Pre-activation residual networks for small images."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["PreResNet"]
+
+# From this depth on the residual blocks are bottlenecks.
+_BOTTLENECK_DEPTH = 110
+
+
+class _BasicBlock(nn.Module):
+    """BN-ReLU-conv3x3(stride), BN-ReLU-conv3x3, added to the shortcut."""
+
+    expansion = 1
+
+    def __init__(self, in_channels: int, planes: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, planes, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.downsample = _shortcut(in_channels, planes, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(F.relu(self.bn1(x), inplace=True))
+        y = self.conv2(F.relu(self.bn2(y), inplace=True))
+        out: Tensor = y + self.downsample(x)
+        return out
+
+
+class _Bottleneck(nn.Module):
+    """BN-ReLU-conv1x1, BN-ReLU-conv3x3(stride), BN-ReLU-conv1x1 to four times the planes, added to
+    the shortcut."""
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, planes: int, stride: int) -> None:
+        super().__init__()
+        out_channels = self.expansion * planes
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, planes, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, stride=stride, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(planes)
+        self.conv3 = nn.Conv2d(planes, out_channels, 1, bias=False)
+        self.downsample = _shortcut(in_channels, out_channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(F.relu(self.bn1(x), inplace=True))
+        y = self.conv2(F.relu(self.bn2(y), inplace=True))
+        y = self.conv3(F.relu(self.bn3(y), inplace=True))
+        out: Tensor = y + self.downsample(x)
+        return out
+
+
+class _Projection(nn.Conv2d):
+    """A 1x1 convolution of every ``step``-th pixel, i.e. one with that stride.
+
+    Not written as a strided convolution: the AVX2 gradient of one with fewer than 8 channels writes
+    out of bounds in oneDNN (uxlfoundation/oneDNN issue 6035), which ends in crashes or wrong
+    gradients for narrow networks.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, step: int) -> None:
+        super().__init__(in_channels, out_channels, 1, bias=False)
+        self.step = step
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[:, :, :: self.step, :: self.step])
+
+
+def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+    """Identity where the shapes agree, else a strided 1x1 convolution of the raw block input."""
+    if stride == 1 and in_channels == out_channels:
+        return nn.Identity()
+    return _Projection(in_channels, out_channels, stride)
+
+
+class PreResNet(nn.Module):
+    r"""Pre-activation ResNet for small images, as in the experiments of the SWA paper.
+
+    A 3x3 stem, three stages of n blocks with w, 2w and 4w planes (the first block of stages 2 and 3
+    has stride 2), then BN-ReLU, the mean over all positions and a linear layer. Depths below 110
+    use basic blocks, n = (depth - 2)/6; from 110 on bottlenecks, n = (depth - 2)/9, whose output
+    has 4 times the planes. Convolutions have no bias and start from a normal distribution with
+    standard deviation :math:`\sqrt{2/(k^2\,c_\text{out})}`; BatchNorm starts from scale 1 and
+    shift 0; the linear layer keeps PyTorch's default.
+
+    Args:
+        depth: number of layers: 6n + 2 below 110, 9n + 2 from 110 on.
+        in_channels: channels of the images.
+        num_classes: number of classes K.
+        width: planes w of the first stage; 16 in the papers.
+
+    Input: float tensor [N, in_channels, H, W], any H and W of 8 or more. Output: logits [N, K].
+
+    Raises:
+        ValueError: a depth that is not of that form, or a size below 1.
+
+    Sources: He et al., "Identity Mappings in Deep Residual Networks", ECCV 2016; Izmailov et al.,
+    "Averaging Weights Leads to Wider Optima and Better Generalization", UAI 2018,
+    arXiv 1803.05407 (which uses bottlenecks for PreResNet-110, too).
+    """
+
+    def __init__(
+        self, depth: int, *, in_channels: int = 3, num_classes: int = 10, width: int = 16
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("in_channels", in_channels),
+            ("num_classes", num_classes),
+            ("width", width),
+        ):
+            if value < 1:
+                raise ValueError(f"{name}: expected 1 or more, found {value}")
+        block: type[_BasicBlock] | type[_Bottleneck]
+        block, layers = (_Bottleneck, 9) if depth >= _BOTTLENECK_DEPTH else (_BasicBlock, 6)
+        blocks, rest = divmod(depth - 2, layers)
+        if rest or blocks < 1:
+            raise ValueError(f"depth: expected {layers}n + 2 with n of 1 or more, found {depth}")
+
+        self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        channels = width
+        stages = []
+        for planes, first_stride in ((width, 1), (2 * width, 2), (4 * width, 2)):
+            stage = nn.Sequential()
+            for i in range(blocks):
+                stage.append(block(channels, planes, first_stride if i == 0 else 1))
+                channels = block.expansion * planes
+            stages.append(stage)
+        self.layer1, self.layer2, self.layer3 = stages
+        self.bn = nn.BatchNorm2d(channels)
+        self.fc = nn.Linear(channels, num_classes)
+
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
+                nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
+        x = F.relu(self.bn(x), inplace=True)
+        logits: Tensor = self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+        return logits

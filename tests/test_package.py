@@ -1,0 +1,276 @@
+"""The package as installed: import, report, backends that are missing, the build script."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import swa_fast
+from swa_fast import _backends
+from swa_fast.__main__ import main
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-P" if sys.version_info >= (3, 11) else "-I", "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+def test_same_names_as_torch() -> None:
+    import inspect
+
+    from torch.optim import swa_utils
+
+    assert set(swa_utils.__all__) <= set(swa_fast.__all__)
+    for name in swa_utils.__all__:
+        theirs = list(inspect.signature(getattr(swa_utils, name)).parameters.values())
+        ours = list(inspect.signature(getattr(swa_fast, name)).parameters.values())
+        assert [p.name for p in ours][: len(theirs)] == [p.name for p in theirs]
+        assert [p.default for p in ours][: len(theirs)] == [p.default for p in theirs]
+        assert all(p.kind is p.KEYWORD_ONLY for p in ours[len(theirs) :])
+
+
+def test_kernels_exist_once() -> None:
+    result = python(
+        "import sys, swa_fast.kernels; print('kernels' in sys.modules, swa_fast.kernels.__name__)"
+    )
+    assert result.stdout == "False swa_fast.kernels\n", result.stderr
+
+
+def test_import_loads_nothing_heavy() -> None:
+    heavy = {"swa_fast._C", "swa_fast._C_cuda", "sklearn", "matplotlib", "PIL"}
+    result = python(
+        "import sys, torch; before = set(sys.modules); import swa_fast; "
+        f"print(sorted({heavy} & (set(sys.modules) - before)))"
+    )
+    assert result.stdout == "[]\n", result.stderr
+
+
+def test_report(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["versions"]["swa_fast"] == swa_fast.__version__
+    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["build"] == _backends.build_info()
+    assert set(facts["backends"]) == set(_backends.BACKENDS)
+    for state in facts["backends"].values():
+        assert state["usable"] == (state["reason"] is None) == (state["self_check"] is not None)
+        assert state["self_check"] in (None, "passed")
+    assert facts["backends"]["reference"]["usable"]
+    assert main([]) == 0
+    text = capsys.readouterr().out
+    assert "reference    usable on cpu, self-check passed" in text
+
+
+def test_failed_self_check_is_reported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from swa_fast import _ops
+
+    monkeypatch.setattr(_ops, "average_", lambda *a, **k: None)
+    assert main([]) == 1
+    assert "self-check failed: the mean of 1, 2, 6 came out" in capsys.readouterr().out
+
+
+def test_why_unusable() -> None:
+    assert _backends.why_unusable("reference", "mps") is None
+    assert "serves CPU tensors" in str(_backends.why_unusable("cpu", "cuda"))
+    assert "serves CUDA tensors" in str(_backends.why_unusable("cuda", "cpu"))
+    with pytest.raises(ValueError, match="backend: expected one of"):
+        _backends.why_unusable("fast", "cpu")
+    assert _backends.choose_backend("mps") == "reference"
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """The package's Python files alone, as in a checkout that was never built."""
+    source = Path(swa_fast.__file__).parent
+    for file in source.glob("*.py"):
+        (tmp_path / "swa_fast").mkdir(exist_ok=True)
+        (tmp_path / "swa_fast" / file.name).write_text(file.read_text())
+    return tmp_path
+
+
+def use_copy(copied: Path, code: str) -> str:
+    # -I keeps an editable install's finder from answering first.
+    code = f"import sys; sys.path.insert(0, {str(copied)!r}); " + code
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+AVERAGE = """
+import torch, swa_fast
+from swa_fast import _backends
+model = torch.nn.Linear(2, 2)
+averaged = swa_fast.AveragedModel(model)
+averaged.update_parameters(model)
+print(torch.equal(averaged.module.weight, model.weight), _backends.choose_backend("cpu"))
+try:
+    swa_fast.AveragedModel(model, backend="cpu").update_parameters(model)
+except _backends.BackendError as error:
+    print(error)
+"""
+
+
+def test_without_libraries_the_reference_serves(copied: Path) -> None:
+    out = use_copy(copied, f"exec({AVERAGE!r})")
+    assert out.startswith("True reference\nbackend=cpu: this copy of swa_fast")
+    assert "was never built" in out
+
+
+def test_source_checkout_is_recognised(copied: Path) -> None:
+    (copied / "setup.py").touch()
+    assert "it is a source checkout: run `pip install -e .`" in use_copy(
+        copied, f"exec({AVERAGE!r})"
+    )
+
+
+def test_skipped_library_says_why(copied: Path) -> None:
+    facts = {"torch": "2.13.0", "skipped": {"_C": "SWA_FAST_NO_EXT=1 when it was built"}}
+    (copied / "swa_fast" / "_build_info.json").write_text(json.dumps(facts))
+    assert "it was not built: SWA_FAST_NO_EXT=1" in use_copy(copied, f"exec({AVERAGE!r})")
+
+
+def test_library_that_does_not_load_says_why(copied: Path) -> None:
+    (copied / "swa_fast" / "_build_info.json").write_text(json.dumps({"torch": "9.9"}))
+    (copied / "swa_fast" / "_C.abi3.so").write_bytes(b"not a library")
+    out = use_copy(copied, f"exec({AVERAGE!r})")
+    assert "swa_fast._C does not load" in out and "built with torch 9.9" in out
+
+
+# --- setup.py, where there is a checkout ---------------------------------------------------------
+
+
+@pytest.fixture
+def setup_script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    if not (CHECKOUT / "setup.py").exists():
+        pytest.skip("no checkout")
+    setuptools = pytest.importorskip("setuptools")
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
+    monkeypatch.setattr(sys, "argv", ["setup.py", "--version"])
+    spec = importlib.util.spec_from_file_location("swa_fast_setup", CHECKOUT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(variable, raising=False)
+    return module
+
+
+def make_toolkit(root: Path, version: int = 13000) -> Path:
+    (root / "bin").mkdir(parents=True)
+    (root / "include").mkdir()
+    (root / "bin" / "nvcc").touch(0o755)
+    (root / "include" / "cuda_runtime.h").touch()
+    (root / "include" / "cuda_runtime_api.h").write_text(f"#define CUDART_VERSION  {version}\n")
+    return root
+
+
+def executable(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def test_toolkit_from_cuda_home(setup_script, tmp_path, monkeypatch) -> None:
+    root = make_toolkit(tmp_path / "cuda")
+    monkeypatch.setenv("CUDA_HOME", str(root))
+    assert setup_script.find_toolkit() == (root, "CUDA_HOME")
+    assert setup_script.toolkit_version(root) == (13, 0)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    found, reason = setup_script.find_toolkit()
+    assert found is None and f"CUDA_HOME={tmp_path} holds no CUDA toolkit" in reason
+
+
+def test_toolkit_behind_a_link_and_a_wrapper(setup_script, tmp_path, monkeypatch) -> None:
+    root = make_toolkit(tmp_path / "cuda")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "nvcc").symlink_to(root / "bin" / "nvcc")
+    monkeypatch.setenv("PATH", str(tmp_path / "links"))
+    assert setup_script.find_toolkit() == (root, "nvcc on PATH")
+    executable(tmp_path / "wrapper" / "nvcc", f"#!/bin/sh\necho '#$ TOP={root}/bin/..' >&2\n")
+    monkeypatch.setenv("PATH", str(tmp_path / "wrapper"))
+    assert setup_script.find_toolkit() == (root, "nvcc on PATH")
+
+
+def test_toolkit_from_pip(setup_script, tmp_path, monkeypatch) -> None:
+    root = make_toolkit(tmp_path / "site" / "nvidia" / "cu13")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "site")])
+    monkeypatch.setattr(Path, "glob", _only_under(tmp_path))
+    monkeypatch.setattr(setup_script, "is_toolkit", lambda p: tmp_path in p.parents and p.exists())
+    assert setup_script.find_toolkit() == (root, "pip's cuda-toolkit")
+    (root / "lib").mkdir()
+    (root / "lib" / "libcudart.so.13").touch()
+    assert setup_script.cudart_library(root).name == "libcudart.so.13"
+
+
+def _only_under(folder: Path):
+    real = Path.glob
+
+    def glob(self: Path, pattern: str):
+        return real(self, pattern) if folder in (self, *self.parents) else iter(())
+
+    return glob
+
+
+def test_gencode_flags(setup_script) -> None:
+    assert setup_script.gencode_flags("8.0;9.0+PTX") == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90,code=sm_90",
+        "-gencode=arch=compute_90,code=compute_90",
+    ]
+    assert setup_script.gencode_flags("9.0a 12.0") == [
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_120,code=sm_120",
+    ]
+    with pytest.raises(SystemExit, match=r"TORCH_CUDA_ARCH_LIST: expected numbers .* 'Hopper'"):
+        setup_script.gencode_flags("8.0;Hopper")
+    with pytest.raises(SystemExit, match="at least one architecture"):
+        setup_script.gencode_flags(";")
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"SWA_FAST_CUDA": "yes"}, "SWA_FAST_CUDA: expected one of auto, 1, 0, found 'yes'"),
+        ({"SWA_FAST_NO_EXT": "1", "SWA_FAST_CUDA": "1"}, "contradicts"),
+        ({"CXX": "no-such-compiler"}, "no C\\+\\+ compiler .* set SWA_FAST_NO_EXT=1"),
+        ({"SWA_FAST_CUDA": "1", "CUDA_HOME": "/nowhere"}, "SWA_FAST_CUDA=1, but CUDA_HOME="),
+    ],
+    ids=["value", "contradiction", "compiler", "toolkit"],
+)
+def test_impossible_builds_fail_with_one_line(
+    setup_script, monkeypatch, environment: dict[str, str], message: str
+) -> None:
+    for variable in ("SWA_FAST_CUDA", "SWA_FAST_NO_EXT", "CXX"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(SystemExit, match=message) as caught:
+        setup_script.extensions({})
+    assert "\n" not in str(caught.value)
+
+
+def test_pure_python_build_needs_no_torch(setup_script, monkeypatch) -> None:
+    monkeypatch.setenv("SWA_FAST_NO_EXT", "1")
+    monkeypatch.delenv("SWA_FAST_CUDA", raising=False)
+    info: dict[str, object] = {}
+    assert setup_script.extensions(info) == ([], {})
+    assert set(info["skipped"]) == {"_C", "_C_cuda"}

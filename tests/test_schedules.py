@@ -1,0 +1,162 @@
+"""Learning-rate schedules against the values of the paper's own code."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch.optim.swa_utils
+from hypothesis import given
+from hypothesis import strategies as st
+
+import swa_fast
+from swa_fast.schedules import first_capture, paper_lr, paper_swa_lr
+
+# lr, total epochs, {epoch: rate}: the conventional runs.
+CONVENTIONAL = {
+    "VGG-16": (
+        0.05,
+        200,
+        {
+            0: 0.05,
+            100: 0.05,
+            101: 0.04938125,
+            140: 0.02525,
+            160: 0.012875,
+            179: 0.00111875,
+            180: 0.0005,
+            199: 0.0005,
+        },
+    ),
+    "PreResNet": (
+        0.1,
+        150,
+        {
+            0: 0.1,
+            75: 0.1,
+            76: 0.09835,
+            100: 0.05875,
+            120: 0.02575,
+            134: 0.00265,
+            135: 0.001,
+            149: 0.001,
+        },
+    ),
+    "WRN": (
+        0.1,
+        200,
+        {
+            0: 0.1,
+            100: 0.1,
+            101: 0.0987625,
+            140: 0.0505,
+            160: 0.02575,
+            179: 0.0022375,
+            180: 0.001,
+            199: 0.001,
+        },
+    ),
+}
+
+# lr, swa_lr, start, {epoch: rate}: the SWA runs.
+SWA = {
+    "VGG-16": (
+        0.05,
+        0.01,
+        161,
+        {0: 0.05, 80: 0.05, 81: 0.0496894, 120: 0.0254658, 144: 0.0105590, 145: 0.01, 299: 0.01},
+    ),
+    "PreResNet, CIFAR-100": (
+        0.1,
+        0.05,
+        126,
+        {0: 0.1, 63: 0.1, 64: 0.0990079, 100: 0.0632937, 113: 0.0503968, 114: 0.05, 224: 0.05},
+    ),
+    "PreResNet, CIFAR-10": (
+        0.1,
+        0.01,
+        126,
+        {0: 0.1, 63: 0.1, 64: 0.0982143, 100: 0.0339286, 113: 0.0107143, 114: 0.01, 224: 0.01},
+    ),
+    "WRN": (
+        0.1,
+        0.05,
+        161,
+        {0: 0.1, 80: 0.1, 81: 0.0996118, 120: 0.0693323, 144: 0.0506988, 145: 0.05, 299: 0.05},
+    ),
+    "WRN, lower rate": (
+        0.1,
+        0.01,
+        161,
+        {0: 0.1, 80: 0.1, 81: 0.0993012, 120: 0.0447981, 144: 0.0112578, 145: 0.01, 299: 0.01},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONVENTIONAL)
+def test_conventional_rates(name: str) -> None:
+    lr, total, rates = CONVENTIONAL[name]
+    for epoch, rate in rates.items():
+        found = paper_lr(epoch, lr=lr, total=total, final_lr=0.01 * lr)
+        assert found == pytest.approx(rate, rel=1e-9), epoch
+
+
+@pytest.mark.parametrize("name", SWA)
+def test_swa_rates(name: str) -> None:
+    lr, swa_lr, start, rates = SWA[name]
+    for epoch, rate in rates.items():
+        found = paper_swa_lr(epoch, lr=lr, swa_lr=swa_lr, start=start)
+        assert found == pytest.approx(rate, abs=5.1e-8), epoch
+
+
+@given(
+    lr=st.floats(1e-4, 1.0),
+    share=st.floats(0.001, 1.0),
+    total=st.integers(1, 400),
+)
+def test_rates_fall_from_the_first_to_the_last(lr: float, share: float, total: int) -> None:
+    final = share * lr
+    rates = [paper_lr(e, lr=lr, total=total, final_lr=final) for e in range(total + 3)]
+    assert rates[0] == lr
+    assert rates[-1] == final
+    assert all(a >= b or a == pytest.approx(b, rel=1e-12) for a, b in pairwise(rates))
+
+
+@pytest.mark.parametrize(
+    ("epochs", "fraction", "expected"),
+    [
+        (200, 0.8, 161),
+        (150, 125 / 150, 126),
+        (40, 0.75, 31),
+        (3, 0.75, 3),
+        (1, 0.75, 1),
+        (100, 0.29, 30),  # 0.29 * 100 is 28.999999999999996
+        (10, 1.0, 11),
+    ],
+)
+def test_first_capture(epochs: int, fraction: float, expected: int) -> None:
+    assert first_capture(epochs, fraction) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ({"epoch": -1}, "epoch"),
+        ({"lr": 0.0}, "lr"),
+        ({"total": 0}, "total"),
+        ({"final_lr": float("nan")}, "final_lr"),
+    ],
+)
+def test_bad_rates(arguments: dict[str, float], name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: expected .* found"):
+        paper_lr(**{"epoch": 1, "lr": 0.1, "total": 10, "final_lr": 0.01, **arguments})
+
+
+@pytest.mark.parametrize(("epochs", "fraction"), [(0, 0.5), (10, 0.0), (10, 1.5)])
+def test_bad_first_capture(epochs: int, fraction: float) -> None:
+    with pytest.raises(ValueError, match=r"^(epochs|fraction): expected .* found"):
+        first_capture(epochs, fraction)
+
+
+def test_swalr_is_torchs() -> None:
+    assert swa_fast.SWALR is torch.optim.swa_utils.SWALR
