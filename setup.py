@@ -203,7 +203,7 @@ def extensions(info: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
     common: dict[str, Any] = {
         "include_dirs": ["csrc"],
         "depends": [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").glob("*.[hc]*"))],
-        "extra_link_args": ["-Wl,--as-needed", "-Wl,-s"],
+        "extra_link_args": ["-Wl,--as-needed", "-Wl,-s"] if sys.platform == "linux" else [],
         "py_limited_api": True,
     }
     modules = [

@@ -99,6 +99,10 @@ def _check(
                 f"{name(i)}: the average is on {average.device}, the source on {source.device}"
             )
         for role, tensor in (("average", average), ("source", source)):
+            if tensor.layout != torch.strided:
+                raise TypeError(
+                    f"{name(i)}: the {role} has layout {tensor.layout}, expected torch.strided"
+                )
             if tensor.dtype not in AVERAGE_DTYPES:
                 expected = ", ".join(str(d).removeprefix("torch.") for d in AVERAGE_DTYPES)
                 raise TypeError(
@@ -139,7 +143,8 @@ def average_(
         names: what to call the pairs in error messages.
 
     Raises:
-        TypeError: a dtype outside the four, or an ``n_averaged`` that is not one int64.
+        TypeError: a dtype outside the four, a sparse tensor, or an ``n_averaged`` that is not one
+            int64.
         ValueError: lists, shapes or devices that do not match; a decay outside [0, 1].
         BackendError: the requested backend cannot serve a tensor.
 

@@ -43,7 +43,8 @@ def _average_any_(
     copied: list[tuple[Tensor, Tensor]] = []
     for i, (average, source) in enumerate(zip(averages, sources, strict=True)):
         if average.is_complex() and source.is_complex():
-            average, source = torch.view_as_real(average), torch.view_as_real(source)
+            average = torch.view_as_real(average)
+            source = torch.view_as_real(source.resolve_conj())
         elif not average.is_floating_point() and not average.is_complex():
             copied.append((average, source))
             continue
@@ -125,14 +126,13 @@ def get_ema_multi_avg_fn(decay: float = 0.999) -> MultiAvgFn:
     return _MultiAvgFn(decay)
 
 
-_WRAPPER_PREFIXES = ("module.", "_orig_mod.")
-
-
 def _strip_wrappers(name: str) -> str:
-    """``name`` without the prefixes that DistributedDataParallel and torch.compile put in front."""
-    while name.startswith(_WRAPPER_PREFIXES):
-        name = name.split(".", 1)[1]
-    return name
+    """``name`` without what wrappers put into it: ``module.`` in front (DataParallel and
+    DistributedDataParallel), ``_orig_mod.`` anywhere (torch.compile, also of a submodule)."""
+    parts = [part for part in name.split(".") if part != "_orig_mod"]
+    while len(parts) > 1 and parts[0] == "module":
+        del parts[0]
+    return ".".join(parts)
 
 
 def _match(
@@ -305,16 +305,14 @@ class AveragedModel(nn.Module):
             _average_any_(averages, sources, self.n_averaged, rule.decay, self.backend, names)
         else:
             self._apply_user_function(averages, sources)
-        if not self.use_buffers:
-            for buffer, model_buffer in zip(buffers, model_buffers, strict=True):
-                buffer.copy_(model_buffer)
+        if buffers and not self.use_buffers:
+            torch._foreach_copy_(buffers, model_buffers)
         self.n_averaged += 1
 
     def _apply_user_function(self, averages: list[Tensor], sources: list[Tensor]) -> None:
         # As torch does: the first update copies, and functions see every tensor, integers included.
         if self.n_averaged == 0:
-            for average, source in zip(averages, sources, strict=True):
-                average.copy_(source)
+            torch._foreach_copy_(averages, sources)
         elif self.multi_avg_fn is not None:
             groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
             for average, source in zip(averages, sources, strict=True):

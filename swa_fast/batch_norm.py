@@ -29,6 +29,13 @@ class _CumulativeMomentum:
         layer.momentum = 1.0 / self.forwards
 
 
+def _is_compiled(model: nn.Module) -> bool:
+    return any(
+        hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+        for module in model.modules()
+    )
+
+
 def _statistics(layer: _BatchNorm) -> list[Tensor]:
     tensors = (layer.running_mean, layer.running_var, layer.num_batches_tracked)
     return [t for t in tensors if t is not None and not is_lazy(t)]
@@ -51,7 +58,8 @@ def update_bn(
 
     The forward runs in training mode without gradients. Whatever happens, the mode of every
     submodule and every layer's momentum are restored, and if the pass fails so are the statistics.
-    Unlike torch's function it does not wait for the device once per layer and batch.
+    Unlike torch's function it does not wait for the device once per layer and batch, unless the
+    model is compiled.
 
     Args:
         loader: batches: a tensor, or a list or tuple whose first element is the model's input;
@@ -73,9 +81,14 @@ def update_bn(
     hooks = []
     finished = False
     try:
+        # Compiled code may not see a hook that is added later, and would be compiled again for
+        # every new momentum: there the layers count for themselves.
+        compiled = _is_compiled(model)
         for layer in layers:
             layer.reset_running_stats()
-            hooks.append(layer.register_forward_pre_hook(_CumulativeMomentum()))
+            layer.momentum = None
+            if not compiled:
+                hooks.append(layer.register_forward_pre_hook(_CumulativeMomentum()))
         model.train()
         batches = 0
         for batch in loader:

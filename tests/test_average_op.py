@@ -331,6 +331,8 @@ def test_bad_arguments_change_nothing() -> None:
          [good, torch.zeros(3, dtype=torch.int64)], [source, source], n, None),
         (TypeError, "pair 1: the source has dtype float8_e4m3fn",
          [good, torch.zeros(3)], [source, source.to(torch.float8_e4m3fn)], n, None),
+        (TypeError, "pair 0: the source has layout torch.sparse_coo, expected torch.strided",
+         [good], [source.to_sparse()], n, None),
         (TypeError, "n_averaged: expected one int64, found", [good], [source], n.float(), None),
         (ValueError, r"decay: expected a number in \[0, 1\], found 1.5", [good], [source], n, 1.5),
     ]  # fmt: skip

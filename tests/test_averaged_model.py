@@ -353,6 +353,9 @@ def test_wrapped_models_are_unwrapped() -> None:
     averaged.update_parameters(Wrapper(model))
     averaged.update_parameters(torch.compile(model))
     swa_fast.AveragedModel(Wrapper(model)).update_parameters(model)
+    partly = copy.deepcopy(model)
+    partly[0] = torch.compile(partly[0])
+    averaged.update_parameters(partly)
     assert torch.equal(averaged.module[0].weight, model[0].weight)
 
 

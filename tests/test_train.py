@@ -583,12 +583,16 @@ def test_module_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("amp", ["none", "fp16"])
+def test_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, amp: str) -> None:
     monkeypatch.undo()
     argv = arguments(tmp_path, width=4, epochs=2, batch_size=512)
-    assert cli.main([*argv, "--device", "cuda"]) == 0
+    options = ["--device", "cuda", "--backend", backend, "--amp", amp]
+    assert cli.main([*argv, *options]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["config"]["device"] == "cuda:0"
     assert results["summary"][2]["captures"] == 1
-    model = nn.ParameterList(load(tmp_path / "model_swa.pt").values())
-    assert len(model) > 0
+    assert results["environment"]["averaging_backend"] == backend
+    average = load(tmp_path / "model_swa.pt")
+    assert all(torch.isfinite(tensor).all() for tensor in average.values())

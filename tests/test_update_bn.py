@@ -116,6 +116,26 @@ def test_failure_leaves_the_model_as_it_was(loader, error, message) -> None:
     assert model[1].momentum == 0.1 and not model[1]._forward_pre_hooks
 
 
+@pytest.mark.parametrize("part", ["whole", "submodule", "in place"])
+def test_compiled_model(part: str) -> None:
+    ours, theirs, batches = pair("conv")
+    compiled = ours
+    if part == "whole":
+        compiled = torch.compile(ours, backend="eager")
+    elif part == "submodule":
+        ours[1] = torch.compile(ours[1], backend="eager")
+    else:
+        ours.compile(backend="eager")
+    with torch.no_grad():
+        compiled(batches[0])
+    swa_fast.update_bn(batches, compiled)
+    swa_utils.update_bn(batches, theirs)
+    for value, expected in zip(
+        ours.state_dict().values(), theirs.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(value, expected)
+
+
 def test_model_without_batch_norm_does_not_read_the_loader() -> None:
     swa_fast.update_bn(broken_loader(), nn.Linear(3, 3))
 

@@ -126,9 +126,12 @@ class Trainer:
             return AveragedModel(model)
         return AveragedModel(model, backend=self.config.backend)
 
-    def check_backend(self) -> None:
+    def check_backend(self) -> str:
         """Averages a tiny network once, so that an averaging backend that cannot work is reported
         before hours of training.
+
+        Returns:
+            The name of the backend that serves the averages.
 
         Raises:
             TrainError: it cannot; the message says why.
@@ -136,6 +139,8 @@ class Trainer:
         probe = nn.Linear(2, 1).to(self.device)
         try:
             self._new_average(probe).update_parameters(probe)
+            backend: str = swa_fast.choose_backend(self.device.type, self.config.backend)
+            return backend
         except (RuntimeError, ValueError, TypeError) as error:
             raise TrainError(f"--backend: {error}") from error
 
@@ -329,7 +334,6 @@ def environment(config: TrainConfig) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "threads": config.threads,
         "git_commit": _git_commit(),
-        "averaging_backend": swa_fast.choose_backend(device.type, config.backend),
     }
 
 
@@ -420,7 +424,7 @@ def _run(
         + (f"; {dataset.skipped_files} other files skipped" if dataset.skipped_files else "")
     )
     trainer = Trainer(config, dataset)
-    trainer.check_backend()
+    results["environment"]["averaging_backend"] = trainer.check_backend()
     if previous is None:
         folder.clear()
     runs = [_prepare(trainer, folder, method, results["records"]) for method in METHODS]

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 __all__ = ["PreResNet"]
 
-# From this depth on the residual blocks are bottlenecks.
-_BOTTLENECK_DEPTH = 110
+# From this depth on the residual blocks are bottlenecks, as in the authors' code.
+_BOTTLENECK_DEPTH = 44
 
 
 class _BasicBlock(nn.Module):
@@ -86,14 +86,14 @@ class PreResNet(nn.Module):
     r"""Pre-activation ResNet for small images, as in the experiments of the SWA paper.
 
     A 3x3 stem, three stages of n blocks with w, 2w and 4w planes (the first block of stages 2 and 3
-    has stride 2), then BN-ReLU, the mean over all positions and a linear layer. Depths below 110
-    use basic blocks, n = (depth - 2)/6; from 110 on bottlenecks, n = (depth - 2)/9, whose output
+    has stride 2), then BN-ReLU, the mean over all positions and a linear layer. Depths below 44
+    use basic blocks, n = (depth - 2)/6; from 44 on bottlenecks, n = (depth - 2)/9, whose output
     has 4 times the planes. Convolutions have no bias and start from a normal distribution with
     standard deviation :math:`\sqrt{2/(k^2\,c_\text{out})}`; BatchNorm starts from scale 1 and
     shift 0; the linear layer keeps PyTorch's default.
 
     Args:
-        depth: number of layers: 6n + 2 below 110, 9n + 2 from 110 on.
+        depth: number of layers: 6n + 2 below 44, 9n + 2 from 44 on.
         in_channels: channels of the images.
         num_classes: number of classes K.
         width: planes w of the first stage; 16 in the papers.
@@ -105,7 +105,7 @@ class PreResNet(nn.Module):
 
     Sources: He et al., "Identity Mappings in Deep Residual Networks", ECCV 2016; Izmailov et al.,
     "Averaging Weights Leads to Wider Optima and Better Generalization", UAI 2018,
-    arXiv 1803.05407 (which uses bottlenecks for PreResNet-110, too).
+    arXiv 1803.05407.
     """
 
     def __init__(
