@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 from swa_fast.schedules import paper_lr, paper_swa_lr
 from swa_fast.train import cli, loop, progress
