@@ -8,7 +8,7 @@ backend is never silently another one. The C++ libraries only add implementation
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from . import _backends, reference
 __all__ = ["AVERAGE_DTYPES", "average_"]
 
 AVERAGE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_AVERAGE_DTYPES = frozenset(AVERAGE_DTYPES)
+_CPU = torch.device("cpu")
 
 _AVERAGE_SCHEMA = "(Tensor(a!)[] averages, Tensor[] sources, Tensor n_averaged, float? decay) -> ()"
 
@@ -73,42 +75,27 @@ def _same_dense_layout(average: Tensor, source: Tensor) -> bool:
     return True
 
 
-def _check(
-    averages: Sequence[Tensor],
-    sources: Sequence[Tensor],
-    n_averaged: Tensor,
-    name: Callable[[int], str],
-) -> None:
-    if len(averages) != len(sources):
+def _check_pair(average: Tensor, source: Tensor, name: str) -> None:
+    if average.shape != source.shape:
         raise ValueError(
-            f"averages and sources: expected two lists of equal length, "
-            f"found {len(averages)} and {len(sources)} tensors"
+            f"{name}: the average has shape {tuple(average.shape)}, "
+            f"the source {tuple(source.shape)}"
         )
-    if n_averaged.dtype != torch.int64 or n_averaged.numel() != 1:
-        raise TypeError(
-            f"n_averaged: expected one int64, found {tuple(n_averaged.shape)} {n_averaged.dtype}"
+    if average.device != source.device:
+        raise ValueError(
+            f"{name}: the average is on {average.device}, the source on {source.device}"
         )
-    for i, (average, source) in enumerate(zip(averages, sources, strict=True)):
-        if average.shape != source.shape:
-            raise ValueError(
-                f"{name(i)}: the average has shape {tuple(average.shape)}, "
-                f"the source {tuple(source.shape)}"
+    for role, tensor in (("average", average), ("source", source)):
+        if tensor.layout != torch.strided:
+            raise TypeError(
+                f"{name}: the {role} has layout {tensor.layout}, expected torch.strided"
             )
-        if average.device != source.device:
-            raise ValueError(
-                f"{name(i)}: the average is on {average.device}, the source on {source.device}"
+        if tensor.dtype not in AVERAGE_DTYPES:
+            expected = ", ".join(str(d).removeprefix("torch.") for d in AVERAGE_DTYPES)
+            raise TypeError(
+                f"{name}: the {role} has dtype {str(tensor.dtype).removeprefix('torch.')}, "
+                f"expected one of {expected}"
             )
-        for role, tensor in (("average", average), ("source", source)):
-            if tensor.layout != torch.strided:
-                raise TypeError(
-                    f"{name(i)}: the {role} has layout {tensor.layout}, expected torch.strided"
-                )
-            if tensor.dtype not in AVERAGE_DTYPES:
-                expected = ", ".join(str(d).removeprefix("torch.") for d in AVERAGE_DTYPES)
-                raise TypeError(
-                    f"{name(i)}: the {role} has dtype {str(tensor.dtype).removeprefix('torch.')}, "
-                    f"expected one of {expected}"
-                )
 
 
 @torch.no_grad()
@@ -151,19 +138,40 @@ def average_(
     All arguments are checked before the first write.
     """
 
-    def name(i: int) -> str:
-        return f"pair {i}" if names is None else names[i]
-
-    _check(averages, sources, n_averaged, name)
+    if len(averages) != len(sources):
+        raise ValueError(
+            f"averages and sources: expected two lists of equal length, "
+            f"found {len(averages)} and {len(sources)} tensors"
+        )
+    if n_averaged.dtype != torch.int64 or n_averaged.numel() != 1:
+        raise TypeError(
+            f"n_averaged: expected one int64, found {tuple(n_averaged.shape)} {n_averaged.dtype}"
+        )
     if decay is not None and not 0.0 <= decay <= 1.0:
         raise ValueError(f"decay: expected a number in [0, 1], found {decay}")
 
+    # This loop is most of the cost of an update of many small tensors.
     groups: dict[tuple[str, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
-    for average, source in zip(averages, sources, strict=True):
-        served = _backends.choose_backend(average.device.type, backend)
+    chosen: dict[torch.device, str] = {}
+    for i, (average, source) in enumerate(zip(averages, sources, strict=True)):
+        device = average.device
+        if (
+            average.shape != source.shape
+            or source.device != device
+            or average.dtype not in _AVERAGE_DTYPES
+            or source.dtype not in _AVERAGE_DTYPES
+            or average.layout is not torch.strided
+            or source.layout is not torch.strided
+        ):
+            _check_pair(average, source, f"pair {i}" if names is None else names[i])
+        served = chosen.get(device)
+        if served is None:
+            served = chosen[device] = _backends.choose_backend(device.type, backend)
         if served != "reference" and not _same_dense_layout(average, source):
             served = "reference"
-        group = groups.setdefault((served, average.device), ([], []))
+        group = groups.get((served, device))
+        if group is None:
+            group = groups[served, device] = ([], [])
         group[0].append(average)
         group[1].append(source)
 
@@ -176,6 +184,3 @@ def average_(
         # The stable ABI has no version counter: without this, autograd would not notice that a
         # tensor it saved for backward has changed.
         torch.autograd.graph.increment_version(list(averages))
-
-
-_CPU = torch.device("cpu")

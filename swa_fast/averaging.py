@@ -39,6 +39,9 @@ def _average_any_(
 ) -> None:
     """:func:`_ops.average_` extended to complex tensors (averaged as pairs of reals) and to
     integers and booleans (copied: a count or a mask has no meaningful mean)."""
+    if all(average.dtype.is_floating_point for average in averages):
+        _ops.average_(averages, sources, n_averaged, decay, backend=backend, names=names)
+        return
     averaged: tuple[list[Tensor], list[Tensor], list[str]] = ([], [], [])
     copied: list[tuple[Tensor, Tensor]] = []
     for i, (average, source) in enumerate(zip(averages, sources, strict=True)):
@@ -126,6 +129,24 @@ def get_ema_multi_avg_fn(decay: float = 0.999) -> MultiAvgFn:
     return _MultiAvgFn(decay)
 
 
+def _by_device_and_dtype(
+    averages: Sequence[Tensor], sources: Sequence[Tensor]
+) -> Iterable[tuple[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]]]:
+    """Pairs grouped by the device and dtype of the average."""
+    groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+    for average, source in zip(averages, sources, strict=True):
+        group = groups.setdefault((average.device, average.dtype), ([], []))
+        group[0].append(average)
+        group[1].append(source)
+    return groups.items()
+
+
+def _copy_all_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    # Grouped, because foreach is fused only for lists of one device and dtype.
+    for _, group in _by_device_and_dtype(targets, sources):
+        torch._foreach_copy_(*group)
+
+
 def _strip_wrappers(name: str) -> str:
     """``name`` without what wrappers put into it: ``module.`` in front (DataParallel and
     DistributedDataParallel), ``_orig_mod.`` anywhere (torch.compile, also of a submodule)."""
@@ -136,46 +157,44 @@ def _strip_wrappers(name: str) -> str:
 
 
 def _match(
-    kind: str,
-    averages: Iterable[tuple[str, Tensor]],
-    sources: Callable[[bool], Iterable[tuple[str, Tensor]]],
+    kind: str, averages: Iterable[tuple[str, Tensor]], model: Iterable[tuple[str, Tensor]]
 ) -> tuple[list[str], list[Tensor], list[Tensor], list[str]]:
     """Pairs tensors by name.
 
     Args:
         kind: "parameter" or "buffer", for messages.
         averages: named tensors of the average, each tensor once.
-        sources: named tensors of the model, as a function of ``remove_duplicate``.
+        model: named tensors of the model, tied ones under each of their names.
 
     Returns:
         names, averages, sources, and what does not fit, a line each.
     """
-    by_name = dict(sources(False))
-    unique = {name for name, _ in sources(True)}
-    pairs = list(averages)
-    if not all(name in by_name for name, _ in pairs):
-        by_name = {_strip_wrappers(name): tensor for name, tensor in by_name.items()}
-        unique = {_strip_wrappers(name) for name in unique}
+    pairs, named = list(averages), list(model)
+    sources = dict(named)
+    if not all(name in sources for name, _ in pairs):
         pairs = [(_strip_wrappers(name), tensor) for name, tensor in pairs]
+        named = [(_strip_wrappers(name), tensor) for name, tensor in named]
+        sources = dict(named)
 
     problems = []
     names, matched_averages, matched_sources = [], [], []
+    unused = {id(tensor): name for name, tensor in reversed(named)}
     for name, average in pairs:
-        source = by_name.get(name)
+        source = sources.get(name)
         if source is None:
             problems.append(f"{kind} {name}: in the average, not in the model")
-        elif source.shape != average.shape:
+            continue
+        unused.pop(id(source), None)
+        if source.shape != average.shape:
             problems.append(
                 f"{kind} {name}: shape {tuple(average.shape)} in the average, "
                 f"{tuple(source.shape)} in the model"
             )
-        else:
-            names.append(f"{kind} {name}")
-            matched_averages.append(average.detach())
-            matched_sources.append(source.detach())
-    for name in sorted(unique - {name for name, _ in pairs}):
-        if not any(by_name[name] is source for source in map(by_name.get, (n for n, _ in pairs))):
-            problems.append(f"{kind} {name}: in the model, not in the average")
+            continue
+        names.append(name)
+        matched_averages.append(average)
+        matched_sources.append(source)
+    problems += [f"{kind} {name}: in the model, not in the average" for name in unused.values()]
     return names, matched_averages, matched_sources, problems
 
 
@@ -280,12 +299,12 @@ class AveragedModel(nn.Module):
         names, averages, sources, problems = _match(
             "parameter",
             self.module.named_parameters(),
-            lambda once: model.named_parameters(remove_duplicate=once),
+            model.named_parameters(remove_duplicate=False),
         )
         buffer_names, buffers, model_buffers, buffer_problems = _match(
             "buffer",
             self.module.named_buffers(),
-            lambda once: model.named_buffers(remove_duplicate=once),
+            model.named_buffers(remove_duplicate=False),
         )
         problems += buffer_problems
         if problems:
@@ -298,28 +317,26 @@ class AveragedModel(nn.Module):
                 averages + buffers,
                 sources + model_buffers,
             )
-        sources = [s.to(a.device) for s, a in zip(sources, averages, strict=True)]
+        sources = [
+            s if s.device == a.device else s.to(a.device)
+            for s, a in zip(sources, averages, strict=True)
+        ]
 
         rule = self.multi_avg_fn or self.avg_fn or _MultiAvgFn(None)
         if isinstance(rule, _AvgFn | _MultiAvgFn):
             _average_any_(averages, sources, self.n_averaged, rule.decay, self.backend, names)
         else:
-            self._apply_user_function(averages, sources)
-        if buffers and not self.use_buffers:
-            torch._foreach_copy_(buffers, model_buffers)
+            self._apply_user_function([a.detach() for a in averages], [s.detach() for s in sources])
+        if not self.use_buffers:
+            _copy_all_(buffers, model_buffers)
         self.n_averaged += 1
 
     def _apply_user_function(self, averages: list[Tensor], sources: list[Tensor]) -> None:
         # As torch does: the first update copies, and functions see every tensor, integers included.
         if self.n_averaged == 0:
-            torch._foreach_copy_(averages, sources)
+            _copy_all_(averages, sources)
         elif self.multi_avg_fn is not None:
-            groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
-            for average, source in zip(averages, sources, strict=True):
-                group = groups.setdefault((average.device, average.dtype), ([], []))
-                group[0].append(average)
-                group[1].append(source)
-            for (device, _), group in groups.items():
+            for (device, _), group in _by_device_and_dtype(averages, sources):
                 self.multi_avg_fn(*group, self.n_averaged.to(device))
         else:
             assert self.avg_fn is not None

@@ -153,6 +153,19 @@ def test_library_that_does_not_load_says_why(copied: Path) -> None:
     assert "swa_fast._C does not load" in out and "built with torch 9.9" in out
 
 
+def test_example_of_the_readme_runs() -> None:
+    if not (CHECKOUT / "README.md").exists():
+        pytest.skip("no checkout")
+    blocks = (CHECKOUT / "README.md").read_text().split("```python\n")[1:]
+    example = next(b.split("```")[0] for b in blocks if "import swa_fast" in b)
+    scope: dict[str, object] = {}
+    exec(example, scope)
+    averaged = scope["averaged"]
+    assert isinstance(averaged, swa_fast.AveragedModel)
+    assert averaged.n_averaged.item() == 10
+    assert averaged.module[1].num_batches_tracked.item() == 10
+
+
 # --- setup.py, where there is a checkout ---------------------------------------------------------
 
 
