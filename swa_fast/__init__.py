@@ -6,20 +6,26 @@
 from ._backends import BackendError, choose_backend
 from .averaging import (
     AveragedModel,
+    Averager,
     get_ema_avg_fn,
     get_ema_multi_avg_fn,
     get_swa_avg_fn,
     get_swa_multi_avg_fn,
 )
 from .batch_norm import update_bn
+from .rules import EMA, SWA, Warmup
 from .schedules import SWALR
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "EMA",
+    "SWA",
     "SWALR",
     "AveragedModel",
+    "Averager",
     "BackendError",
+    "Warmup",
     "choose_backend",
     "get_ema_avg_fn",
     "get_ema_multi_avg_fn",

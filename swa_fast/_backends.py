@@ -76,12 +76,18 @@ def _load_library(name: str) -> str | None:
     return None
 
 
+def cpu_library() -> Any:
+    """The module ``swa_fast._C``, or None where it cannot be had."""
+    return None if _load_library("_C") else importlib.import_module("swa_fast._C")
+
+
 @functools.cache
 def _triton_reason() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: `pip install triton`"
     try:
         importlib.import_module("swa_fast.kernels.average")
+        importlib.import_module("swa_fast.kernels.update")
     except (ImportError, RuntimeError) as error:  # RuntimeError: triton without a usable driver
         return f"swa_fast.kernels does not load: {error}"
     return None

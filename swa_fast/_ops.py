@@ -8,14 +8,25 @@ backend is never silently another one. The C++ libraries only add implementation
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from . import _backends, reference
 
-__all__ = ["AVERAGE_DTYPES", "average_"]
+__all__ = [
+    "AVERAGE_DTYPES",
+    "Updatable",
+    "average_",
+    "averagers",
+    "exchange_",
+    "same_dense_layout",
+    "update_",
+    "update_averager",
+]
 
 AVERAGE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _AVERAGE_DTYPES = frozenset(AVERAGE_DTYPES)
@@ -23,7 +34,20 @@ _CPU = torch.device("cpu")
 
 _AVERAGE_SCHEMA = "(Tensor(a!)[] averages, Tensor[] sources, Tensor n_averaged, float? decay) -> ()"
 
+# The fused update (swa_fast/engine.py). `table` holds addresses: of sources that the caller keeps
+# alive. `sources` are the same memory as tensors and are read by the reference backend only.
+_UPDATE_SCHEMA = (
+    "(Tensor(a!)[] averages, Tensor(b!) state, Tensor rules, Tensor table, Tensor[] sources, "
+    "int pairs, int? seed, bool guard) -> ()"
+)
+_EXCHANGE_SCHEMA = "(Tensor(a!)[] averages, Tensor(b!)[] sources, Tensor table, int row) -> ()"
+
 _library = torch.library.Library("swa_fast", "DEF")
+_library.define("watch(Tensor[] tensors) -> int")
+_library.define(
+    "update_averager(Tensor(a!)[] averages, Tensor(b!)[] states, Tensor[] sources, int handle) "
+    "-> ()"
+)
 
 
 def _average_fake(
@@ -45,16 +69,154 @@ def _average_triton(
     average.average_(averages, sources, n_averaged, decay)
 
 
-for _backend in _backends.BACKENDS:
-    _library.define(f"average_.{_backend}{_AVERAGE_SCHEMA}")
-    torch.library.register_fake(f"swa_fast::average_.{_backend}", _average_fake, lib=_library)
-_library.impl("average_.reference", reference.average_, "CompositeExplicitAutograd")
-# Both keys, because Triton's interpreter runs the kernels on CPU tensors.
-_library.impl("average_.triton", _average_triton, "CUDA")
-_library.impl("average_.triton", _average_triton, "CPU")
+def _update_fake(
+    averages: Sequence[Tensor],
+    state: Tensor,
+    rules: Tensor,
+    table: Tensor,
+    sources: Sequence[Tensor],
+    pairs: int,
+    seed: int | None,
+    guard: bool,
+) -> None:
+    torch._check(all(a.dim() == 2 for a in averages))
+    torch._check(state.dtype == torch.int64 and rules.dtype == torch.float64)
 
 
-def _same_dense_layout(average: Tensor, source: Tensor) -> bool:
+def _update_triton(
+    averages: list[Tensor],
+    state: Tensor,
+    rules: Tensor,
+    table: Tensor,
+    sources: list[Tensor],
+    pairs: int,
+    seed: int | None,
+    guard: bool,
+) -> None:
+    from .kernels import update
+
+    update.update_(averages, state, rules, table, pairs, seed, guard)
+
+
+def _exchange_fake(
+    averages: Sequence[Tensor], sources: Sequence[Tensor], table: Tensor, row: int
+) -> None:
+    torch._check(all(0 <= row < a.shape[0] for a in averages))
+
+
+def _exchange_triton(
+    averages: list[Tensor], sources: list[Tensor], table: Tensor, row: int
+) -> None:
+    from .kernels import update
+
+    update.exchange_(table, row)
+
+
+_FAMILIES = {
+    "average_": (_AVERAGE_SCHEMA, _average_fake, reference.average_, _average_triton),
+    "update_": (_UPDATE_SCHEMA, _update_fake, reference.update_, _update_triton),
+    "exchange_": (_EXCHANGE_SCHEMA, _exchange_fake, reference.exchange_, _exchange_triton),
+}
+for _name, (_schema, _fake, _by_reference, _by_triton) in _FAMILIES.items():
+    for _backend in _backends.BACKENDS:
+        _library.define(f"{_name}.{_backend}{_schema}")
+        torch.library.register_fake(f"swa_fast::{_name}.{_backend}", _fake, lib=_library)
+    _library.impl(f"{_name}.reference", _by_reference, "CompositeExplicitAutograd")
+    # Both keys, because Triton's interpreter runs the kernels on CPU tensors.
+    _library.impl(f"{_name}.triton", _by_triton, "CUDA")
+    _library.impl(f"{_name}.triton", _by_triton, "CPU")
+
+
+class Updatable(Protocol):
+    """What :func:`update_averager` calls."""
+
+    def _update(self) -> None: ...
+
+
+# Compiled code names an averager by its handle, an integer.
+averagers: weakref.WeakValueDictionary[int, Updatable] = weakref.WeakValueDictionary()
+
+
+def _update_averager(
+    averages: list[Tensor], states: list[Tensor], sources: list[Tensor], handle: int
+) -> None:
+    averagers[handle]._update()
+
+
+_library.impl("update_averager", _update_averager, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "swa_fast::update_averager", lambda averages, states, sources, handle: None, lib=_library
+)
+
+
+def update_averager(
+    averages: list[Tensor], states: list[Tensor], sources: list[Tensor], handle: int
+) -> None:
+    """The update of a whole averager as one operator, for traced code: the arguments tell the
+    tracer what is read and written, and ``handle`` which of :data:`averagers` does it."""
+    torch.ops.swa_fast.update_averager(averages, states, sources, handle)
+
+
+_update_overloads = {b: getattr(torch.ops.swa_fast.update_, b) for b in _backends.BACKENDS}
+
+
+def update_(
+    backend: str,
+    averages: list[Tensor],
+    state: Tensor,
+    rules: Tensor,
+    table: Tensor,
+    sources: list[Tensor],
+    pairs: int,
+    seed: int | None,
+    guard: bool,
+) -> None:
+    r"""Every average of one device moves towards its sources, in one launch.
+
+    For each average :math:`j` with :math:`n_j` updates before this one and each run of the table,
+    with the weight :math:`w_j` of the average's rule at :math:`n_j`:
+
+    .. math:: a \leftarrow a + w_j\,(b - a) \qquad n_j \leftarrow n_j + 1
+
+    in float32 (float64 when either side is float64), rounded once; copied where :math:`w_j = 1` or
+    the run is marked so.
+
+    Args:
+        backend: the overload to call.
+        averages: one tensor of shape [k, elements] for each dtype, with 128-byte aligned rows;
+            written.
+        state: int64 [k + 3]: :math:`n_j`, a ticket, the guard's flag, skipped updates; written.
+        rules: float64 [k, 8], see csrc/update.h; on the device for triton, else on the CPU.
+        table: int64 [runs, 4], addresses and sizes, see csrc/update.h.
+        sources: the runs' sources as one-dimensional tensors, for the reference backend.
+        pairs: bit :math:`4a + s` is set if a run has the types :math:`a` and :math:`s` of 0
+            (float32), 1 (float64), 2 (bfloat16), 3 (float16); what triton compiles for.
+        seed: round bfloat16 averages stochastically with it; None rounds to nearest.
+        guard: if an averaged source holds an infinity or NaN, write nothing but the count of
+            skipped updates.
+    """
+    _update_overloads[backend](averages, state, rules, table, sources, pairs, seed, guard)
+    # The stable ABI has no version counter, see average_.
+    torch.autograd.graph.increment_version(averages)
+
+
+def exchange_(
+    backend: str, averages: list[Tensor], sources: list[Tensor], table: Tensor, row: int
+) -> None:
+    """Exchanges the contents of the table's runs between average ``row`` and the sources.
+
+    Args:
+        backend: the overload to call.
+        averages: as in :func:`update_`; written.
+        sources: as in :func:`update_`; written.
+        table: as in :func:`update_`; both sides of a run have one type.
+        row: of ``averages``.
+    """
+    getattr(torch.ops.swa_fast.exchange_, backend)(averages, sources, table, row)
+    torch.autograd.graph.increment_version(averages)
+
+
+def same_dense_layout(average: Tensor, source: Tensor) -> bool:
     """True when both tensors are gapless runs of memory with their elements in the same order."""
     if average.is_contiguous() and source.is_contiguous():
         return True
@@ -167,7 +329,7 @@ def average_(
         served = chosen.get(device)
         if served is None:
             served = chosen[device] = _backends.choose_backend(device.type, backend)
-        if served != "reference" and not _same_dense_layout(average, source):
+        if served != "reference" and not same_dense_layout(average, source):
             served = "reference"
         group = groups.get((served, device))
         if group is None:

@@ -140,13 +140,13 @@ def test_dense_layouts_are_recognised() -> None:
     contiguous = torch.empty(4, 3, 5, 6)
     last = contiguous.contiguous(memory_format=torch.channels_last)
     pointwise = torch.empty(4, 3, 1, 1).contiguous(memory_format=torch.channels_last)
-    assert _ops._same_dense_layout(contiguous, contiguous.clone())
-    assert _ops._same_dense_layout(last, last.clone())
-    assert _ops._same_dense_layout(pointwise, torch.empty(4, 3, 1, 1))
-    assert _ops._same_dense_layout(torch.empty(()), torch.empty(()))
-    assert not _ops._same_dense_layout(contiguous, last)
-    assert not _ops._same_dense_layout(contiguous[:, :2], contiguous[:, :2])
-    assert not _ops._same_dense_layout(torch.empty(3).expand(4, 3), torch.empty(3).expand(4, 3))
+    assert _ops.same_dense_layout(contiguous, contiguous.clone())
+    assert _ops.same_dense_layout(last, last.clone())
+    assert _ops.same_dense_layout(pointwise, torch.empty(4, 3, 1, 1))
+    assert _ops.same_dense_layout(torch.empty(()), torch.empty(()))
+    assert not _ops.same_dense_layout(contiguous, last)
+    assert not _ops.same_dense_layout(contiguous[:, :2], contiguous[:, :2])
+    assert not _ops.same_dense_layout(torch.empty(3).expand(4, 3), torch.empty(3).expand(4, 3))
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in Triton's interpreter

@@ -1,0 +1,203 @@
+// CPU kernels of swa_fast::update_ and swa_fast::exchange_.
+//
+// Formula: update.h. Layout: every run is consecutive in the source and in each average. Bytes per
+// element: sizeof(source) + 2 k sizeof(average), 4 + 8 k for k averages in fp32: a piece of the
+// source is used for all averages while it is in the first-level cache.
+//
+// The runs lie end to end on one axis of costs that torch's thread pool splits, so ten thousand
+// tiny tensors and one large one are divided equally well.
+
+#include <algorithm>
+#include <atomic>
+
+#include "blend_cpu.h"
+#include "update.h"
+
+namespace swa_fast {
+namespace {
+
+constexpr int64_t kGrain = 16384;     // elements below which a second thread does not pay
+constexpr int64_t kRunCost = 64;      // of starting a run, in elements
+constexpr int64_t kCutMultiple = 16;  // runs are cut at multiples of it: whole Philox groups
+constexpr int64_t kPiece = 2048;      // elements of the source that all averages use in turn
+
+// The runs of a table, and how to share them among threads.
+class Table {
+ public:
+  explicit Table(const Tensor& table)
+      : runs_(static_cast<const Run*>(table.const_data_ptr())),
+        count_(table.numel() / 4),
+        start_(count_ + 1) {
+    STD_TORCH_CHECK(table.is_cpu(), "update_.cpu: table must be on the CPU");
+    for (int64_t i = 0; i < count_; ++i) start_[i + 1] = start_[i] + kRunCost + runs_[i].count();
+  }
+
+  // Calls f(run, begin, end) for pieces of runs that together cover all elements once.
+  template <typename F>
+  void for_each(const F& f) const {
+    torch::stable::parallel_for(0, start_[count_], kGrain, [&](int64_t begin, int64_t end) {
+      const auto after = std::upper_bound(start_.begin(), start_.end(), begin);
+      for (int64_t i = after - start_.begin() - 1; i < count_ && start_[i] < end; ++i) {
+        const int64_t from = cut(i, begin), to = cut(i, end);
+        if (from < to) f(runs_[i], from, to);
+      }
+    });
+  }
+
+ private:
+  // The element of run `i` at a place of the axis; both neighbours of a cut compute the same.
+  int64_t cut(int64_t i, int64_t place) const {
+    const int64_t element = place - start_[i] - kRunCost;
+    if (element >= runs_[i].count()) return runs_[i].count();
+    return element <= 0 ? 0 : element - element % kCutMultiple;
+  }
+
+  const Run* runs_;
+  int64_t count_;
+  std::vector<int64_t> start_;  // of each run on the axis of costs, and the axis' end
+};
+
+template <typename F>
+void dispatch_code(int code, const F& f) {
+  switch (code) {
+    case kFloat:
+      return f(float{});
+    case kDouble:
+      return f(double{});
+    case kBFloat16:
+      return f(BFloat16{});
+    case kHalf:
+      return f(Half{});
+    default:
+      STD_TORCH_CHECK(false, "update_.cpu: unknown type code ", code);
+  }
+}
+
+int64_t element_bytes(int code) {
+  return code == kDouble ? 8 : code == kFloat ? 4 : code == kBytes ? 1 : 2;
+}
+
+struct Update {
+  UpdateArguments arguments;
+  double weight[kMaxAverages];
+  int64_t n[kMaxAverages];
+  std::optional<int64_t> seed;
+
+  void operator()(const Run& run, int64_t begin, int64_t end) const {
+    if (run.average_type() == kBytes) {
+      for (int row = 0; row < arguments.rows; ++row)
+        std::memcpy(destination(run, row) + begin, static_cast<const char*>(run.source) + begin,
+                    end - begin);
+      return;
+    }
+    dispatch_code(run.average_type(), [&](auto average) {
+      dispatch_code(run.source_type(), [&](auto source) {
+        blend<decltype(average), decltype(source)>(run, begin, end);
+      });
+    });
+  }
+
+ private:
+  static char* destination(const Run& run, int row) { return run.average + row * run.row_bytes; }
+
+  template <typename Average, typename Source>
+  void blend(const Run& run, int64_t begin, int64_t end) const {
+    using Math = opmath_t<Average, Source>;
+    const int64_t step = arguments.rows == 1 ? end - begin : kPiece;
+    for (int64_t at = begin; at < end; at += step) {
+      const int64_t stop = std::min(end, at + step);
+      for (int row = 0; row < arguments.rows; ++row) {
+        const double w = run.copied() ? 1.0 : weight[row];
+        if (w == 0.0) continue;
+        const Blend rule = make_blend<Math>(static_cast<Math>(w), w == 1.0);
+        if constexpr (std::is_same_v<Average, BFloat16> && std::is_same_v<Math, float>) {
+          if (seed && !run.copied()) {
+            blend_stochastically(run, row, static_cast<const Source*>(run.source), at, stop, rule);
+            continue;
+          }
+        }
+        average_run<Average, Source>(destination(run, row), run.source, at, stop, rule);
+      }
+    }
+  }
+
+  template <typename Source>
+  void blend_stochastically(const Run& run, int row, const Source* source, int64_t begin,
+                            int64_t end, Blend rule) const {
+    BFloat16* average = reinterpret_cast<BFloat16*>(destination(run, row));
+    const int64_t first =
+        (run.average - arguments.bfloat16_base) / static_cast<int64_t>(sizeof(BFloat16));
+    for (int64_t eight = begin; eight < end; eight += 8) {
+      const Philox random(*seed, static_cast<uint64_t>(first + eight) / 8, n[row], row);
+      for (int64_t i = eight; i < std::min(end, eight + 8); ++i) {
+        const float x = rule.apply(static_cast<float>(average[i]), static_cast<float>(source[i]));
+        average[i] = round_stochastically(x, random.bits(static_cast<int>(i - eight)));
+      }
+    }
+  }
+};
+
+template <typename T>
+bool all_finite(const void* data, int64_t begin, int64_t end) {
+  using Bits = typename Exponent<T>::Bits;
+  const char* bytes = static_cast<const char*>(data) + begin * sizeof(T);
+  bool bad = false;
+  for (int64_t i = 0; i < end - begin; ++i) {
+    Bits bits;
+    std::memcpy(&bits, bytes + i * sizeof(T), sizeof(T));
+    bad |= (bits & Exponent<T>::kMask) == Exponent<T>::kMask;
+  }
+  return !bad;
+}
+
+void update_cpu(std::vector<Tensor> averages, Tensor state, Tensor rules, Tensor table,
+                std::vector<Tensor> /*sources*/, int64_t /*pairs*/, std::optional<int64_t> seed,
+                bool guard) {
+  Update update{check_update_arguments(averages, state, rules, table), {}, {}, seed};
+  STD_TORCH_CHECK(averages[0].is_cpu() && state.is_cpu(),
+                  "update_.cpu: averages and state must be on the CPU");
+  const Table runs(table);
+  const int rows = update.arguments.rows;
+  int64_t* n = static_cast<int64_t*>(state.mutable_data_ptr());
+  const WeightRule* rule = static_cast<const WeightRule*>(rules.const_data_ptr());
+
+  if (guard) {
+    std::atomic<bool> finite{true};
+    runs.for_each([&](const Run& run, int64_t begin, int64_t end) {
+      if (run.copied()) return;
+      dispatch_code(run.source_type(), [&](auto source) {
+        if (!all_finite<decltype(source)>(run.source, begin, end)) finite = false;
+      });
+    });
+    if (!finite) {
+      ++n[rows + kSkipped];
+      return;
+    }
+  }
+  for (int row = 0; row < rows; ++row) {
+    update.n[row] = n[row];
+    update.weight[row] = rule[row].weight(n[row]);
+  }
+  runs.for_each(update);
+  for (int row = 0; row < rows; ++row) ++n[row];
+}
+
+void exchange_cpu(std::vector<Tensor> averages, std::vector<Tensor> /*sources*/, Tensor table,
+                  int64_t row) {
+  STD_TORCH_CHECK(!averages.empty() && 0 <= row && row < averages[0].size(0),
+                  "exchange_.cpu: no row ", row);
+  Table(table).for_each([&](const Run& run, int64_t begin, int64_t end) {
+    const int64_t size = element_bytes(run.source_type());
+    char* average = run.average + row * run.row_bytes;
+    char* source = static_cast<char*>(const_cast<void*>(run.source));
+    std::swap_ranges(average + begin * size, average + end * size, source + begin * size);
+  });
+}
+
+}  // namespace
+}  // namespace swa_fast
+
+STABLE_TORCH_LIBRARY_IMPL(swa_fast, CPU, m) {
+  m.impl("update_.cpu", TORCH_BOX(&swa_fast::update_cpu));
+  m.impl("exchange_.cpu", TORCH_BOX(&swa_fast::exchange_cpu));
+}

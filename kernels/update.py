@@ -1,0 +1,329 @@
+"""Triton kernels of ``swa_fast::update_`` and ``swa_fast::exchange_``.
+
+Formula, rules and the table of runs: csrc/update.h. Layout: every run is consecutive in the source
+and in each average; a program serves one run of at most ``BLOCK`` elements. Bytes per element:
+sizeof(source) + 2 k sizeof(average), 4 + 8 k for k averages in fp32, plus 32 + 72 k for each
+program's entry, rules and counters; bound by memory bandwidth.
+
+One launch serves any number of tensors of any types and the counters too: the last program to
+finish advances them, when every other program has read them.
+"""
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["exchange_", "update_"]
+
+BLOCK = 4096  # most elements of a run, as in swa_fast/engine.py
+NUM_WARPS = 4  # with BLOCK: 32 elements, or eight 16-byte fp32 packs, per thread
+LANES = tl.constexpr(128)  # threads of a program: what is loaded by LANES is loaded once
+BYTES = tl.constexpr(4)  # type code of a run that is copied unchanged
+
+
+@triton.jit
+def _pick(values, index, wanted):
+    """One element of a vector as a scalar."""
+    return tl.sum(tl.where(index == wanted, values, tl.zeros_like(values)))
+
+
+@triton.jit
+def _pointer(address, CODE: tl.constexpr):
+    if CODE == 0:
+        return address.to(tl.pointer_type(tl.float32))
+    elif CODE == 1:
+        return address.to(tl.pointer_type(tl.float64))
+    elif CODE == 2:
+        return address.to(tl.pointer_type(tl.bfloat16))
+    else:
+        return address.to(tl.pointer_type(tl.float16))
+
+
+@triton.jit
+def _weight(rules, lane, row, n):
+    """The source's weight in fp64; kinds and columns as in csrc/update.h."""
+    kind = _pick(rules, lane, row * 8)
+    decay = _pick(rules, lane, row * 8 + 1)
+    min_decay = _pick(rules, lane, row * 8 + 2)
+    gamma = _pick(rules, lane, row * 8 + 3)
+    power = _pick(rules, lane, row * 8 + 4)
+    s = n.to(tl.float64) - _pick(rules, lane, row * 8 + 5)
+    one = tl.full([], 1.0, tl.float64)
+    weight = one / (n + 1).to(tl.float64)
+    if kind == 4.0:
+        weight = tl.where(n == 0, one, 0.0 * one)
+    elif kind > 0.0:
+        d = decay
+        if kind == 2.0:
+            d = 1.0 - tl.exp(-power * tl.log(1.0 + tl.maximum(s, one) / gamma))
+        elif kind == 3.0:
+            d = (1.0 + s) / (10.0 + s)
+        if kind >= 2.0:
+            d = tl.maximum(tl.minimum(d, decay), min_decay)
+        weight = tl.where(s <= 0.0, one, 1.0 - d)
+    return weight
+
+
+@triton.jit
+def _random16(seed, first, n, row, BLOCK: tl.constexpr):
+    """16 random bits for each of BLOCK elements from ``first``, a multiple of eight, on."""
+    group = first // 8 + tl.arange(0, BLOCK // 8).to(tl.int64)
+    zero = tl.zeros([BLOCK // 8], tl.uint32)
+    w0, w1, w2, w3 = tl.philox(
+        seed,
+        group.to(tl.uint32),
+        (group >> 32).to(tl.uint32),
+        zero + n.to(tl.uint32),
+        zero + row.to(tl.uint32),
+    )
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # in memory order w0, w1, w2, w3
+    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), [BLOCK])
+
+
+@triton.jit
+def _rows(
+    average_address,
+    row_bytes,
+    rows,
+    source_ptr,
+    place,
+    count,
+    copied,
+    state,
+    rules,
+    lane,
+    seed,
+    AVERAGE: tl.constexpr,
+    MATH: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    FULL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One run in every average. FULL: all of BLOCK, both sides aligned to 16 bytes."""
+    element = tl.arange(0, BLOCK)
+    if FULL:
+        # Addresses from a table carry no alignment, so the compiler has to be told.
+        mask = None
+        source = tl.load(tl.multiple_of(source_ptr, 16) + element).to(MATH)
+    else:
+        mask = element < count
+        source = tl.load(source_ptr + element, mask=mask).to(MATH)
+    for row in range(rows):
+        n = _pick(state, lane, row)
+        weight64 = tl.full([], 1.0, tl.float64)
+        if copied == 0:
+            weight64 = _weight(rules, lane, row, n)
+        weight = weight64.to(MATH)
+        average_ptr = _pointer(average_address + row * row_bytes, AVERAGE)
+        average_ptr = tl.multiple_of(average_ptr, 16)
+        if weight64 == 1.0:
+            updated = source
+        else:
+            average = tl.load(average_ptr + element, mask=mask).to(MATH)
+            # As torch.lerp: the form with the smaller error on each side of 1/2.
+            near = tl.fma(tl.zeros_like(source) + weight, source - average, average)
+            far = tl.fma(tl.zeros_like(source) + (weight - 1.0), source - average, source)
+            updated = tl.where(weight < 0.5, near, far)
+        # Loads and stores of an average are skipped where nothing moves.
+        if weight64 != 0.0:
+            if STOCHASTIC:
+                if copied == 0:
+                    bits = updated.to(tl.uint32, bitcast=True)
+                    random = _random16(seed, place, n, row, BLOCK)
+                    rounded = ((bits + random) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+                    special = (bits & 0x7F800000) == 0x7F800000
+                    nearest = updated.to(tl.bfloat16)
+                    tl.store(average_ptr + element, tl.where(special, nearest, rounded), mask=mask)
+                else:
+                    tl.store(average_ptr + element, updated.to(tl.bfloat16), mask=mask)
+            else:
+                tl.store(average_ptr + element, updated.to(average_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _copy_bytes(target_ptr, source_ptr, count, BLOCK: tl.constexpr):
+    """At most BLOCK bytes; the target is aligned to 16."""
+    if (source_ptr.to(tl.int64) | count) % 16 == 0:
+        words = tl.arange(0, BLOCK // 8)
+        wide_source = tl.multiple_of(source_ptr.to(tl.pointer_type(tl.int64)), 16)
+        wide_target = tl.multiple_of(target_ptr.to(tl.pointer_type(tl.int64)), 16)
+        inside = words < tl.multiple_of(count, 16) // 8
+        tl.store(wide_target + words, tl.load(wide_source + words, mask=inside), mask=inside)
+    else:
+        single = tl.arange(0, BLOCK)
+        mask = single < count
+        tl.store(target_ptr + single, tl.load(source_ptr + single, mask=mask), mask=mask)
+
+
+@triton.jit
+def _update_kernel(
+    bfloat16_ptr,  # the bfloat16 averages, from which places for the random bits are counted
+    rows,
+    table_ptr,  # int64 [runs, 4]
+    state_ptr,  # int64 [rows + 3]
+    rules_ptr,  # float64 [rows, 8]
+    seed: tl.int64,
+    PAIRS: tl.constexpr,  # bit 4 a + s: the table holds averages of type a with sources of type s
+    STOCHASTIC: tl.constexpr,
+    GUARD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    lane = tl.arange(0, LANES)
+    run = tl.program_id(0).to(tl.int64)
+    entry = tl.load(table_ptr + run * 4 + lane, mask=lane < 4, other=0)
+    # Without the ticket, which other programs are drawing from.
+    state = tl.load(state_ptr + lane, mask=(lane < rows + 3) & (lane != rows), other=0)
+    rules = tl.load(rules_ptr + lane, mask=lane < rows * 8, other=0.0)
+    address = _pick(entry, lane, 0)
+    average = _pick(entry, lane, 1)
+    row_bytes = _pick(entry, lane, 2)
+    packed = _pick(entry, lane, 3)
+    place = (average - bfloat16_ptr.to(tl.int64)) // 2
+    count = packed & 0xFFFFFFFF
+    pair = ((packed >> 32) & 0xFF) * 4 + ((packed >> 40) & 0xFF)
+    copied = (packed >> 48) & 1
+    skip = tl.full([], 0, tl.int64)
+    if GUARD:
+        skip = _pick(state, lane, rows + 1)
+
+    if skip == 0:
+        if pair == BYTES * 4 + BYTES:
+            source_bytes = address.to(tl.pointer_type(tl.uint8))
+            for row in range(rows):
+                target_bytes = (average + row * row_bytes).to(tl.pointer_type(tl.uint8))
+                _copy_bytes(target_bytes, source_bytes, count, BLOCK)
+        for candidate in tl.static_range(16):
+            # Nested, because the outer one is decided at compile time.
+            if (PAIRS >> candidate) & 1:  # noqa: SIM102
+                if pair == candidate:
+                    AVERAGE: tl.constexpr = candidate // 4
+                    SOURCE: tl.constexpr = candidate % 4
+                    MATH: tl.constexpr = tl.float64 if AVERAGE == 1 or SOURCE == 1 else tl.float32
+                    ROUND: tl.constexpr = STOCHASTIC and AVERAGE == 2 and SOURCE != 1
+                    source_ptr = _pointer(address, SOURCE)
+                    if (count == BLOCK) & (address % 16 == 0):
+                        _rows(
+                            average, row_bytes, rows, source_ptr, place, count, copied,
+                            state, rules, lane, seed, AVERAGE, MATH, ROUND, True, BLOCK,
+                        )  # fmt: skip
+                    else:
+                        _rows(
+                            average, row_bytes, rows, source_ptr, place, count, copied,
+                            state, rules, lane, seed, AVERAGE, MATH, ROUND, False, BLOCK,
+                        )  # fmt: skip
+
+    # The counters were read above, so this program may draw its ticket.
+    drawn = tl.atomic_add(state_ptr + rows, 1)
+    if drawn == tl.num_programs(0) - 1:
+        advanced = tl.where(lane < rows, state + 1, 0)
+        if skip != 0:
+            advanced = tl.where(lane < rows, state, 0)
+        skipped = tl.where(skip != 0, state + 1, state)
+        advanced = tl.where(lane == rows + 2, skipped, advanced)
+        tl.store(state_ptr + lane, advanced, mask=lane < rows + 3)
+
+
+@triton.jit
+def _guard_kernel(table_ptr, flag_ptr, BLOCK: tl.constexpr):
+    """Sets the flag if an averaged source holds an infinity or NaN."""
+    lane = tl.arange(0, LANES)
+    run = tl.program_id(0).to(tl.int64)
+    entry = tl.load(table_ptr + run * 4 + lane, mask=lane < 4, other=0)
+    address = _pick(entry, lane, 0)
+    packed = _pick(entry, lane, 3)
+    code = (packed >> 40) & 0xFF
+    element = tl.arange(0, BLOCK)
+    mask = element < (packed & 0xFFFFFFFF)
+    found = tl.full([], 0, tl.int32)
+    if ((packed >> 48) & 1) == 0:
+        # The exponent's bits are all set for infinities and NaN, and only for them.
+        if code == 0:
+            bits = tl.load(address.to(tl.pointer_type(tl.int32)) + element, mask=mask, other=0)
+            found = tl.max(((bits & 0x7F800000) == 0x7F800000).to(tl.int32))
+        elif code == 1:
+            exponent = 0x7FF0000000000000
+            wide = tl.load(address.to(tl.pointer_type(tl.int64)) + element, mask=mask, other=0)
+            found = tl.max(((wide & exponent) == exponent).to(tl.int32))
+        elif code == 2:
+            half = tl.load(address.to(tl.pointer_type(tl.int16)) + element, mask=mask, other=0)
+            found = tl.max(((half & 0x7F80) == 0x7F80).to(tl.int32))
+        elif code == 3:
+            half = tl.load(address.to(tl.pointer_type(tl.int16)) + element, mask=mask, other=0)
+            found = tl.max(((half & 0x7C00) == 0x7C00).to(tl.int32))
+    if found != 0:
+        tl.atomic_xchg(flag_ptr, 1)
+
+
+@triton.jit
+def _exchange_kernel(table_ptr, row: tl.int64, BLOCK: tl.constexpr):
+    lane = tl.arange(0, LANES)
+    run = tl.program_id(0).to(tl.int64)
+    entry = tl.load(table_ptr + run * 4 + lane, mask=lane < 4, other=0)
+    address = _pick(entry, lane, 0)
+    average = _pick(entry, lane, 1) + row * _pick(entry, lane, 2)
+    packed = _pick(entry, lane, 3)
+    code = (packed >> 40) & 0xFF
+    size = tl.where(code == 1, 8, tl.where(code == 0, 4, tl.where(code == BYTES, 1, 2)))
+    count = (packed & 0xFFFFFFFF) * size
+    source_ptr = address.to(tl.pointer_type(tl.uint8))
+    average_ptr = average.to(tl.pointer_type(tl.uint8))
+    for start in range(0, count, BLOCK):
+        left = average_ptr + start
+        right = source_ptr + start
+        rest = count - start
+        if (address % 16 == 0) & (rest >= BLOCK):
+            words = tl.arange(0, BLOCK // 8)
+            wide_left = tl.multiple_of(left.to(tl.pointer_type(tl.int64)), 16) + words
+            wide_right = tl.multiple_of(right.to(tl.pointer_type(tl.int64)), 16) + words
+            kept = tl.load(wide_left)
+            tl.store(wide_left, tl.load(wide_right))
+            tl.store(wide_right, kept)
+        else:
+            single = tl.arange(0, BLOCK)
+            mask = single < rest
+            narrow = tl.load(left + single, mask=mask)
+            tl.store(left + single, tl.load(right + single, mask=mask), mask=mask)
+            tl.store(right + single, narrow, mask=mask)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def update_(
+    averages: list[Tensor],
+    state: Tensor,
+    rules: Tensor,
+    table: Tensor,
+    pairs: int,
+    seed: int | None,
+    guard: bool,
+) -> None:
+    """See :func:`swa_fast._ops.update_`."""
+    rows = averages[0].shape[0]
+    bfloat16 = next((a for a in averages if a.dtype == torch.bfloat16), averages[0])
+    with _on(table.device):
+        if guard:
+            _guard_kernel[(len(table),)](table, state[rows + 1 :], BLOCK, num_warps=NUM_WARPS)
+        _update_kernel[(len(table),)](
+            bfloat16,
+            rows,
+            table,
+            state,
+            rules,
+            0 if seed is None else seed,
+            PAIRS=pairs,
+            STOCHASTIC=seed is not None,
+            GUARD=guard,
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+        )
+
+
+def exchange_(table: Tensor, row: int) -> None:
+    """See :func:`swa_fast._ops.exchange_`."""
+    with _on(table.device):
+        _exchange_kernel[(len(table),)](table, row, BLOCK, num_warps=NUM_WARPS)
