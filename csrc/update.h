@@ -18,7 +18,9 @@ struct alignas(32) Run {
   const void* source;
   char* average;      // of row 0
   int64_t row_bytes;  // from one average to the next
-  int64_t packed;     // bits 0-31 elements, 32-39 average type, 40-47 source type, 48 copied always
+  // Bits 0-31 elements, 32-39 average type, 40-47 source type, 48 copied always, and from 49 on the
+  // index of the tensor of averages, which only the reference needs.
+  int64_t packed;
 
   C10_HOST_DEVICE int64_t count() const { return packed & 0xffffffff; }
   C10_HOST_DEVICE int average_type() const { return (packed >> 32) & 0xff; }

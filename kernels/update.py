@@ -77,7 +77,7 @@ def _random16(seed, first, n, row, BLOCK: tl.constexpr):
         group.to(tl.uint32),
         (group >> 32).to(tl.uint32),
         zero + n.to(tl.uint32),
-        zero + row.to(tl.uint32),
+        (zero + row).to(tl.uint32),
     )
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # in memory order w0, w1, w2, w3
     return tl.reshape(tl.join(words & 0xFFFF, words >> 16), [BLOCK])

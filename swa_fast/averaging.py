@@ -287,23 +287,45 @@ class _Exchange:
     def __init__(self, groups: Sequence[_Group], row: int) -> None:
         self._groups = groups
         self._row = row
-        self._kept: list[list[tuple[int, Tensor]]] = []
+        self._applied_to: list[Tensor] = []
+        self._kept: list[dict[int, Tensor]] = []
+        # Tensors over memory that another one exchanges already are in neither.
+        self._exchanged: list[frozenset[int]] = []
 
     def apply(self, tensors: Sequence[Tensor]) -> None:
+        self._applied_to = list(tensors)
         for group in self._groups:
             rest = group.flat.exchange(self._row, group.sources_of(tensors))
             # Of another dtype or device: exchanged through a copy, because the average could not
             # hold the live values without a loss, or the other way round.
-            self._kept.append([(i, source.clone()) for i, source in rest])
+            self._exchanged.append(group.flat.exchanged)
+            self._kept.append({i: source.clone() for i, source in rest})
             for i, source in rest:
                 source.copy_(group.flat.view(self._row, i))
 
-    def restore(self, tensors: Sequence[Tensor]) -> None:
+    def restore(self) -> None:
+        """Undoes :meth:`apply` between the same tensors."""
         for group, kept in zip(self._groups, self._kept, strict=True):
-            sources = group.sources_of(tensors)
+            sources = group.sources_of(self._applied_to)
             group.flat.exchange(self._row, sources)
-            for i, live in kept:
+            for i, live in kept.items():
                 sources[i].copy_(live)
+
+    def restore_into(self, tensors: Sequence[Tensor]) -> None:
+        """Undoes :meth:`apply` tensor by tensor: the averages come back from the tensors that got
+        them, wherever these lie now, and the live values go into ``tensors``."""
+        for at, (group, kept) in enumerate(zip(self._groups, self._kept, strict=True)):
+            pairs = zip(
+                group.sources_of(self._applied_to), group.sources_of(tensors), strict=True
+            )
+            for i, (holder, target) in enumerate(pairs):
+                if i in kept:
+                    target.copy_(kept[i])
+                elif i in self._exchanged[at]:
+                    view = group.flat.view(self._row, i)
+                    live = view.clone()
+                    view.copy_(holder)
+                    target.copy_(live)
 
 
 class Averager:
@@ -753,11 +775,18 @@ class Averager:
             yield
         finally:
             written = versions != [rows._version for rows in self._rows]
-            with torch.no_grad():
-                if not self._watch.holds():
-                    self._rebind()
-                exchange.restore(self._sources)
             self._applied = None
+            with torch.no_grad():
+                if self._watch.holds():
+                    exchange.restore()
+                else:
+                    tensors = self._sources
+                    try:
+                        self._rebind()
+                        tensors = self._sources
+                    finally:
+                        # A model that no longer fits gets its weights back all the same.
+                        exchange.restore_into(tensors)
         if written:
             raise RuntimeError(
                 f"applied: an average was written while {name!r} was applied; where that was "
@@ -1125,12 +1154,18 @@ class AveragedModel(nn.Module):
             yield
         finally:
             written = versions != [tensor._version for tensor in storage.tensors]
-            with torch.no_grad():
-                if not binding.watch.holds():
-                    binding = self._bind(storage, model)
-                exchange.restore(binding.sources)
-            torch.autograd.graph.increment_version(storage.tensors)
             self._applied = False
+            with torch.no_grad():
+                if binding.watch.holds():
+                    exchange.restore()
+                else:
+                    tensors = binding.sources
+                    try:
+                        tensors = self._bind(storage, model).sources
+                    finally:
+                        # A model that no longer fits gets its weights back all the same.
+                        exchange.restore_into(tensors)
+            torch.autograd.graph.increment_version(storage.tensors)
         if written:
             raise RuntimeError(
                 "applied: the average was written while it was applied; the model's weights now "

@@ -91,9 +91,10 @@ class Watch:
         if self._extension is not None:
             held: bool = self._extension.unchanged(self._id, self._dictionaries)
             return held
+        # By identity, because tensors compare elementwise.
         return all(self._look(t) == tuple(facts) for t, *facts in self._facts) and all(
-            tuple(itertools.chain.from_iterable(d.items())) == items
-            and all(a is b for a, b in zip(d.values(), items[1::2], strict=True))
+            2 * len(d) == len(items)
+            and all(a is b for a, b in zip(itertools.chain.from_iterable(d.items()), items, strict=True))
             for d, items in self._dictionaries
         )
 
@@ -198,9 +199,11 @@ class FlatAverages:
         return None
 
     def _address(self, index: int) -> tuple[int, int]:
-        """Where slot ``index`` of row 0 lies, and how far it is to the next row, in bytes."""
+        """Where slot ``index`` of row 0 lies, and how far it is to the next row, in bytes. The
+        reference, which has no addresses, counts from the start of the row."""
         flat, size = self.flats[self.slots[index].dtype], self.slots[index].dtype.itemsize
-        return flat.data_ptr() + self.places[index] * size, flat.stride(0) * size
+        start = 0 if self.backend == "reference" else flat.data_ptr()
+        return start + self.places[index] * size, flat.stride(0) * size
 
     def bind(self, sources: Sequence[Tensor]) -> None:
         """Reads from ``sources`` from now on, one for each slot and of its shape.
@@ -219,7 +222,7 @@ class FlatAverages:
         self.rules = self._host_rules.to(self.device if self.backend == "triton" else "cpu")
         runs, staged = [], []
         exchanged: list[tuple[int, Tensor]] = []
-        self._exchanged: set[int] = set()
+        in_place: set[int] = set()
         addresses: set[int] = set()
         for index, (slot, source) in enumerate(zip(self.slots, sources, strict=True)):
             source = source.detach()
@@ -248,7 +251,7 @@ class FlatAverages:
                 staged.append((copy, source))
                 source = copy
             elif same:
-                self._exchanged.add(index)
+                in_place.add(index)
                 # Two parameters over the same memory must not be exchanged twice.
                 if source.data_ptr() not in addresses:
                     exchanged.append((index, source))
@@ -256,6 +259,8 @@ class FlatAverages:
             runs.append((index, source))
         self._table, self._sources, self._pairs = self._build(runs)
         self._exchange_table, self._exchange_sources, _ = self._build(exchanged)
+        self.exchanged = frozenset(index for index, _ in exchanged)
+        self._in_place = frozenset(in_place)
         self._staged = staged
         self._keep = [source for _, source in runs]
 
@@ -282,9 +287,10 @@ class FlatAverages:
             if flat.numel() == 0:
                 continue
             packed = average_code << 32 | source_code << 40 | (0 if slot.averaged else _COPIED)
+            packed |= list(self.flats).index(slot.dtype) << 49
             columns.append(
                 (
-                    flat.data_ptr(),
+                    0 if self.backend == "reference" else flat.data_ptr(),
                     *self._address(index),
                     flat.numel(),
                     packed,
@@ -370,9 +376,9 @@ class FlatAverages:
             _ops.exchange_(
                 self.backend, self.rows, self._exchange_sources, self._exchange_table, row
             )
-        done = [s for i, s in enumerate(sources) if i in self._exchanged]
+        done = [s for i, s in enumerate(sources) if i in self._in_place]
         torch.autograd.graph.increment_version(done)
-        return [(i, s) for i, s in enumerate(sources) if i not in self._exchanged]
+        return [(i, s) for i, s in enumerate(sources) if i not in self._in_place]
 
     def averages(self, row: int) -> Mapping[str, Tensor]:
         """The tensors of average ``row`` by name."""

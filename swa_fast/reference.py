@@ -137,13 +137,10 @@ def _round_stochastically(x: Tensor, first: int, seed: int, n: Tensor, row: int)
 
 def _memory(averages: list[Tensor], row: int, run: list[int], count: int) -> Tensor:
     """What a run of ``count`` elements covers in average ``row``."""
-    _, address, row_bytes, packed = run
+    _, offset, _, packed = run
     dtype = _DTYPES[(packed >> 32) & 0xFF]
-    for flat in averages:
-        offset = address - flat.data_ptr()
-        if 0 <= offset < row_bytes == flat.stride(0) * flat.element_size():
-            return flat[row].view(torch.uint8)[offset : offset + count * dtype.itemsize].view(dtype)
-    raise AssertionError("a run outside the averages")
+    memory = averages[packed >> 49][row].view(torch.uint8)
+    return memory[offset : offset + count * dtype.itemsize].view(dtype)
 
 
 def update_(
@@ -158,11 +155,11 @@ def update_(
 ) -> None:
     r"""Every average of one device moves towards its sources, see :func:`swa_fast._ops.update_`.
 
-    Each run of the table is read from ``sources`` instead of from its address. The choices that
-    depend on counters and values are made on the device: the function never waits for it.
+    Each run of the table is read from ``sources`` instead of from an address, and its place in an
+    average is counted in bytes from the start of the row. The choices that depend on counters and
+    values are made on the device: the function never waits for it.
     """
     rows = averages[0].shape[0]
-    places = {a.dtype: a.data_ptr() for a in averages}
     runs = list(zip(table.tolist(), sources, strict=True))
     proceed = torch.ones((), dtype=torch.bool, device=state.device)
     if guard:
@@ -186,7 +183,7 @@ def update_(
             random = seed is not None and dtype == torch.bfloat16 and math == torch.float32
             if random and not copied:
                 assert seed is not None
-                place = (run[1] - places[dtype]) // dtype.itemsize
+                place = run[1] // dtype.itemsize
                 rounded = _round_stochastically(new, place, seed, state[row], row)
                 new = torch.where(weight == 0, memory, rounded)
             memory.copy_(torch.where(proceed, new.to(dtype), memory))

@@ -319,8 +319,11 @@ def test_changes_of_the_model_are_noticed(extension: bool, monkeypatch: pytest.M
         history.append({k: v.double() for k, v in snapshot(model).items() if v.is_floating_point()})
     for name in history[0]:
         if is_averaged(name, model.state_dict()[name], "copy"):
-            mean = torch.stack([h[name] for h in history]).mean(0)
-            torch.testing.assert_close(averager.averages["swa"][name].double(), mean)
+            values = torch.stack([h[name] for h in history])
+            # One fp32 rounding of weight, difference and result at each update.
+            allowed = len(history) * 2**-23 * values.abs().max().item() if values.numel() else 0
+            found = averager.averages["swa"][name].double()
+            torch.testing.assert_close(found, values.mean(0), rtol=0, atol=allowed)
 
 
 def test_misfits_are_named_together_and_nothing_is_written() -> None:
@@ -671,6 +674,27 @@ def test_the_model_may_be_moved_while_applied() -> None:
         assert torch.equal(tensor, live[name]), name
 
 
+def test_a_model_that_no_longer_fits_gets_its_weights_back() -> None:
+    model = Net()
+    averager = Averager(model, {"swa": SWA()})
+    averaged = swa_fast.AveragedModel(model)
+    for applied in (lambda: averager.applied("swa"), lambda: averaged.applied(model)):
+        averager.update()
+        averaged.update_parameters(model)
+        average = {k: v.clone() for k, v in averager.averages["swa"].items()}
+        step(model)
+        live = snapshot(model)
+        with pytest.raises(ValueError, match="extra: in the model, not in the average"), applied():
+            model.extra = nn.Parameter(torch.zeros(2))
+            model.frozen = nn.Parameter(torch.ones(4097))
+        del model.extra
+        for name, tensor in model.state_dict().items():
+            if name != "frozen":
+                assert torch.equal(tensor, live[name]), name
+            torch.testing.assert_close(averager.averages["swa"][name], average[name])
+            torch.testing.assert_close(averaged.module.state_dict()[name], average[name])
+
+
 def test_parameters_over_the_same_memory_are_exchanged_once() -> None:
     memory = torch.arange(6.0)
     sources = [memory, memory[:]]
@@ -883,8 +907,7 @@ def test_opcheck(backend: str, device: str, seed: int | None, guard: bool) -> No
     flat = averager._groups[0].flat
     update = getattr(torch.ops.swa_fast.update_, backend)
     arguments = (flat.rows, flat.state, flat.rules, flat._table, flat._sources, flat._pairs)
-    # The reference finds its runs by address, and the checks work on copies.
-    tests = ("test_schema", "test_faketensor") if backend != "reference" else ("test_faketensor",)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(update, (*arguments, seed, guard), test_utils=tests)
     exchange = getattr(torch.ops.swa_fast.exchange_, backend)
     torch.library.opcheck(
