@@ -23,6 +23,7 @@ __all__ = [
     "average_",
     "averagers",
     "exchange_",
+    "refresh_averager",
     "same_dense_layout",
     "update_",
     "update_averager",
@@ -45,7 +46,7 @@ _EXCHANGE_SCHEMA = "(Tensor(a!)[] averages, Tensor(b!)[] sources, Tensor table, 
 _library = torch.library.Library("swa_fast", "DEF")
 _library.define("watch(Tensor[] tensors) -> int")
 _library.define(
-    "update_averager(Tensor(a!)[] averages, Tensor(b!)[] states, Tensor[] sources, int handle) "
+    "update_averager(Tensor(a!)[] averages, Tensor(b!)[] states, Tensor[] sources, str handle) "
     "-> ()"
 )
 
@@ -128,19 +129,30 @@ for _name, (_schema, _fake, _by_reference, _by_triton) in _FAMILIES.items():
 
 
 class Updatable(Protocol):
-    """What :func:`update_averager` calls."""
+    """What traced code updates."""
 
-    def _update(self) -> None: ...
+    def _refresh(self) -> None: ...
+
+    def _update_with(
+        self, averages: list[Tensor], states: list[Tensor], sources: list[Tensor]
+    ) -> None: ...
 
 
-# Compiled code names an averager by its handle, an integer.
-averagers: weakref.WeakValueDictionary[int, Updatable] = weakref.WeakValueDictionary()
+# Compiled code names an averager by its handle: a string, because integers may become symbols.
+averagers: weakref.WeakValueDictionary[str, Updatable] = weakref.WeakValueDictionary()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def refresh_averager(handle: str) -> bool:
+    """Runs when an update is traced: the averager looks for what changed since its last update."""
+    averagers[handle]._refresh()
+    return True
 
 
 def _update_averager(
-    averages: list[Tensor], states: list[Tensor], sources: list[Tensor], handle: int
+    averages: list[Tensor], states: list[Tensor], sources: list[Tensor], handle: str
 ) -> None:
-    averagers[handle]._update()
+    averagers[handle]._update_with(averages, states, sources)
 
 
 _library.impl("update_averager", _update_averager, "CompositeExplicitAutograd")
@@ -150,10 +162,10 @@ torch.library.register_fake(
 
 
 def update_averager(
-    averages: list[Tensor], states: list[Tensor], sources: list[Tensor], handle: int
+    averages: list[Tensor], states: list[Tensor], sources: list[Tensor], handle: str
 ) -> None:
-    """The update of a whole averager as one operator, for traced code: the arguments tell the
-    tracer what is read and written, and ``handle`` which of :data:`averagers` does it."""
+    """The update of a whole averager as one operator, for traced code. A compiler may hand over
+    other memory than the averager's own: the operator reads and writes its arguments."""
     torch.ops.swa_fast.update_averager(averages, states, sources, handle)
 
 

@@ -281,6 +281,20 @@ class _Group:
         return [tensors[i] for i in self.members]
 
 
+def _update_with(
+    groups: Sequence[_Group],
+    averages: Sequence[Tensor],
+    states: Sequence[Tensor],
+    sources: Sequence[Tensor],
+) -> None:
+    """Updates every group, on given tensors: flat ones in the order of the groups, and sources in
+    the order of all tensors."""
+    rows = iter(averages)
+    for group, state in zip(groups, states, strict=True):
+        own = [next(rows) for _ in group.flat.rows]
+        group.flat.update_with(own, state, group.sources_of(sources))
+
+
 class _Exchange:
     """Live tensors and one average trade places, and back."""
 
@@ -505,7 +519,7 @@ class Averager:
         self._applied: str | None = None
         self._reported = 0
         self._seen = [self._mirror(group) for group in self._groups]
-        self._handle = id(self)
+        self._handle = str(id(self))
         _ops.averagers[self._handle] = self
 
     def _average_dtype(self, tensor: Tensor) -> torch.dtype:
@@ -623,12 +637,25 @@ class Averager:
         Nothing is written if it raises.
         """
         if torch.compiler.is_compiling():
+            _ops.refresh_averager(self._handle)
             _ops.update_averager(self._rows, self._states, self._sources, self._handle)
         else:
             self._update()
 
+    def _refresh(self) -> None:
+        if not self._watch.holds():
+            self._rebind()
+
+    def _update_with(
+        self, averages: list[Tensor], states: list[Tensor], sources: list[Tensor]
+    ) -> None:
+        self._update((averages, states, sources))
+
     @torch.no_grad()
-    def _update(self) -> None:
+    def _update(
+        self, given: tuple[list[Tensor], list[Tensor], list[Tensor]] | None = None
+    ) -> None:
+        """``given``: averages, states and sources to use instead of the averager's own."""
         if self._applied is not None:
             raise RuntimeError(
                 f"update: the average {self._applied!r} is applied, so the live weights are in its "
@@ -636,10 +663,12 @@ class Averager:
             )
         if self._on_nonfinite == "raise":
             self._raise_if_nonfinite()
-        if not self._watch.holds():
-            self._rebind()
-        for group in self._groups:
-            group.flat.update()
+        if given is None:
+            self._refresh()
+            for group in self._groups:
+                group.flat.update()
+        else:
+            _update_with(self._groups, *given)
         if self._on_nonfinite == "raise":
             for group, seen in zip(self._groups, self._seen, strict=True):
                 if seen.is_pinned():
@@ -965,6 +994,7 @@ class AveragedModel(nn.Module):
         self.backend = backend
         self._storage: _Storage | None = None
         self._binding: _Binding | None = None
+        self._handle = ""
         self._applied = False
         self._warn_of_stagnation()
         self._flatten()
@@ -1041,6 +1071,8 @@ class AveragedModel(nn.Module):
 
         binding = _Binding(weakref.ref(model, forget), storage, watch, sources)
         self._binding = binding
+        self._handle = str(id(self))
+        _ops.averagers[self._handle] = self
         return binding
 
     def _bound(self, model: nn.Module) -> _Binding:
@@ -1055,7 +1087,6 @@ class AveragedModel(nn.Module):
             binding = self._bind(storage, model)
         return binding
 
-    @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
         """Takes the model's current weights into the average.
 
@@ -1070,8 +1101,55 @@ class AveragedModel(nn.Module):
             TypeError: a dtype that the built-in rules do not average.
             RuntimeError: the average is applied to a model at the moment.
 
-        Nothing is written before everything has been checked.
+        Nothing is written before everything has been checked. Under ``torch.compile`` the model is
+        the one of the last update, of which there must have been one.
         """
+        if torch.compiler.is_compiling():
+            self._trace_update(model)
+        else:
+            self._update(model)
+
+    def _trace_update(self, model: nn.Module) -> None:
+        if self._binding is None or self._binding.model() is not model:
+            raise RuntimeError(
+                "update_parameters: run one update of this model before compiling it"
+            )
+        if _rule_of(self.multi_avg_fn or self.avg_fn) is None:
+            raise RuntimeError(
+                "update_parameters: a user's averaging function cannot be compiled; call this "
+                "outside of the compiled function"
+            )
+        _ops.refresh_averager(self._handle)
+        storage = self._binding.storage
+        with torch.no_grad():
+            for group in storage.groups:
+                if not storage.counting or group is not storage.counting[0]:
+                    group.flat.n_averaged.copy_(self.n_averaged)
+            _ops.update_averager(
+                [rows for group in storage.groups for rows in group.flat.rows],
+                [group.flat.state for group in storage.groups],
+                self._binding.sources,
+                self._handle,
+            )
+            if not storage.counting:
+                self.n_averaged.add_(1)
+
+    def _refresh(self) -> None:
+        model = None if self._binding is None else self._binding.model()
+        if model is not None:
+            self._bound(model)
+
+    def _update_with(
+        self, averages: list[Tensor], states: list[Tensor], sources: list[Tensor]
+    ) -> None:
+        assert self._binding is not None
+        storage = self._binding.storage
+        with torch.no_grad():
+            _update_with(storage.groups, averages, states, sources)
+        torch.autograd.graph.increment_version(storage.tensors)
+
+    @torch.no_grad()
+    def _update(self, model: nn.Module) -> None:
         if self._applied:
             raise RuntimeError(
                 "update_parameters: the average is applied, so live weights are in its place; "

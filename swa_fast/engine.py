@@ -9,6 +9,7 @@ and is rebuilt when a :class:`Watch` finds that one of them moved.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -242,14 +243,14 @@ class FlatAverages:
             )
             if not dense or not (same or slot.averaged or convertible):
                 # Brought to the average's device and layout by torch before each update.
-                copy = torch.empty_strided(
+                staging = torch.empty_strided(
                     slot.shape,
                     slot.stride,
                     dtype=source.dtype if slot.averaged or convertible else slot.dtype,
                     device=self.device,
                 )
-                staged.append((copy, source))
-                source = copy
+                staged.append((staging, source))
+                source = staging
             elif same:
                 in_place.add(index)
                 # Two parameters over the same memory must not be exchanged twice.
@@ -263,6 +264,7 @@ class FlatAverages:
         self._in_place = frozenset(in_place)
         self._staged = staged
         self._keep = [source for _, source in runs]
+        self._bound = list(sources)
 
     def _build(self, pairs: Sequence[tuple[int, Tensor]]) -> tuple[Tensor, list[Tensor], int]:
         """The table of runs, for the reference backend the runs' sources, and the bit mask of the
@@ -331,8 +333,8 @@ class FlatAverages:
 
     def update(self) -> None:
         """Takes the bound sources into every average."""
-        for copy, source in self._staged:
-            copy.copy_(source)
+        for staging, source in self._staged:
+            staging.copy_(source)
         for row, function in self.functions.items():
             self._call(row, function)
         if self._capturing():
@@ -352,6 +354,20 @@ class FlatAverages:
             )
         else:
             self.n_averaged.add_(1)
+
+    def update_with(self, rows: list[Tensor], state: Tensor, sources: Sequence[Tensor]) -> None:
+        """:meth:`update` on given tensors, which a compiler may have put in the place of this
+        object's own and of the bound sources."""
+        ours, theirs = [*self.rows, self.state, *self._bound], [*rows, state, *sources]
+        if all(a.data_ptr() == b.data_ptr() for a, b in zip(ours, theirs, strict=True)):
+            self.update()
+            return
+        other = copy.copy(self)
+        other.rows = rows
+        other.flats = dict(zip(self.flats, rows, strict=True))
+        other.state = state
+        other.bind(sources)
+        other.update()
 
     def _call(self, row: int, function: AveragingFunction) -> None:
         groups: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}

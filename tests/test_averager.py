@@ -782,14 +782,14 @@ def test_compiled_whole(backend: str, device: str) -> None:
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def train(x: Tensor) -> Tensor:
-        loss = model(x).square().mean()
         with torch.no_grad():
             for p in model.parameters():
-                p.mul_(0.9)
+                p.sub_(p.grad, alpha=0.1)
         averager.update()
         averaged.update_parameters(model)
-        return loss
+        return model(x).square().mean()
 
+    model(torch.randn(5, 4)).square().mean().backward()
     for _ in range(3):
         train(torch.randn(5, 4)).backward()
         history.append(model[0].weight.detach().clone())
