@@ -137,7 +137,9 @@ def check(name: str, model: nn.Module) -> None:
             exact[k] = torch.lerp(exact.get(k, p.detach().double()), p.detach().double(), weight)
     found = averages()
     for k, value in exact.items():
-        torch.testing.assert_close(found[k].double(), value, rtol=1e-5, atol=1e-6, msg=f"{name} {k}")
+        torch.testing.assert_close(
+            found[k].double(), value, rtol=1e-5, atol=1e-6, msg=f"{name} {k}"
+        )
 
 
 def available() -> list[str]:
@@ -190,7 +192,9 @@ def _facts() -> dict[str, Any]:
     }
 
 
-def rows_of(model_name: str, model: nn.Module, names: list[str], rounds: int) -> list[dict[str, Any]]:
+def rows_of(
+    model_name: str, model: nn.Module, names: list[str], rounds: int
+) -> list[dict[str, Any]]:
     """One row for each contender: quartiles in seconds, bytes moved at least, GB/s and ratios."""
     parameters = sum(p.numel() for p in model.parameters())
     size = sum(3 * p.numel() * p.element_size() for p in model.parameters())
@@ -215,8 +219,11 @@ def rows_of(model_name: str, model: nn.Module, names: list[str], rounds: int) ->
 
 def show(rows: list[dict[str, Any]]) -> None:
     ours = next((r["median"] for r in rows if r["contender"] == "Averager SWA"), None)
-    print(f"\n{rows[0]['model']}: {rows[0]['parameters']:,} parameters, {rows[0]['device']}, "
-          f"{rows[0]['threads']} threads, torch {rows[0]['torch']}, {rows[0]['rounds']} rounds")  # fmt: skip
+    r = rows[0]
+    print(
+        f"\n{r['model']}: {r['parameters']:,} parameters, {r['device']}, {r['threads']} threads, "
+        f"torch {r['torch']}, {r['rounds']} rounds"
+    )
     print(f"  {'':28}{'median':>11}  {'quartiles':>23} {'x lerp_flat':>12} {'x Averager':>11}")
     for r in rows:
         low, high = (1e3 * q for q in r["quartiles"])
@@ -235,7 +242,9 @@ def host_time(tensors: int = 494, rounds: int = 200) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=30, help="at least 20 (default: 30)")
     parser.add_argument("--growth", action="store_true")

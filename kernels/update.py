@@ -2,7 +2,7 @@
 
 Formula, rules and the table of runs: csrc/update.h. Layout: every run is consecutive in the source
 and in each average; a program serves one run of at most ``BLOCK`` elements. Bytes per element:
-sizeof(source) + 2 k sizeof(average), 4 + 8 k for k averages in fp32, plus 32 + 72 k for each
+sizeof(source) + 2 k sizeof(average), 4 + 8 k for k averages in fp32, plus 32 + 56 k for each
 program's entry, rules and counters; bound by memory bandwidth.
 
 One launch serves any number of tensors of any types and the counters too: the last program to
@@ -21,6 +21,7 @@ __all__ = ["exchange_", "update_"]
 BLOCK = 4096  # most elements of a run, as in swa_fast/engine.py
 NUM_WARPS = 4  # with BLOCK: 32 elements, or eight 16-byte fp32 packs, per thread
 LANES = tl.constexpr(128)  # threads of a program: what is loaded by LANES is loaded once
+TYPES = tl.constexpr((tl.float32, tl.float64, tl.bfloat16, tl.float16))  # by type code
 BYTES = tl.constexpr(4)  # type code of a run that is copied unchanged
 
 
@@ -28,18 +29,6 @@ BYTES = tl.constexpr(4)  # type code of a run that is copied unchanged
 def _pick(values, index, wanted):
     """One element of a vector as a scalar."""
     return tl.sum(tl.where(index == wanted, values, tl.zeros_like(values)))
-
-
-@triton.jit
-def _pointer(address, CODE: tl.constexpr):
-    if CODE == 0:
-        return address.to(tl.pointer_type(tl.float32))
-    elif CODE == 1:
-        return address.to(tl.pointer_type(tl.float64))
-    elif CODE == 2:
-        return address.to(tl.pointer_type(tl.bfloat16))
-    else:
-        return address.to(tl.pointer_type(tl.float16))
 
 
 @triton.jit
@@ -88,7 +77,7 @@ def _rows(
     average_address,
     row_bytes,
     rows,
-    source_ptr,
+    source_address,
     place,
     count,
     copied,
@@ -97,28 +86,37 @@ def _rows(
     lane,
     seed,
     AVERAGE: tl.constexpr,
+    SOURCE: tl.constexpr,
     MATH: tl.constexpr,
     STOCHASTIC: tl.constexpr,
-    FULL: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One run in every average. FULL: all of BLOCK, both sides aligned to 16 bytes."""
+    """One run in every average, of types AVERAGE and SOURCE. VECTOR: the source is aligned to 16
+    bytes, and ``count`` is a multiple of 16; the averages always are aligned."""
     element = tl.arange(0, BLOCK)
-    if FULL:
-        # Addresses from a table carry no alignment, so the compiler has to be told.
-        mask = None
-        source = tl.load(tl.multiple_of(source_ptr, 16) + element).to(MATH)
-    else:
-        mask = element < count
-        source = tl.load(source_ptr + element, mask=mask).to(MATH)
+    # The wider type fills 16 bytes, so that neighbouring threads touch neighbouring bytes in both.
+    SOURCE_WIDTH: tl.constexpr = SOURCE.primitive_bitwidth
+    AVERAGE_WIDTH: tl.constexpr = AVERAGE.primitive_bitwidth
+    WIDER: tl.constexpr = SOURCE_WIDTH if SOURCE_WIDTH > AVERAGE_WIDTH else AVERAGE_WIDTH
+    SOURCE_BYTES: tl.constexpr = 16 * SOURCE_WIDTH // WIDER
+    AVERAGE_BYTES: tl.constexpr = 16 * AVERAGE_WIDTH // WIDER
+    # Hints last only on what the function itself computes: those on its arguments, or on what
+    # another function returns, are lost when it is inlined, and with them the 16-byte accesses.
+    source_ptr = source_address.to(tl.pointer_type(SOURCE))
+    if VECTOR:
+        source_ptr = tl.multiple_of(source_ptr, SOURCE_BYTES)
+        count = count // 16 * 16
+    mask = element < count
+    source = tl.load(source_ptr + element, mask=mask).to(MATH)
     for row in range(rows):
         n = _pick(state, lane, row)
         weight64 = tl.full([], 1.0, tl.float64)
         if copied == 0:
             weight64 = _weight(rules, lane, row, n)
         weight = weight64.to(MATH)
-        average_ptr = _pointer(average_address + row * row_bytes, AVERAGE)
-        average_ptr = tl.multiple_of(average_ptr, 16)
+        average_ptr = (average_address + row * row_bytes).to(tl.pointer_type(AVERAGE))
+        average_ptr = tl.multiple_of(average_ptr, AVERAGE_BYTES)
         if weight64 == 1.0:
             updated = source
         else:
@@ -140,22 +138,25 @@ def _rows(
                 else:
                     tl.store(average_ptr + element, updated.to(tl.bfloat16), mask=mask)
             else:
-                tl.store(average_ptr + element, updated.to(average_ptr.dtype.element_ty), mask=mask)
+                tl.store(average_ptr + element, updated.to(AVERAGE), mask=mask)
 
 
 @triton.jit
-def _copy_bytes(target_ptr, source_ptr, count, BLOCK: tl.constexpr):
+def _copy_bytes(target_address, source_address, count, BLOCK: tl.constexpr):
     """At most BLOCK bytes; the target is aligned to 16."""
-    if (source_ptr.to(tl.int64) | count) % 16 == 0:
+    if (source_address | count) % 16 == 0:
         words = tl.arange(0, BLOCK // 8)
-        wide_source = tl.multiple_of(source_ptr.to(tl.pointer_type(tl.int64)), 16)
-        wide_target = tl.multiple_of(target_ptr.to(tl.pointer_type(tl.int64)), 16)
-        inside = words < tl.multiple_of(count, 16) // 8
+        wide_source = tl.multiple_of(source_address.to(tl.pointer_type(tl.int64)), 16)
+        wide_target = tl.multiple_of(target_address.to(tl.pointer_type(tl.int64)), 16)
+        inside = words < count // 16 * 2
         tl.store(wide_target + words, tl.load(wide_source + words, mask=inside), mask=inside)
     else:
-        single = tl.arange(0, BLOCK)
-        mask = single < count
-        tl.store(target_ptr + single, tl.load(source_ptr + single, mask=mask), mask=mask)
+        single = tl.arange(0, BLOCK // 4)  # of another shape, see the caller
+        for start in range(0, count, BLOCK // 4):
+            source_ptr = (source_address + start).to(tl.pointer_type(tl.uint8))
+            target_ptr = (target_address + start).to(tl.pointer_type(tl.uint8))
+            mask = single < count - start
+            tl.store(target_ptr + single, tl.load(source_ptr + single, mask=mask), mask=mask)
 
 
 @triton.jit
@@ -175,8 +176,11 @@ def _update_kernel(
     run = tl.program_id(0).to(tl.int64)
     entry = tl.load(table_ptr + run * 4 + lane, mask=lane < 4, other=0)
     # Without the ticket, which other programs are drawing from.
-    state = tl.load(state_ptr + lane, mask=(lane < rows + 3) & (lane != rows), other=0)
-    rules = tl.load(rules_ptr + lane, mask=lane < rows * 8, other=0.0)
+    counters = lane < rows
+    if GUARD:
+        counters = counters | ((lane > rows) & (lane < rows + 3))
+    state = tl.load(state_ptr + lane, mask=counters, other=0)
+    rules = tl.load(rules_ptr + lane, mask=(lane < rows * 8) & (lane % 8 < 6), other=0.0)
     address = _pick(entry, lane, 0)
     average = _pick(entry, lane, 1)
     row_bytes = _pick(entry, lane, 2)
@@ -191,39 +195,44 @@ def _update_kernel(
 
     if skip == 0:
         if pair == BYTES * 4 + BYTES:
-            source_bytes = address.to(tl.pointer_type(tl.uint8))
             for row in range(rows):
-                target_bytes = (average + row * row_bytes).to(tl.pointer_type(tl.uint8))
-                _copy_bytes(target_bytes, source_bytes, count, BLOCK)
+                _copy_bytes(average + row * row_bytes, address, count, BLOCK)
         for candidate in tl.static_range(16):
             # Nested, because the outer one is decided at compile time.
             if (PAIRS >> candidate) & 1:  # noqa: SIM102
                 if pair == candidate:
-                    AVERAGE: tl.constexpr = candidate // 4
-                    SOURCE: tl.constexpr = candidate % 4
-                    MATH: tl.constexpr = tl.float64 if AVERAGE == 1 or SOURCE == 1 else tl.float32
-                    ROUND: tl.constexpr = STOCHASTIC and AVERAGE == 2 and SOURCE != 1
-                    source_ptr = _pointer(address, SOURCE)
-                    if (count == BLOCK) & (address % 16 == 0):
+                    AVERAGE: tl.constexpr = TYPES[candidate // 4]
+                    SOURCE: tl.constexpr = TYPES[candidate % 4]
+                    MATH: tl.constexpr = (
+                        tl.float64 if candidate // 4 == 1 or candidate % 4 == 1 else tl.float32
+                    )
+                    ROUND: tl.constexpr = STOCHASTIC and candidate // 4 == 2 and candidate % 4 != 1
+                    if (address | count) % 16 == 0:
                         _rows(
-                            average, row_bytes, rows, source_ptr, place, count, copied,
-                            state, rules, lane, seed, AVERAGE, MATH, ROUND, True, BLOCK,
+                            average, row_bytes, rows, address, place, count, copied, state,
+                            rules, lane, seed, AVERAGE, SOURCE, MATH, ROUND, True, BLOCK,
                         )  # fmt: skip
                     else:
-                        _rows(
-                            average, row_bytes, rows, source_ptr, place, count, copied,
-                            state, rules, lane, seed, AVERAGE, MATH, ROUND, False, BLOCK,
-                        )  # fmt: skip
+                        # In pieces of another shape: the compiler gives tensors of one shape one
+                        # layout, and that of the 16-byte accesses would not coalesce here.
+                        for start in range(0, count, BLOCK // 2):
+                            _rows(
+                                average + start * (AVERAGE.primitive_bitwidth // 8), row_bytes,
+                                rows, address + start * (SOURCE.primitive_bitwidth // 8),
+                                place + start, count - start, copied, state, rules, lane, seed,
+                                AVERAGE, SOURCE, MATH, ROUND, False, BLOCK // 2,
+                            )  # fmt: skip
 
     # The counters were read above, so this program may draw its ticket.
     drawn = tl.atomic_add(state_ptr + rows, 1)
     if drawn == tl.num_programs(0) - 1:
         advanced = tl.where(lane < rows, state + 1, 0)
-        if skip != 0:
-            advanced = tl.where(lane < rows, state, 0)
-        skipped = tl.where(skip != 0, state + 1, state)
-        advanced = tl.where(lane == rows + 2, skipped, advanced)
-        tl.store(state_ptr + lane, advanced, mask=lane < rows + 3)
+        if GUARD:
+            if skip != 0:
+                advanced = tl.where(lane < rows, state, 0)
+            skipped = tl.where(skip != 0, state + 1, state)
+            advanced = tl.where(lane == rows + 2, skipped, advanced)
+        tl.store(state_ptr + lane, advanced, mask=counters | (lane == rows))
 
 
 @triton.jit

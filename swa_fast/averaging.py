@@ -329,9 +329,7 @@ class _Exchange:
         """Undoes :meth:`apply` tensor by tensor: the averages come back from the tensors that got
         them, wherever these lie now, and the live values go into ``tensors``."""
         for at, (group, kept) in enumerate(zip(self._groups, self._kept, strict=True)):
-            pairs = zip(
-                group.sources_of(self._applied_to), group.sources_of(tensors), strict=True
-            )
+            pairs = zip(group.sources_of(self._applied_to), group.sources_of(tensors), strict=True)
             for i, (holder, target) in enumerate(pairs):
                 if i in kept:
                     target.copy_(kept[i])
@@ -652,9 +650,7 @@ class Averager:
         self._update((averages, states, sources))
 
     @torch.no_grad()
-    def _update(
-        self, given: tuple[list[Tensor], list[Tensor], list[Tensor]] | None = None
-    ) -> None:
+    def _update(self, given: tuple[list[Tensor], list[Tensor], list[Tensor]] | None = None) -> None:
         """``given``: averages, states and sources to use instead of the averager's own."""
         if self._applied is not None:
             raise RuntimeError(

@@ -95,7 +95,9 @@ class Watch:
         # By identity, because tensors compare elementwise.
         return all(self._look(t) == tuple(facts) for t, *facts in self._facts) and all(
             2 * len(d) == len(items)
-            and all(a is b for a, b in zip(itertools.chain.from_iterable(d.items()), items, strict=True))
+            and all(
+                a is b for a, b in zip(itertools.chain.from_iterable(d.items()), items, strict=True)
+            )
             for d, items in self._dictionaries
         )
 
