@@ -155,15 +155,17 @@ def available() -> list[str]:
     return names
 
 
-def interleaved(updates: dict[str, Update], rounds: int) -> dict[str, list[float]]:
+def interleaved(updates: dict[str, Update], rounds: int, cold: bool) -> dict[str, list[float]]:
     """Seconds of each update in every round. All take turns within a round, so that a machine that
-    drifts favours none."""
-    for update in updates.values():
-        for _ in range(3):
-            update()
+    drifts favours none. A turn begins with an update that is not timed; ``cold`` then fills the
+    caches with other memory, as the steps of a training run do."""
+    other = torch.zeros(32 << 20)  # 128 MiB
     seconds: dict[str, list[float]] = {name: [] for name in updates}
     for _ in range(rounds):
         for name, update in updates.items():
+            update()
+            if cold:
+                other.add_(1)
             start = time.perf_counter()
             update()
             seconds[name].append(time.perf_counter() - start)
@@ -193,12 +195,13 @@ def _facts() -> dict[str, Any]:
 
 
 def rows_of(
-    model_name: str, model: nn.Module, names: list[str], rounds: int
+    model_name: str, model: nn.Module, names: list[str], rounds: int, cold: bool
 ) -> list[dict[str, Any]]:
     """One row for each contender: quartiles in seconds, bytes moved at least, GB/s and ratios."""
     parameters = sum(p.numel() for p in model.parameters())
     size = sum(3 * p.numel() * p.element_size() for p in model.parameters())
-    seconds = interleaved({name: CONTENDERS[name][0](model)[0] for name in names}, rounds)
+    updates = {name: CONTENDERS[name][0](model)[0] for name in names}
+    seconds = interleaved(updates, rounds, cold)
     rows = []
     for name, times in seconds.items():
         low, median, high = statistics.quantiles(times, n=4)
@@ -209,7 +212,8 @@ def rows_of(
         rows.append(
             {
                 "op": "update", "contender": name, "model": model_name, "dtype": "float32",
-                "parameters": parameters, "rounds": rounds, "median": median,
+                "parameters": parameters, "cache": "cold" if cold else "warm", "rounds": rounds,
+                "median": median,
                 "quartiles": [low, high], "bytes": size, "GB/s": size / median / 1e9,
                 "times_lerp_flat": limit, **_facts(),
             }
@@ -222,7 +226,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     r = rows[0]
     print(
         f"\n{r['model']}: {r['parameters']:,} parameters, {r['device']}, {r['threads']} threads, "
-        f"torch {r['torch']}, {r['rounds']} rounds"
+        f"torch {r['torch']}, {r['rounds']} rounds, {r['cache']} caches"
     )
     print(f"  {'':28}{'median':>11}  {'quartiles':>23} {'x lerp_flat':>12} {'x Averager':>11}")
     for r in rows:
@@ -238,7 +242,7 @@ def host_time(tensors: int = 494, rounds: int = 200) -> float:
     """Median seconds of an update of ``tensors`` unchanged one-element tensors: what the host does
     whatever their size."""
     update = Averager([torch.randn(1) for _ in range(tensors)], {"swa": SWA()}).update
-    return statistics.median(interleaved({"update": update}, rounds)["update"])
+    return statistics.median(interleaved({"update": update}, rounds, cold=False)["update"])
 
 
 def main() -> None:
@@ -247,6 +251,9 @@ def main() -> None:
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=30, help="at least 20 (default: 30)")
+    parser.add_argument(
+        "--cold", action="store_true", help="fill the caches with other memory before every update"
+    )
     parser.add_argument("--growth", action="store_true")
     parser.add_argument("--json", type=Path, help="append rows to this file, one a line")
     options = parser.parse_args()
@@ -258,19 +265,19 @@ def main() -> None:
         for exponent in range(4, 9):
             rows.append(
                 rows_of(f"1 tensor, 10^{exponent}", tensors_of_equal_size(1, 10**exponent), names,
-                        options.rounds)
+                        options.rounds, options.cold)
             )  # fmt: skip
         for count in (1, 10, 100, 1000, 10_000):
             rows.append(
                 rows_of(f"{count} tensors", tensors_of_equal_size(count, 10**7), names,
-                        options.rounds)
+                        options.rounds, options.cold)
             )  # fmt: skip
     else:
         for name in options.models:
             model = MODELS[name]()
             for contender in names:
                 check(contender, model)
-            rows.append(rows_of(name, model, names, options.rounds))
+            rows.append(rows_of(name, model, names, options.rounds, options.cold))
     for table in rows:
         show(table)
     print(f"\nhost time of an update of 494 unchanged tensors: {1e6 * host_time():.1f} us")

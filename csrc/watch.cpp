@@ -7,6 +7,7 @@
 #include "watch.h"
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <unordered_map>
@@ -16,35 +17,68 @@
 namespace swa_fast {
 namespace {
 
-struct Facts {
-  Tensor tensor;
-  const void* data;
-  ScalarType type;
-  std::vector<int64_t> geometry;  // sizes, then strides
+constexpr int64_t kGrain = 256;  // tensors below which a second thread does not pay
 
-  explicit Facts(const Tensor& t) : tensor(t), data(t.const_data_ptr()), type(t.scalar_type()) {
-    const auto sizes = t.sizes(), strides = t.strides();
-    geometry.assign(sizes.begin(), sizes.end());
-    geometry.insert(geometry.end(), strides.begin(), strides.end());
+// Tensors and what they were, in the order in which a check reads it: where thousands of small
+// tensors are watched, most of its time is waiting for memory.
+class Facts {
+ public:
+  explicit Facts(const std::vector<Tensor>& tensors) {
+    for (const Tensor& tensor : tensors) {
+      const auto sizes = tensor.sizes(), strides = tensor.strides();
+      facts_.push_back({tensor, tensor.const_data_ptr(), tensor.scalar_type(),
+                        static_cast<int64_t>(sizes.size()), geometry_.size()});
+      geometry_.insert(geometry_.end(), sizes.begin(), sizes.end());
+      geometry_.insert(geometry_.end(), strides.begin(), strides.end());
+    }
   }
 
   bool hold() const {
-    if (tensor.const_data_ptr() != data || tensor.scalar_type() != type) return false;
-    const auto sizes = tensor.sizes(), strides = tensor.strides();
-    return sizes.size() + strides.size() == geometry.size() &&
-           std::equal(sizes.begin(), sizes.end(), geometry.begin()) &&
-           std::equal(strides.begin(), strides.end(), geometry.begin() + sizes.size());
+    std::atomic<bool> all{true};
+    const int64_t count = static_cast<int64_t>(facts_.size());
+    torch::stable::parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        if (!holds(facts_[i])) {
+          all = false;
+          return;
+        }
+      }
+    });
+    return all;
   }
+
+ private:
+  struct Fact {
+    Tensor tensor;
+    const void* data;
+    ScalarType type;
+    int64_t dim;
+    size_t geometry;  // place of the sizes, which the strides follow
+  };
+
+  bool holds(const Fact& fact) const {
+    if (fact.tensor.const_data_ptr() != fact.data || fact.tensor.scalar_type() != fact.type) {
+      return false;
+    }
+    const auto sizes = fact.tensor.sizes(), strides = fact.tensor.strides();
+    const int64_t* was = geometry_.data() + fact.geometry;
+    return static_cast<int64_t>(sizes.size()) == fact.dim &&
+           std::equal(sizes.begin(), sizes.end(), was) &&
+           std::equal(strides.begin(), strides.end(), was + fact.dim);
+  }
+
+  std::vector<Fact> facts_;
+  std::vector<int64_t> geometry_;  // sizes, then strides, of one tensor after the other
 };
 
-using Watch = std::shared_ptr<const std::vector<Facts>>;
+using Watch = std::shared_ptr<const Facts>;
 
 std::mutex mutex;
 std::unordered_map<int64_t, Watch> watches;
 int64_t last_watch = 0;
 
 int64_t watch(std::vector<Tensor> tensors) {
-  auto facts = std::make_shared<const std::vector<Facts>>(tensors.begin(), tensors.end());
+  auto facts = std::make_shared<const Facts>(tensors);
   const std::lock_guard<std::mutex> lock(mutex);
   watches.emplace(++last_watch, std::move(facts));
   return last_watch;
@@ -60,7 +94,7 @@ bool watched_tensors_hold(int64_t id) {
     if (found == watches.end()) return false;
     facts = found->second;
   }
-  return std::all_of(facts->begin(), facts->end(), [](const Facts& f) { return f.hold(); });
+  return facts->hold();
 }
 
 void forget_watch(int64_t id) {

@@ -79,6 +79,7 @@ class Watch:
         self._extension = _backends.cpu_library()
         if self._extension is not None:
             self._id = torch.ops.swa_fast.watch(list(tensors))
+            self._contents = self._extension.contents(self._dictionaries)
             weakref.finalize(self, self._extension.forget, self._id)
         else:
             self._facts = [(t, *self._look(t)) for t in tensors]
@@ -90,7 +91,7 @@ class Watch:
     def holds(self) -> bool:
         """True while nothing has changed."""
         if self._extension is not None:
-            held: bool = self._extension.unchanged(self._id, self._dictionaries)
+            held: bool = self._extension.unchanged(self._id, self._contents)
             return held
         # By identity, because tensors compare elementwise.
         return all(self._look(t) == tuple(facts) for t, *facts in self._facts) and all(
