@@ -442,10 +442,12 @@ class Averager:
         self._on_nonfinite = on_nonfinite
         self._dtype = dtype
         self._buffers = buffers
-        self._filter = re.compile(filter).search if isinstance(filter, str) else filter
-        if isinstance(filter, re.Pattern):
-            self._filter = filter.search
-        self._by_name_only = isinstance(filter, str | re.Pattern)
+        self._keeps: Callable[[str, Tensor], object] | None = None
+        if isinstance(filter, str | re.Pattern):
+            pattern = re.compile(filter)
+            self._keeps = lambda name, _: pattern.search(name)
+        elif filter is not None:
+            self._keeps = filter
         self._trainable_only = trainable_only
         self._device = None if device is None else torch.empty(0, device=device).device
         self._module: nn.Module | None = None
@@ -537,10 +539,8 @@ class Averager:
                 continue
             if parameter and self._trainable_only and not tensor.requires_grad:
                 continue
-            if self._filter is not None:
-                arguments = (name,) if self._by_name_only else (name, tensor)
-                if not self._filter(*arguments):  # type: ignore[call-arg, arg-type]
-                    continue
+            if self._keeps is not None and not self._keeps(name, tensor):
+                continue
             if name in names:
                 raise ValueError(f"params_or_module: found the name {name} twice")
             if id(tensor) not in index:
@@ -730,7 +730,7 @@ class Averager:
             )
         problems = []
         rules = {name: describe_rule(rule) for name, rule in self._rules.items()}
-        expected_settings = {"rules": rules, "rounding": self._rounding}
+        expected_settings: dict[str, Any] = {"rules": rules, "rounding": self._rounding}
         if self._rounding == "stochastic":
             expected_settings["seed"] = self._seed
         for key, expected in expected_settings.items():
@@ -833,9 +833,10 @@ class _Storage:
 
     def __init__(self, owner: AveragedModel, key: object) -> None:
         self.key = key
-        named = [("parameter", n, t) for n, t in owner.module.named_parameters()]
-        named += [("buffer", n, t) for n, t in owner.module.named_buffers()]
-        self.tensors = [tensor for _, _, tensor in named]
+        named: list[tuple[str, str, Tensor]] = []
+        named += (("parameter", n, t) for n, t in owner.module.named_parameters())
+        named += (("buffer", n, t) for n, t in owner.module.named_buffers())
+        self.tensors: list[Tensor] = [tensor for _, _, tensor in named]
         self.problem: Exception | None = None
         by_device: dict[torch.device, list[tuple[int, Slot]]] = {}
         for i, (kind, name, tensor) in enumerate(named):
@@ -1010,9 +1011,9 @@ class AveragedModel(nn.Module):
         return {**self.__dict__, "_storage": None, "_binding": None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AveragedModel:
-        result = super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._flatten()
-        return result
+        return self
 
     def _flatten(self) -> _Storage:
         """The storage, gathered anew if tensors were moved, replaced or retyped."""
@@ -1061,6 +1062,8 @@ class AveragedModel(nn.Module):
         this = weakref.ref(self)
 
         def forget(_: object) -> None:
+            for group in storage.groups:
+                group.flat.unbind()
             averaged = this()
             if averaged is not None:
                 averaged._binding = None

@@ -82,7 +82,7 @@ class Watch:
             self._contents = self._extension.contents(self._dictionaries)
             weakref.finalize(self, self._extension.forget, self._id)
         else:
-            self._facts = [(t, *self._look(t)) for t in tensors]
+            self._facts = [(t, self._look(t)) for t in tensors]
 
     @staticmethod
     def _look(tensor: Tensor) -> tuple[object, ...]:
@@ -94,7 +94,7 @@ class Watch:
             held: bool = self._extension.unchanged(self._id, self._contents)
             return held
         # By identity, because tensors compare elementwise.
-        return all(self._look(t) == tuple(facts) for t, *facts in self._facts) and all(
+        return all(self._look(t) == facts for t, facts in self._facts) and all(
             2 * len(d) == len(items)
             and all(
                 a is b for a, b in zip(itertools.chain.from_iterable(d.items()), items, strict=True)
@@ -267,7 +267,12 @@ class FlatAverages:
         self._in_place = frozenset(in_place)
         self._staged = staged
         self._keep = [source for _, source in runs]
-        self._bound = list(sources)
+        self._bound = [source.detach() for source in sources]
+
+    def unbind(self) -> None:
+        """Lets go of the sources; the next update needs others."""
+        self._keep, self._bound, self._sources, self._exchange_sources = [], [], [], []
+        self._staged = []
 
     def _build(self, pairs: Sequence[tuple[int, Tensor]]) -> tuple[Tensor, list[Tensor], int]:
         """The table of runs, for the reference backend the runs' sources, and the bit mask of the

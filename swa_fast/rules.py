@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -128,7 +127,7 @@ class EMA:
         if half_life is not None:
             if not half_life > 0:
                 raise ValueError(f"half_life: expected a number above 0, found {half_life}")
-            decay = math.exp2(-1.0 / half_life)
+            decay = 2.0 ** (-1.0 / half_life)
         assert decay is not None
         check_decay(decay)
         if isinstance(warmup, str):
