@@ -42,8 +42,8 @@ Update = Callable[[], object]
 Made = tuple[Update, Callable[[], dict[str, Tensor]]]
 
 
-def _averager(rules: dict[str, Any], model: nn.Module) -> Made:
-    averager = Averager(model, rules)
+def _averager(rules: dict[str, Any], model: nn.Module, buffers: str = "copy") -> Made:
+    averager = Averager(model, rules, buffers=buffers)
     return averager.update, lambda: averager.averages[next(iter(rules))]
 
 
@@ -92,6 +92,11 @@ CONTENDERS: dict[str, tuple[Callable[[nn.Module], Made], bool | None]] = {
     "lerp_flat": (_lerp_flat, None),
     "Averager SWA": (functools.partial(_averager, {"swa": SWA()}), True),
     "Averager EMA": (functools.partial(_averager, {"ema": EMA(DECAY)}), False),
+    # Like diffusers' EMAModel, which knows no buffers.
+    "Averager EMA, no buffers": (
+        functools.partial(_averager, {"ema": EMA(DECAY)}, buffers="skip"),
+        False,
+    ),
     "AveragedModel": (functools.partial(_module, swa_fast.AveragedModel), True),
     "torch AveragedModel": (functools.partial(_module, swa_utils.AveragedModel), True),
     "torch foreach SWA": (

@@ -430,6 +430,26 @@ def test_wrapped_models() -> None:
         averaged.update_parameters(wrapped)
 
 
+def test_a_model_in_distributed_data_parallel(tmp_path) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
+    try:
+        model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        averager = Averager(wrapped, {"swa": SWA()})
+        averaged = swa_fast.AveragedModel(wrapped, unwrap=True)
+        wrapped(torch.randn(4, 3)).sum().backward()
+        step(model)
+        averager.update()
+        averaged.update_parameters(wrapped)
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(averager.averages["swa"][name], tensor)
+            assert torch.equal(averaged.module.state_dict()[name], tensor)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @backends
 def test_a_user_s_function(backend: str, device: str) -> None:
     need(backend, device)

@@ -153,17 +153,21 @@ def test_library_that_does_not_load_says_why(copied: Path) -> None:
     assert "swa_fast._C does not load" in out and "built with torch 9.9" in out
 
 
-def test_example_of_the_readme_runs() -> None:
+def test_examples_of_the_readme_run(tmp_path, monkeypatch) -> None:
     if not (CHECKOUT / "README.md").exists():
         pytest.skip("no checkout")
+    monkeypatch.chdir(tmp_path)
     blocks = (CHECKOUT / "README.md").read_text().split("```python\n")[1:]
-    example = next(b.split("```")[0] for b in blocks if "import swa_fast" in b)
     scope: dict[str, object] = {}
-    exec(example, scope)
-    averaged = scope["averaged"]
+    for block in blocks:
+        if "import" in block:
+            exec(block.split("```")[0], scope)
+    averaged, averager = scope["averaged"], scope["averager"]
     assert isinstance(averaged, swa_fast.AveragedModel)
     assert averaged.n_averaged.item() == 10
     assert averaged.module[1].num_batches_tracked.item() == 10
+    assert isinstance(averager, swa_fast.Averager)
+    assert averager.n_averaged == {"swa": 10, "ema": 10}
 
 
 # --- setup.py, where there is a checkout ---------------------------------------------------------
