@@ -98,16 +98,16 @@ class BNReport:
 class _Options:
     """Arguments of :func:`update_bn`, checked."""
 
-    device: torch.device | None
-    estimator: str
-    unbiased: bool
-    max_batches: int | None
-    tolerance: float | None
-    call: Call | None
-    group: dist.ProcessGroup | None
-    progress: bool
-    backend: str | None
-    channels_last: bool
+    device: torch.device | None = None
+    estimator: str = "torch"
+    unbiased: bool = True
+    max_batches: int | None = None
+    tolerance: float | None = None
+    call: Call | None = None
+    group: dist.ProcessGroup | None = None
+    progress: bool = False
+    backend: str | None = None
+    channels_last: bool = False
     # For precise_bn: the whole batch is the model's input, and modes are left as they are.
     whole_batch: bool = False
     switch_mode: bool = True
@@ -181,6 +181,10 @@ def _unwrap(model: nn.Module) -> nn.Module:
         if inner is model:
             return model
         model = inner
+
+
+def _has_convolutions(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.Conv2d | nn.ConvTranspose2d) for module in model.modules())
 
 
 def _has_hooks(model: nn.Module) -> bool:
@@ -800,22 +804,24 @@ def _select(model: nn.Module) -> tuple[list[_Layer], tuple[str, ...]]:
     return layers, tuple(frozen)
 
 
-def _refusal(layers: Sequence[_Layer], options: _Options) -> Exception | None:
-    """Why layers that normalise by the batches of all ranks cannot be served."""
+def _refuse_shared(layers: Sequence[_Layer], options: _Options) -> None:
+    """
+    Raises:
+        ValueError: a layer that normalises by the batches of all ranks cannot be served.
+    """
     shared = next((layer for layer in layers if layer.synchronises), None)
     if shared is None:
-        return None
+        return
     if options.estimator != "torch" and options.group is None:
-        return ValueError(
+        raise ValueError(
             f"layer {shared.name}: SyncBatchNorm that normalises over several ranks needs group= "
             f"with estimator={options.estimator!r}: a rank alone does not know the others' samples"
         )
     if options.tolerance is not None:
-        return ValueError(
+        raise ValueError(
             f"layer {shared.name}: SyncBatchNorm that normalises over several ranks needs the same "
             "number of forwards on each, which tolerance= does not give"
         )
-    return None
 
 
 class _Loader:
@@ -949,6 +955,68 @@ def _write(
     torch._foreach_copy_(targets, values)
 
 
+def _prepare(
+    loader: Iterable[Any], model: nn.Module, options: _Options
+) -> tuple[_Pass | None, tuple[str, ...], _Loader | None]:
+    """Modes and layers, agreed upon by all ranks: the pass (None without layers), the frozen layers
+    and, if it had to be read, the loader."""
+    modes = [(module, module.training) for module in model.modules()]
+    group = options.group
+    source = None
+    problem: Exception | None = None
+    if any(isinstance(module, _BatchNorm) for module in model.modules()) and any(
+        is_lazy(t) for t in itertools.chain(model.parameters(), model.buffers())
+    ):
+        if group is None:
+            source = _Loader(loader, options)
+            _initialise_lazy(model, source, options)
+            for module, mode in modes:
+                module.training = mode
+        else:
+            problem = ValueError(
+                "group: expected an initialised model, found lazy modules; run a forward of it "
+                "first"
+            )
+    if options.switch_mode and not model.training:
+        model.train()
+    layers: list[_Layer] = []
+    frozen: tuple[str, ...] = ()
+    collector = None
+    if problem is None:
+        try:
+            layers, frozen = _select(model)
+            _refuse_shared(layers, options)
+            collector = _Pass(model, layers, options) if layers else None
+        except Exception as error:
+            problem = error
+    if group is not None:
+        _agree(group, layers, (options.estimator, options.unbiased), problem)
+    elif problem is not None:
+        raise problem
+    return collector, frozen, source
+
+
+def _used(collector: _Pass, accumulators: Sequence[Tensor], options: _Options) -> list[_Layer]:
+    """The layers that a forward has come by, in the order of the model.
+
+    Raises:
+        ValueError: the variance of one of them is not defined.
+    """
+    used = []
+    for part, merged in zip(collector.statistics, accumulators, strict=True):
+        for layer in part.layers:
+            start = layer.slice.start
+            if merged[_BATCHES, start] == 0:
+                continue
+            if options.unbiased and merged[_VALUES, start] < 2:
+                raise ValueError(
+                    f"layer {layer.name}: expected more than 1 value per channel in the whole "
+                    "pass, found 1"
+                )
+            used.append(layer)
+    return sorted(used, key=lambda layer: layer.index)
+
+
 def _reestimate(loader: Iterable[Any], wrapped: nn.Module, options: _Options) -> BNReport:
     started = time.perf_counter()
     model = _unwrap(wrapped)
@@ -961,75 +1029,46 @@ def _reestimate(loader: Iterable[Any], wrapped: nn.Module, options: _Options) ->
         eager = torch.compiler.set_stance("force_eager")
     try:
         with eager:
-            problem: Exception | None = None
-            source = None
-            if any(isinstance(module, _BatchNorm) for module in model.modules()) and any(
-                is_lazy(t) for t in itertools.chain(model.parameters(), model.buffers())
-            ):
-                if group is None:
-                    source = _Loader(loader, options)
-                    _initialise_lazy(model, source, options)
-                    for module, mode in modes:
-                        module.training = mode
-                else:
-                    problem = ValueError(
-                        "group: expected an initialised model, found lazy modules; run a forward "
-                        "of it first"
-                    )
-            if options.switch_mode and not model.training:
-                model.train()
-            layers, frozen = ([], ()) if problem else _select(model)
-            problem = problem or _refusal(layers, options)
-            if group is not None:
-                _agree(group, layers, (options.estimator, options.unbiased), problem)
-            elif problem is not None:
-                raise problem
-            if not layers:
-                if frozen:
-                    _log.warning(
-                        "update_bn: nothing to do: all %d BatchNorm layers are in eval mode inside "
-                        "a model in training mode, so they count as frozen",
-                        len(frozen),
-                    )
-                seconds = time.perf_counter() - started
-                return BNReport(
-                    options.estimator, "", 0, 0, (), (), frozen, None, None, None, seconds
-                )
-            collector = _Pass(model, layers, options)
-            try:
-                with collector.replaced_forwards(), _progress(loader, options) as step:
-                    _run(collector, source or _Loader(loader, options), options, step)
-            except Exception:
-                if group is not None:
-                    # The others wait for this rank.
-                    with contextlib.suppress(Exception):
-                        _together(collector, group, failed=True)
-                raise
-            statistics = collector.statistics
-            if group is None:
-                batches, samples = collector.batches, collector.samples
-                accumulators = [s.accumulators.cpu() for s in statistics]
-            else:
-                accumulators, batches, samples = _together(collector, group, failed=False)
-            if batches == 0:
-                raise ValueError(_EMPTY + ("" if group is None else " on all ranks"))
-            _check_finite(accumulators, statistics)
-            used = []
-            errors = []
-            for part, merged in zip(statistics, accumulators, strict=True):
-                here = [x for x in part.layers if merged[_BATCHES, x.slice.start] > 0]
-                errors.append(_errors(merged, part.estimator, _eps(part, merged.device)))
-                for layer in here:
-                    if options.unbiased and merged[_VALUES, layer.slice.start] < 2:
-                        raise ValueError(
-                            f"layer {layer.name}: expected more than 1 value per channel in the "
-                            "whole pass, found 1"
-                        )
-                used += here
-            _write(collector, accumulators, used, options)
+            collector, frozen, source = _prepare(loader, model, options)
+            if collector is not None:
+                try:
+                    with collector.replaced_forwards(), _progress(loader, options) as step:
+                        _run(collector, source or _Loader(loader, options), options, step)
+                except Exception:
+                    if group is not None:
+                        # The others wait for this rank.
+                        with contextlib.suppress(Exception):
+                            _together(collector, group, failed=True)
+                    raise
     finally:
         for module, mode in modes:
             module.training = mode
+    if collector is None:
+        if frozen:
+            _log.warning(
+                "update_bn: nothing to do: all %d BatchNorm layers are in eval mode inside a model "
+                "in training mode, so they count as frozen",
+                len(frozen),
+            )
+        seconds = time.perf_counter() - started
+        return BNReport(options.estimator, "", 0, 0, (), (), frozen, None, None, None, seconds)
+
+    statistics = collector.statistics
+    if group is None:
+        batches, samples = collector.batches, collector.samples
+        accumulators = [s.accumulators.cpu() for s in statistics]
+    else:
+        accumulators, batches, samples = _together(collector, group, failed=False)
+    if batches == 0:
+        raise ValueError(_EMPTY + ("" if group is None else " on all ranks"))
+    _check_finite(accumulators, statistics)
+    used = _used(collector, accumulators, options)
+    _write(collector, accumulators, used, options)
+
+    errors = [
+        _errors(merged, part.estimator, _eps(part, merged.device))
+        for part, merged in zip(statistics, accumulators, strict=True)
+    ]
     mean_error, var_error = torch.stack(errors).amax(0).tolist()
     converged = None
     if options.tolerance is not None:
@@ -1039,8 +1078,8 @@ def _reestimate(loader: Iterable[Any], wrapped: nn.Module, options: _Options) ->
         backend=", ".join(sorted({s.backend for s in statistics})),
         batches=batches,
         samples=samples,
-        layers=tuple(layer.name for layer in layers if layer in used),
-        unused=tuple(layer.name for layer in layers if layer not in used),
+        layers=tuple(layer.name for layer in used),
+        unused=tuple(layer.name for layer in collector.layers if layer not in used),
         frozen=frozen,
         mean_error=mean_error if math.isfinite(mean_error) else None,
         var_error=var_error if math.isfinite(var_error) else None,
@@ -1092,9 +1131,7 @@ def _checked(
         if first is not None and first.device.type != "cpu":
             device = first.device
     if channels_last is None:
-        channels_last = any(
-            isinstance(module, nn.Conv2d | nn.ConvTranspose2d) for module in model.modules()
-        )
+        channels_last = _has_convolutions(model)
     return _Options(
         device=device,
         estimator=estimator,

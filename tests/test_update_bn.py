@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import swa_utils
 
 import swa_fast
-from swa_fast import batch_norm
+from swa_fast import batch_norm, precise_bn
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 ESTIMATORS = ["torch", "weighted", "pooled"]
@@ -919,3 +919,52 @@ def test_model_without_batch_norm_does_not_read_the_loader() -> None:
     assert report.batches == 0 and report.layers == ()
     assert "no BatchNorm layers" in str(report)
     assert_same_state(model, before)
+
+
+# ----------------------------------------------------------------------------------- precise_bn
+
+
+def test_precise_bn_is_biased_pooled_and_leaves_modes() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2).eval(), nn.Dropout(0.5).eval())
+    batches = [torch.randn(n, 2) + n for n in (3, 4, 5, 9)]
+    assert precise_bn.get_bn_modules(model) == [model[0]]
+    report = precise_bn.update_bn_stats(model, batches, num_iters=3)
+    values = torch.cat(batches[:3]).double()
+    mean, variance = of_module(model[0])
+    torch.testing.assert_close(mean.double(), values.mean(0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(variance.double(), values.var(0, correction=0), rtol=1e-6, atol=0)
+    assert model[1].num_batches_tracked == 0 and report.frozen == ("1",)
+    assert [module.training for module in model] == [True, False, False]
+
+
+def test_precise_bn_hands_the_model_the_whole_batch() -> None:
+    class Takes(TakesDict):
+        def forward(self, batch: Any) -> Tensor:
+            return self.bn(batch[0])
+
+    model = Takes()
+    precise_bn.update_bn_stats(model, [(COLUMNS, 1)], num_iters=1)
+    assert model.bn.running_mean.tolist() == [2.0, 3.0]
+
+
+def test_precise_bn_refuses_a_short_loader() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    before = state(model)
+    with pytest.raises(AssertionError, match="num_iters = 3 batches, found 2"):
+        precise_bn.update_bn_stats(model, [COLUMNS] * 2, num_iters=3)
+    assert_same_state(model, before)
+    with pytest.raises(ValueError, match="num_iters: expected 1 or more"):
+        precise_bn.update_bn_stats(model, [COLUMNS], num_iters=0)
+    with pytest.raises(ValueError, match="progress: expected None or 'tqdm'"):
+        precise_bn.update_bn_stats(model, [COLUMNS], num_iters=1, progress="bar")
+
+
+def test_precise_bn_without_layers_in_training_mode_reads_nothing() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2)).eval()
+    assert precise_bn.get_bn_modules(model) == []
+    assert precise_bn.update_bn_stats(model, broken_loader()).batches == 0
+
+
+def test_precise_bn_shows_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    precise_bn.update_bn_stats(nn.BatchNorm1d(2), [COLUMNS] * 3, num_iters=2, progress="tqdm")
+    assert "2/2" in capsys.readouterr().err
