@@ -212,6 +212,7 @@ def extensions(info: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
             [
                 "csrc/module_cpu.cpp",
                 "csrc/average_cpu.cpp",
+                "csrc/batch_norm_cpu.cpp",
                 "csrc/update_cpu.cpp",
                 "csrc/watch.cpp",
             ],
