@@ -299,7 +299,8 @@ def _errors(accumulators: Tensor, estimator: str, eps: Tensor | float) -> Tensor
     # As in the layer's own denominator: a dead channel's error matters to nobody.
     variance = _variance(accumulators, estimator, unbiased=False) + eps
     scale = (batches * (batches - 1)).clamp(min=0).reciprocal()
-    errors = (accumulators[[_MEAN_M2, _VAR_M2]] * scale).sqrt()
+    errors = torch.stack([accumulators[_MEAN_M2], accumulators[_VAR_M2]])
+    errors = (errors * scale).sqrt()
     errors = errors / torch.stack([variance.sqrt(), variance])
     errors = torch.where(batches == 1, math.inf, errors)
     errors = torch.where(batches == 0, 0.0, errors)
