@@ -968,3 +968,76 @@ def test_precise_bn_without_layers_in_training_mode_reads_nothing() -> None:
 def test_precise_bn_shows_progress(capsys: pytest.CaptureFixture[str]) -> None:
     precise_bn.update_bn_stats(nn.BatchNorm1d(2), [COLUMNS] * 3, num_iters=2, progress="tqdm")
     assert "2/2" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------- counted on a GPU
+
+
+def counted(update: Callable[[Any, nn.Module], Any], model: nn.Module) -> tuple[Any, Any]:
+    """The simulator's counters when the loader has been read, and after the whole function."""
+    gpusim = pytest.importorskip("gpusim")
+    if not gpusim.active():
+        pytest.skip("counts of the simulated GPU")
+    batches = [torch.randn(4, 3, 8, 8) for _ in range(5)]
+    during: list[Any] = []
+
+    def loader() -> Iterator[Tensor]:
+        yield from batches
+        during.append(gpusim.counters())
+
+    gpusim.reset()
+    update(loader(), model)
+    return during[0], gpusim.counters()
+
+
+def launches(counters: Any, kernel: str) -> int:
+    return sum(c["launches"] for name, c in counters["kernels"].items() if kernel in name)
+
+
+@pytest.mark.gpu
+def test_pass_waits_for_nothing_and_merges_in_one_launch_per_batch() -> None:
+    """Five batches, four layers, the inputs coming from pageable memory."""
+
+    def make() -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3),
+            nn.BatchNorm2d(6), nn.ReLU(), nn.BatchNorm2d(6), nn.Flatten(1), nn.Linear(96, 5),
+            nn.BatchNorm1d(5),
+        ).cuda()  # fmt: skip
+
+    during, after = counted(lambda x, m: swa_utils.update_bn(x, m, "cuda"), make())
+    assert during["total"]["host_syncs"] == 25  # each layer and each copy of a batch
+    torchs_operators = during["total"]["aten_ops"]
+
+    during, after = counted(lambda x, m: swa_fast.update_bn(x, m, "cuda"), make())
+    assert during["total"]["host_syncs"] == 0
+    assert after["total"]["host_syncs"] == 1  # which has to be, to raise on NaN
+    assert launches(after, "merge") == 5
+    assert launches(after, "statistics") == 20
+    assert launches(after, "normalise") == 20 - 3  # not for the last layer, from batch 3 on
+    total = after["total"]["kernel_launches"] + after["total"]["aten_ops"]
+    assert after["total"]["kernel_launches"] == 5 + 20 + 17
+    assert total < torchs_operators
+    # Two ReLUs in the first batch, none later.
+    assert after["aten"]["aten::relu"] == 2
+
+    during, after = counted(lambda x, m: swa_fast.update_bn(x, m, "cuda", tolerance=1e-9), make())
+    assert during["total"]["host_syncs"] == 0 and after["total"]["host_syncs"] == 1
+
+
+@pytest.mark.gpu
+def test_tolerance_is_noticed_on_a_gpu() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(4)).cuda()
+    batches = [torch.randn(32, 4, device="cpu") for _ in range(20)]
+    report = swa_fast.update_bn(batches, model, "cuda", tolerance=0.2)
+    assert 4 <= report.batches < 20 and report.converged
+
+
+@pytest.mark.gpu
+def test_nan_on_a_gpu_restores_the_statistics() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4)).cuda()
+    before = state(model)
+    for arguments in ({}, {"tolerance": 0.1}):
+        with pytest.raises(FloatingPointError, match="layer 0"):
+            swa_fast.update_bn([torch.full((8, 4), math.nan)] * 9, model, "cuda", **arguments)
+        assert_same_state(model, before)
