@@ -62,65 +62,65 @@ struct BatchNormTraits {
 template <typename Traits>
 class Cursor {
  public:
-  __device__ __forceinline__ Cursor(const Geometry& g, int64_t tile, int64_t split) : g_(g) {
+  __device__ __forceinline__ Cursor(const Geometry& g, int64_t tile, int64_t split) {
     if constexpr (Traits::kRows) {
       const int lane = threadIdx.x & (g.lanes - 1);
-      const int64_t rows = kThreads / g.lanes;
+      step_ = kThreads / g.lanes;
       channel_ = (tile * g.lanes + lane) * Traits::kPack;
-      unit_ = split * rows * g.units_per_thread + threadIdx.x / g.lanes;
-      end_ = min(g.units, (split + 1) * rows * g.units_per_thread);
-      // Vectors are used where their size divides the number of channels.
-      if (channel_ >= g.shape.c) end_ = 0;
-      step_ = rows;
+      unit_ = split * step_ * g.units_per_thread + threadIdx.x / g.lanes;
+      // A tile may reach past the last channel; a unit does not.
+      end_ = channel_ < g.shape.c ? min(g.units, (split + 1) * step_ * g.units_per_thread) : 0;
+      offset_ = unit_ * g.shape.c + channel_;
+      stride_ = step_ * g.shape.c;
     } else {
-      channel_ = tile;
-      unit_ = split * kThreads * g.units_per_thread + threadIdx.x;
-      end_ = min(g.units, (split + 1) * kThreads * g.units_per_thread);
       step_ = kThreads;
-      if ((unit_ | g.run) >> 32 == 0) {  // a division of 64 bits is a hundred instructions
-        sample_ = static_cast<uint32_t>(unit_) / static_cast<uint32_t>(g.run);
-      } else {
-        sample_ = unit_ / g.run;
-      }
-      in_run_ = unit_ - sample_ * g.run;
+      channel_ = tile;
+      unit_ = split * step_ * g.units_per_thread + threadIdx.x;
+      end_ = min(g.units, (split + 1) * step_ * g.units_per_thread);
+      // A division of 64 bits is a hundred instructions.
+      const int64_t sample = (unit_ | g.run) >> 32 == 0
+                                 ? static_cast<uint32_t>(unit_) / static_cast<uint32_t>(g.run)
+                                 : unit_ / g.run;
+      const int64_t sample_stride = g.shape.c * g.shape.s;
+      in_run_ = unit_ - sample * g.run;
+      run_ = g.run;
+      step_in_run_ = g.step_in_run;
+      offset_ = sample * sample_stride + channel_ * g.shape.s + in_run_ * Traits::kPack;
+      stride_ = g.step_samples * sample_stride + g.step_in_run * Traits::kPack;
+      carry_ = sample_stride - g.shape.s;
     }
   }
 
   __device__ __forceinline__ bool inside() const { return unit_ < end_; }
   __device__ __forceinline__ int64_t channel() const { return channel_; }
-
-  __device__ __forceinline__ int64_t offset() const {
-    if constexpr (Traits::kRows) {
-      return unit_ * g_.shape.c + channel_;
-    } else {
-      return (sample_ * g_.shape.c + channel_) * g_.shape.s + in_run_ * Traits::kPack;
-    }
-  }
+  __device__ __forceinline__ int64_t offset() const { return offset_; }
 
   __device__ __forceinline__ void advance() {
     unit_ += step_;
+    offset_ += stride_;
     if constexpr (!Traits::kRows) {
-      sample_ += g_.step_samples;
-      in_run_ += g_.step_in_run;
-      if (in_run_ >= g_.run) {
-        in_run_ -= g_.run;
-        ++sample_;
+      in_run_ += step_in_run_;
+      if (in_run_ >= run_) {
+        in_run_ -= run_;
+        offset_ += carry_;
       }
     }
   }
 
  private:
-  const Geometry& g_;
-  int64_t channel_, unit_, end_, step_, sample_, in_run_;
+  int64_t channel_, unit_, end_, step_;
+  int64_t offset_, stride_;                     // in elements of the tensor
+  int64_t in_run_, run_, step_in_run_, carry_;  // contiguous only
 };
 
 // Up to kUnroll units, loaded before the first is used. Returns how many.
 template <typename Traits>
 __device__ __forceinline__ int load_units(const typename Traits::T* x, Cursor<Traits>& cursor,
-                                          typename Traits::Unit* units) {
+                                          typename Traits::Unit* units, int64_t* offsets) {
   int count = 0;
 #pragma unroll
   for (int u = 0; u < Traits::kUnroll; ++u) {
+    offsets[u] = cursor.offset();
     if (cursor.inside()) {
       units[u] = *reinterpret_cast<const typename Traits::Unit*>(x + cursor.offset());
       ++count;
@@ -128,6 +128,12 @@ __device__ __forceinline__ int load_units(const typename Traits::T* x, Cursor<Tr
     }
   }
   return count;
+}
+
+// Fused by name and not left to the compiler.
+__device__ __forceinline__ float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+__device__ __forceinline__ double multiply_add(double a, double b, double c) {
+  return fma(a, b, c);
 }
 
 // The pivots of a unit's channels, as channel_pivot, in loads of whole units.
@@ -170,7 +176,8 @@ __device__ __forceinline__ void sum_units(const typename Traits::T* x, Cursor<Tr
 #pragma unroll 1
     while (in_group < Traits::kGroupUnits && cursor.inside()) {
       typename Traits::Unit units[Traits::kUnroll];
-      const int count = load_units(x, cursor, units);
+      int64_t offsets[Traits::kUnroll];
+      const int count = load_units(x, cursor, units, offsets);
       if (in_group == 0) {
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) group_pivot[c] = Math(0);
@@ -192,7 +199,7 @@ __device__ __forceinline__ void sum_units(const typename Traits::T* x, Cursor<Tr
           for (int e = 0; e < Traits::kPack; ++e) {
             const Math d = static_cast<Math>(units[u].element[e]) - group_pivot[e % kColumns];
             s1[e] += d;
-            s2[e] += d * d;
+            s2[e] = multiply_add(d, d, s2[e]);
           }
         }
       }
@@ -333,8 +340,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll 1
   while (cursor.inside()) {
     typename Traits::Unit units[Traits::kUnroll];
-    Cursor<Traits> at = cursor;
-    const int count = load_units(x, cursor, units);
+    int64_t offsets[Traits::kUnroll];
+    const int count = load_units(x, cursor, units, offsets);
 #pragma unroll
     for (int u = 0; u < Traits::kUnroll; ++u) {
       if (u < count) {
@@ -342,11 +349,10 @@ __global__ void __launch_bounds__(kThreads)
         for (int e = 0; e < Traits::kPack; ++e) {
           const Coefficients<Math>& c = columns[e % Traits::kColumns];
           const Math d = static_cast<Math>(units[u].element[e]) - c.centre;
-          const Math value = d * c.scale + c.offset;
+          const Math value = multiply_add(d, c.scale, c.offset);
           units[u].element[e] = static_cast<T>(relu && value < Math(0) ? Math(0) : value);
         }
-        *reinterpret_cast<typename Traits::Unit*>(y + at.offset()) = units[u];
-        at.advance();
+        *reinterpret_cast<typename Traits::Unit*>(y + offsets[u]) = units[u];
       }
     }
   }
