@@ -9,8 +9,8 @@ backend is never silently another one. The C++ libraries only add implementation
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -162,7 +162,7 @@ def _merge_triton(accumulators: Tensor, batch: Tensor, estimator: int) -> None:
     batch_norm.merge_(accumulators, batch, estimator)
 
 
-_FAMILIES = {
+_FAMILIES: dict[str, tuple[str, Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
     "average_": (_AVERAGE_SCHEMA, _average_fake, reference.average_, _average_triton),
     "update_": (_UPDATE_SCHEMA, _update_fake, reference.update_, _update_triton),
     "exchange_": (_EXCHANGE_SCHEMA, _exchange_fake, reference.exchange_, _exchange_triton),
