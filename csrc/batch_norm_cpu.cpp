@@ -377,7 +377,7 @@ void collect_rows(const Input<T>& input, const Layer& layer, T* y) {
   const int64_t channels = shape.c, rows = shape.values();
   // Whole groups, and enough of them that a block's sums are small beside its input.
   const int64_t block =
-      std::max<int64_t>(2 * kGroup, ceil_div(kBlockElements / channels, kGroup) * kGroup);
+      std::max<int64_t>(kGroup, ceil_div(kBlockElements / channels, kGroup) * kGroup);
   const int64_t blocks = ceil_div(rows, block);
   const int64_t grain = std::max<int64_t>(1, kGrain / (block * channels));
   const auto rows_of = [&](int64_t b) { return std::min(block, rows - b * block); };

@@ -183,39 +183,39 @@ SWA_FAST_TARGET void normalise_run(const T* x, T* y, int64_t count,
   }
 }
 
-// The sums of every column of `rows` rows: first sums of all channels, then second ones, which are
-// overwritten. Eight rows at a time share one load and store of a column's sums, which live in the
-// first-level cache.
+// Adds to first and second of every whole vector of columns. Eight rows at a time share one load
+// and store of a column's sums, which live in the first-level cache; `work` holds 3 * channels.
 template <typename T>
-SWA_FAST_TARGET void sum_rows(const T* x, int64_t rows, int64_t channels,
-                              const double* channel_pivots, double* sums) {
-  using Math = statistics_t<T>;
-  using V = Vec<Math>;
+SWA_FAST_TARGET void sum_row_vectors(const T* x, int64_t rows, int64_t channels,
+                                     const double* channel_pivots, statistics_t<T>* work,
+                                     double* first, double* second) {
+  using V = Vec<statistics_t<T>>;
   using D = Vec<double>;
   using Register = typename V::Register;
   constexpr int64_t kRows = 8;
-  static_assert(kGroup % kRows == 0);
+  static_assert(kGroup % kRows == 0 && kPivot <= kRows);
   const int64_t full = channels - channels % V::kCount;
   const int64_t ahead = kRows * channels * static_cast<int64_t>(sizeof(T));
-  double* const first = sums;
-  double* const second = sums + channels;
-  std::fill(first, second + channels, 0.0);
-  std::vector<Math> work(3 * full);
-  Math* const pivots = work.data();
-  Math* const s1 = pivots + full;
-  Math* const s2 = s1 + full;
+  auto* const pivots = work;
+  auto* const s1 = pivots + channels;
+  auto* const s2 = s1 + channels;
   for (int64_t group = 0; group < rows; group += kGroup) {
     const int64_t in_group = std::min<int64_t>(kGroup, rows - group);
     for (int64_t row = 0; row < in_group; row += kRows) {
       const T* const at = x + (group + row) * channels;
       const int64_t now = std::min(kRows, in_group - row);
       for (int64_t i = 0; i < full; i += V::kCount) {
-        if (row == 0)
-          V::store(pivots + i, mean_of_rows<V>(at + i, std::min<int64_t>(now, kPivot), channels));
-        const Register zero = V::broadcast(0), pivot = V::load(pivots + i);
+        const Register zero = V::broadcast(0);
         // Two chains each, because additions take longer than loads.
-        Register a[2] = {row == 0 ? zero : V::load(s1 + i), zero};
-        Register b[2] = {row == 0 ? zero : V::load(s2 + i), zero};
+        Register pivot, a[2] = {zero, zero}, b[2] = {zero, zero};
+        if (row == 0) {
+          pivot = mean_of_rows<V>(at + i, std::min<int64_t>(in_group, kPivot), channels);
+          V::store(pivots + i, pivot);
+        } else {
+          pivot = V::load(pivots + i);
+          a[0] = V::load(s1 + i);
+          b[0] = V::load(s2 + i);
+        }
         if (now == kRows) {
           for (int64_t u = 0; u < kRows; ++u) {
             prefetch(at + u * channels + i, ahead);
@@ -247,6 +247,20 @@ SWA_FAST_TARGET void sum_rows(const T* x, int64_t rows, int64_t channels,
       }
     }
   }
+}
+
+// The sums of every column of `rows` rows: first sums of all channels, then second ones, which are
+// overwritten.
+template <typename T>
+SWA_FAST_TARGET void sum_rows(const T* x, int64_t rows, int64_t channels,
+                              const double* channel_pivots, double* sums) {
+  using Math = statistics_t<T>;
+  double* const first = sums;
+  double* const second = sums + channels;
+  std::fill(first, second + channels, 0.0);
+  std::vector<Math> work(3 * channels);
+  sum_row_vectors(x, rows, channels, channel_pivots, work.data(), first, second);
+  const int64_t full = channels - channels % Vec<Math>::kCount;
   for (int64_t row = 0; full < channels && row < rows; ++row) {
     for (int64_t i = full; i < channels; ++i) {
       const double d =
