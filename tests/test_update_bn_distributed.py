@@ -16,6 +16,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import swa_fast
+from swa_fast import batch_norm
 
 # Which batches each rank reads; the sizes of all batches.
 SIZES = (8, 8, 8, 5, 8, 3)
@@ -50,6 +51,19 @@ def results(rank: int, ranks: int) -> dict[str, Any]:
         found[estimator] = model.state_dict()
         found[estimator + " report"] = (report.batches, report.samples, report.mean_error)
     return found
+
+
+def shared_normalisation(rank: int, ranks: int) -> dict[str, Any]:
+    """Layers that are taken for synchronising ones, which themselves need GPUs: their own forward
+    runs, and their statistics are those of the rank's batches."""
+    original = batch_norm._synchronises
+    batch_norm._synchronises = lambda layer: True
+    try:
+        model = make_model()
+        swa_fast.update_bn(share(rank, ranks), model, estimator="pooled", group=True)
+    finally:
+        batch_norm._synchronises = original
+    return model.state_dict()
 
 
 def subgroup(rank: int, ranks: int) -> dict[str, Any]:
@@ -113,6 +127,7 @@ def worker(rank: int, ranks: int, folder: str) -> None:
     )
     try:
         found = results(rank, ranks)
+        found["shared"] = shared_normalisation(rank, ranks)
         found["alone"] = subgroup(rank, ranks) if ranks > 2 else refusals(rank, ranks)
         torch.save(found, Path(folder) / f"{rank}.pt")
     finally:
@@ -138,6 +153,8 @@ def test_same_as_one_process(found: list[dict[str, Any]]) -> None:
                 value = found[rank][estimator][key]
                 assert torch.equal(value, found[0][estimator][key]), (rank, key)
                 torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-7)
+            if estimator == "pooled":
+                torch.testing.assert_close(found[rank]["shared"], alone.state_dict())
             batches, samples, error = found[rank][estimator + " report"]
             assert (batches, samples) == (report.batches, report.samples) == (6, 40)
             assert error == pytest.approx(report.mean_error, rel=1e-6)
