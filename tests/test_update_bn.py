@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import copy
 import logging
 import math
@@ -724,6 +725,51 @@ def test_model_that_swallows_the_stop(reaction: str) -> None:
     swa_utils.update_bn(batches, theirs)
     for key, value in ours.state_dict().items():
         torch.testing.assert_close(value, theirs.state_dict()[key])
+
+
+class Libc:
+    """Records what malloc is told."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, int]] = []
+        self.trimmed = 0
+
+    def mallopt(self, parameter: int, value: int) -> int:
+        self.calls.append((parameter, value))
+        return 1
+
+    def malloc_trim(self, pad: int) -> int:
+        self.trimmed += 1
+        return 1
+
+
+@pytest.mark.parametrize("loader", ["fine", "broken"])
+def test_malloc_keeps_memory_for_the_time_of_the_pass(
+    loader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(batch_norm.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    libc = Libc()
+    monkeypatch.setattr(batch_norm.ctypes, "CDLL", lambda name: libc)
+    during: list[int] = []
+
+    def batches() -> Iterator[Tensor]:
+        during.append(len(libc.calls))
+        yield COLUMNS
+        if loader == "broken":
+            raise OSError("disk gone")
+
+    model = nn.BatchNorm1d(2)
+    with pytest.raises(OSError) if loader == "broken" else contextlib.nullcontext():
+        swa_fast.update_bn(batches(), model)
+    assert during == [2]
+    assert [parameter for parameter, _ in libc.calls] == [-4, -1, -4, -3, -1]
+    assert libc.calls[0] == (-4, 0) and libc.calls[2] == (-4, 65536) and libc.trimmed == 1
+
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
+    swa_fast.update_bn([COLUMNS], model)
+    assert len(libc.calls) == 5
 
 
 # -------------------------------------------------------------------------- how much of the loader
