@@ -212,6 +212,7 @@ def extensions(info: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
             [
                 "csrc/module_cpu.cpp",
                 "csrc/average_cpu.cpp",
+                "csrc/batch_norm_cpu.cpp",
                 "csrc/update_cpu.cpp",
                 "csrc/watch.cpp",
             ],
@@ -238,7 +239,12 @@ def extensions(info: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         cpp_extension.CUDA_HOME = str(toolkit)
         module = cpp_extension.CUDAExtension(
             "swa_fast._C_cuda",
-            ["csrc/module_cuda.cpp", "csrc/average_cuda.cu", "csrc/update_cuda.cu"],
+            [
+                "csrc/module_cuda.cpp",
+                "csrc/average_cuda.cu",
+                "csrc/batch_norm_cuda.cu",
+                "csrc/update_cuda.cu",
+            ],
             extra_compile_args={"cxx": cxx, "nvcc": nvcc},
             **common,
         )

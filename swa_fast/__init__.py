@@ -12,7 +12,7 @@ from .averaging import (
     get_swa_avg_fn,
     get_swa_multi_avg_fn,
 )
-from .batch_norm import update_bn
+from .batch_norm import BNReport, update_bn
 from .rules import EMA, SWA, Warmup
 from .schedules import SWALR
 
@@ -24,6 +24,7 @@ __all__ = [
     "SWALR",
     "AveragedModel",
     "Averager",
+    "BNReport",
     "BackendError",
     "Warmup",
     "choose_backend",

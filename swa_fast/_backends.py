@@ -87,6 +87,7 @@ def _triton_reason() -> str | None:
         return "triton is not installed: `pip install triton`"
     try:
         importlib.import_module("swa_fast.kernels.average")
+        importlib.import_module("swa_fast.kernels.batch_norm")
         importlib.import_module("swa_fast.kernels.update")
     except (ImportError, RuntimeError) as error:  # RuntimeError: triton without a usable driver
         return f"swa_fast.kernels does not load: {error}"

@@ -22,6 +22,9 @@ __all__ = [
     "Updatable",
     "average_",
     "averagers",
+    "batch_norm_collect",
+    "batch_norm_merge_",
+    "batch_norm_tickets",
     "exchange_",
     "refresh_averager",
     "same_dense_layout",
@@ -42,6 +45,12 @@ _UPDATE_SCHEMA = (
     "int pairs, int? seed, bool guard) -> ()"
 )
 _EXCHANGE_SCHEMA = "(Tensor(a!)[] averages, Tensor(b!)[] sources, Tensor table, int row) -> ()"
+
+_COLLECT_SCHEMA = (
+    "(Tensor x, Tensor? weight, Tensor? bias, float eps, bool relu, bool normalise, "
+    "Tensor(a!) batch, Tensor(b!)? tickets) -> Tensor"
+)
+_MERGE_SCHEMA = "(Tensor(a!) accumulators, Tensor(b!) batch, int estimator) -> ()"
 
 _library = torch.library.Library("swa_fast", "DEF")
 _library.define("watch(Tensor[] tensors) -> int")
@@ -113,10 +122,63 @@ def _exchange_triton(
     update.exchange_(table, row)
 
 
+def _collect_fake(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    relu: bool,
+    normalise: bool,
+    batch: Tensor,
+    tickets: Tensor | None,
+) -> Tensor:
+    torch._check(x.dim() >= 2 and batch.shape == (4, x.shape[1]))
+    torch._check(batch.dtype == torch.float64)
+    return torch.empty_like(x) if normalise else x.new_empty(0)
+
+
+def _collect_triton(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    relu: bool,
+    normalise: bool,
+    batch: Tensor,
+    tickets: Tensor | None,
+) -> Tensor:
+    from .kernels import batch_norm
+
+    return batch_norm.collect(x, weight, bias, eps, relu, normalise, batch, tickets)
+
+
+def _merge_fake(accumulators: Tensor, batch: Tensor, estimator: int) -> None:
+    torch._check(accumulators.dim() == 2 and accumulators.shape[0] == 9)
+    torch._check(batch.shape == (4, accumulators.shape[1]))
+
+
+def _merge_triton(accumulators: Tensor, batch: Tensor, estimator: int) -> None:
+    from .kernels import batch_norm
+
+    batch_norm.merge_(accumulators, batch, estimator)
+
+
 _FAMILIES: dict[str, tuple[str, Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
     "average_": (_AVERAGE_SCHEMA, _average_fake, reference.average_, _average_triton),
     "update_": (_UPDATE_SCHEMA, _update_fake, reference.update_, _update_triton),
     "exchange_": (_EXCHANGE_SCHEMA, _exchange_fake, reference.exchange_, _exchange_triton),
+    "batch_norm_collect": (
+        _COLLECT_SCHEMA,
+        _collect_fake,
+        reference.batch_norm_collect,
+        _collect_triton,
+    ),
+    "batch_norm_merge_": (
+        _MERGE_SCHEMA,
+        _merge_fake,
+        reference.batch_norm_merge_,
+        _merge_triton,
+    ),
 }
 for _name, (_schema, _fake, _by_reference, _by_triton) in _FAMILIES.items():
     for _backend in _backends.BACKENDS:
@@ -358,3 +420,192 @@ def average_(
         # The stable ABI has no version counter: without this, autograd would not notice that a
         # tensor it saved for backward has changed.
         torch.autograd.graph.increment_version(list(averages))
+
+
+_ESTIMATORS = ("torch", "weighted", "pooled")  # as numbered in csrc/batch_norm.h
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Contiguous, or contiguous with the channels (dimension 1) innermost."""
+    return x.is_contiguous() or x.movedim(1, -1).is_contiguous()
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _check_floating(tensor: Tensor, name: str) -> None:
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name}: expected layout torch.strided, found {tensor.layout}")
+    if tensor.dtype not in _AVERAGE_DTYPES:
+        expected = ", ".join(str(d).removeprefix("torch.") for d in AVERAGE_DTYPES)
+        raise TypeError(f"{name}: expected dtype {expected}, found {_dtype_name(tensor)}")
+
+
+def batch_norm_tickets(device: torch.device | str, channels: int) -> Tensor:
+    """What :func:`batch_norm_collect` counts finished blocks with: zeros before and after every
+    call. A pass makes one for all its layers and hands each the slice of its channels; layers that
+    may run at the same time must not share elements."""
+    return torch.zeros(channels, dtype=torch.int32, device=device)
+
+
+@torch.no_grad()
+def batch_norm_collect(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    batch: Tensor,
+    *,
+    relu: bool = False,
+    normalise: bool = True,
+    tickets: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor | None:
+    r"""BatchNorm in training mode that hands out its batch's statistics instead of a running
+    average of them. For each channel with :math:`m` values:
+
+    .. math::
+        \mu = \frac1m \sum x \qquad M_2 = \sum (x - \mu)^2 \qquad
+        y = \frac{x - \mu}{\sqrt{M_2 / m + \epsilon}}\,\gamma + \beta
+
+    and with ``relu`` :math:`\max(y, 0)`. One read of ``x`` for the statistics, one read and one
+    write for :math:`y`; at most two launches; the device is never waited for.
+
+    Args:
+        x: [N, C, ...] of float32, float64, bfloat16 or float16, not empty. Contiguous or
+            channels-last as it is, anything else through a contiguous copy.
+        weight: :math:`\gamma`, [C], of any of the four dtypes, or None for 1.
+        bias: :math:`\beta`, likewise, or None for 0.
+        eps: :math:`\epsilon`.
+        batch: float64 [4, C] with stride 1 along the channels, on ``x``'s device; overwritten with
+            the rows :math:`m`, N, :math:`\mu`, :math:`M_2`.
+        relu: whether to clamp :math:`y` at 0.
+        normalise: False leaves out :math:`y`: statistics only.
+        tickets: [C] of :func:`batch_norm_tickets` on ``x``'s device, for the backends cuda and
+            triton. None makes new ones, at the cost of a launch.
+        backend: as for :func:`average_`.
+
+    Returns:
+        :math:`y` in ``x``'s dtype and memory format, or None without ``normalise``.
+
+    Raises:
+        TypeError: a dtype or layout other than the above.
+        ValueError: shapes, strides or devices that do not match; an empty ``x``.
+        BackendError: the requested backend cannot serve ``x``.
+    """
+    _check_floating(x, "x")
+    if x.dim() < 2 or x.numel() == 0:
+        raise ValueError(
+            f"x: expected a shape [N, C, ...] with at least one element, found {tuple(x.shape)}"
+        )
+    device, channels = x.device, x.shape[1]
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        _check_floating(tensor, name)
+        if tensor.shape != (channels,):
+            raise ValueError(f"{name}: expected shape ({channels},), found {tuple(tensor.shape)}")
+        if tensor.device != device:
+            raise ValueError(f"{name}: expected it on {device} as x, found {tensor.device}")
+    if batch.dtype != torch.float64:
+        raise TypeError(f"batch: expected dtype float64, found {_dtype_name(batch)}")
+    if batch.shape != (4, channels) or batch.device != device or batch.stride(1) != 1:
+        raise ValueError(
+            f"batch: expected shape (4, {channels}) with stride 1 along the channels on {device}, "
+            f"found shape {tuple(batch.shape)} with strides {batch.stride()} on {batch.device}"
+        )
+    if tickets is not None:
+        if tickets.dtype != torch.int32:
+            raise TypeError(f"tickets: expected dtype int32, found {_dtype_name(tickets)}")
+        if tickets.shape != (channels,) or tickets.device != device or not tickets.is_contiguous():
+            raise ValueError(
+                f"tickets: expected a contiguous tensor of shape ({channels},) on {device}, "
+                f"found shape {tuple(tickets.shape)} on {tickets.device}"
+            )
+    served = _backends.choose_backend(device.type, backend)
+    if tickets is None and served in ("cuda", "triton"):
+        tickets = batch_norm_tickets(device, channels)
+    y: Tensor = getattr(torch.ops.swa_fast.batch_norm_collect, served)(
+        x if _is_dense(x) else x.contiguous(),
+        weight if weight is None else weight.contiguous(),
+        bias if bias is None else bias.contiguous(),
+        eps,
+        relu,
+        normalise,
+        batch,
+        tickets,
+    )
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(batch)  # see average_
+    return y if normalise else None
+
+
+@torch.no_grad()
+def batch_norm_merge_(
+    accumulators: Tensor, batch: Tensor, estimator: str, *, backend: str | None = None
+) -> None:
+    r"""Merges the statistics of one batch into those of the pass, all layers in one launch.
+
+    With :math:`m, b, \mu_b, M_{2,b}` the batch's rows, :math:`s_b^2 = M_{2,b} / (m - 1)` (0 for
+    :math:`m = 1`), and for each channel that the batch used (:math:`m > 0`)
+
+    .. math::
+        M \leftarrow M + m \qquad n \leftarrow n + b \qquad k \leftarrow k + 1
+
+    with the values of :math:`M, n, k` before this on the right-hand sides below:
+
+    ========  =====================================================================================
+    torch     :math:`w = 1 / (k + 1)`: every batch weighs the same
+    weighted  :math:`w = b / (n + b)`: every sample weighs the same. Both:
+              :math:`\mu \leftarrow \mu + w (\mu_b - \mu)`,
+              :math:`\sigma^2 \leftarrow \sigma^2 + w (s_b^2 - \sigma^2)`
+    pooled    the statistics of all batches' values together. With :math:`d = \mu_b - \mu`:
+              :math:`\mu \leftarrow \mu + d\,m / (M + m)`,
+              :math:`M_2 \leftarrow M_2 + M_{2,b} + d^2 M m / (M + m)`
+    ========  =====================================================================================
+
+    and, for the standard errors of both statistics, mean and sum of squared deviations over the
+    batches (Welford), of :math:`\mu_b` and of :math:`s_b^2`.
+
+    Args:
+        accumulators: float64 [9, channels], contiguous: :math:`M, n, k, \mu`, then
+            :math:`\sigma^2` (pooled: :math:`M_2`), mean and sum of squared deviations of
+            :math:`\mu_b`, mean and sum of squared deviations of :math:`s_b^2`. Zeros before the
+            first batch; written.
+        batch: float64 [4, channels], contiguous, as :func:`batch_norm_collect` leaves it. Row 0 is
+            zeroed, so that a layer which the next batch does not use is not merged twice.
+        estimator: ``torch``, ``weighted`` or ``pooled``.
+        backend: as for :func:`average_`.
+
+    Raises:
+        TypeError: a dtype other than float64.
+        ValueError: shapes, strides or devices that do not match; an unknown estimator.
+        BackendError: the requested backend cannot serve the tensors.
+
+    Source: Chan, Golub and LeVeque, "Algorithms for computing the sample variance: analysis and
+    recommendations", The American Statistician 37, 1983 (pooled).
+    """
+    if estimator not in _ESTIMATORS:
+        raise ValueError(
+            f"estimator: expected one of {', '.join(_ESTIMATORS)}, found {estimator!r}"
+        )
+    for name, tensor, rows in (("accumulators", accumulators, 9), ("batch", batch, 4)):
+        if tensor.dtype != torch.float64:
+            raise TypeError(f"{name}: expected dtype float64, found {_dtype_name(tensor)}")
+        if tensor.dim() != 2 or tensor.shape[0] != rows or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name}: expected a contiguous tensor of shape [{rows}, channels], "
+                f"found shape {tuple(tensor.shape)} with strides {tensor.stride()}"
+            )
+    if accumulators.shape[1] != batch.shape[1] or accumulators.device != batch.device:
+        raise ValueError(
+            f"batch: expected {accumulators.shape[1]} channels on {accumulators.device} as "
+            f"accumulators, found {batch.shape[1]} on {batch.device}"
+        )
+    served = _backends.choose_backend(batch.device.type, backend)
+    getattr(torch.ops.swa_fast.batch_norm_merge_, served)(
+        accumulators, batch, _ESTIMATORS.index(estimator)
+    )
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version((accumulators, batch))

@@ -8,7 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["average_", "exchange_", "philox", "update_"]
+__all__ = [
+    "average_",
+    "batch_norm_collect",
+    "batch_norm_merge_",
+    "exchange_",
+    "philox",
+    "update_",
+]
 
 
 def _math_dtype(average: Tensor, source: Tensor) -> torch.dtype:
@@ -198,3 +205,88 @@ def exchange_(averages: list[Tensor], sources: list[Tensor], table: Tensor, row:
         kept = memory.clone()
         memory.copy_(source)
         source.copy_(kept)
+
+
+def batch_norm_collect(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    relu: bool,
+    normalise: bool,
+    batch: Tensor,
+    tickets: Tensor | None,
+) -> Tensor:
+    r"""BatchNorm in training mode with its batch's statistics. For each channel of :math:`m`
+    values:
+
+    .. math::
+        \mu = \frac1m \sum x \qquad M_2 = \sum (x - \mu)^2 \qquad
+        y = \frac{x - \mu}{\sqrt{M_2 / m + \epsilon}}\,\gamma + \beta
+
+    and with ``relu`` :math:`\max(y, 0)`; all in float64, :math:`y` rounded once.
+
+    Args:
+        x: [N, C, ...] of any floating dtype and strides.
+        weight: :math:`\gamma`, [C], or None for 1.
+        bias: :math:`\beta`, [C], or None for 0.
+        eps: :math:`\epsilon`.
+        relu: whether to clamp :math:`y` at 0.
+        normalise: False returns an empty tensor instead of :math:`y`.
+        batch: float64 [4, C]; overwritten with the rows :math:`m`, N, :math:`\mu`, :math:`M_2`.
+        tickets: of other backends; not used.
+
+    Source: Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing
+    Internal Covariate Shift", ICML 2015.
+    """
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    others = [d for d in range(x.dim()) if d != 1]
+    m = x.numel() // x.shape[1]
+    deviation = x.double()
+    mean = deviation.mean(others)
+    deviation = deviation - mean.view(shape)
+    m2 = deviation.square().sum(others)
+    batch[0] = m
+    batch[1] = x.shape[0]
+    batch[2] = mean
+    batch[3] = m2
+    if not normalise:
+        return x.new_empty(0)
+    scale = (m2 / m + eps).rsqrt()
+    if weight is not None:
+        scale = scale * weight.double()
+    y = deviation * scale.view(shape)
+    if bias is not None:
+        y = y + bias.double().view(shape)
+    if relu:
+        y = y.relu()
+    return torch.empty_like(x).copy_(y)
+
+
+_TORCH, _WEIGHTED, _POOLED = range(3)  # estimators, as in csrc/batch_norm.h
+
+
+def batch_norm_merge_(accumulators: Tensor, batch: Tensor, estimator: int) -> None:
+    """Merges one batch's statistics, see :func:`swa_fast._ops.batch_norm_merge_`.
+
+    Which channels the batch used is decided on the device: the function never waits for it.
+    """
+    m, b, mu, m2 = batch.unbind()
+    total, n, k, mean, spread, mean_mean, mean_m2, var_mean, var_m2 = accumulators.unbind()
+    used = m > 0
+    uses = k + 1
+    variance = m2 / (m - 1).clamp(min=1)
+    delta = mu - mean
+    if estimator == _POOLED:
+        share = m / (total + m)
+        spread = spread + (m2 + delta * delta * total * share)
+    else:
+        share = 1 / uses if estimator == _TORCH else b / (n + b)
+        spread = spread + share * (variance - spread)
+    moved = [total + m, n + b, uses, mean + share * delta, spread]
+    for value, average, m2_of_average in ((mu, mean_mean, mean_m2), (variance, var_mean, var_m2)):
+        delta = value - average
+        average = average + delta / uses
+        moved += [average, m2_of_average + delta * (value - average)]
+    accumulators.copy_(torch.where(used, torch.stack(moved), accumulators))
+    batch[0].zero_()

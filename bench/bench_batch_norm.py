@@ -1,0 +1,124 @@
+"""One BatchNorm layer that hands out its statistics, against torch's layer in training mode.
+
+    make bench
+
+``torch_layer`` is aten::native_batch_norm, ``torch_var_mean`` reads the input for the statistics
+alone, and ``copy`` is what the machine's memory allows: one read and one write. Every contender's
+result is checked before it is timed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from swa_fast import _ops
+
+EPS = 1e-5
+# The layers of PreResNet-164 at batch size 128, and of ResNet-50 at batch size 16.
+SHAPES = (
+    (128, 16, 32, 32),
+    (128, 64, 32, 32),
+    (128, 32, 16, 16),
+    (128, 128, 16, 16),
+    (128, 64, 8, 8),
+    (128, 256, 8, 8),
+    (16, 64, 112, 112),
+    (16, 256, 56, 56),
+    (16, 512, 28, 28),
+    (16, 2048, 7, 7),
+)
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def check_output(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, roundings: int = 4) -> None:
+    exact = torch.nn.functional.batch_norm(
+        x.double(), None, None, weight.double(), bias.double(), training=True, eps=EPS
+    )
+    tolerance = roundings * torch.finfo(y.dtype).eps
+    torch.testing.assert_close(y.double(), exact, rtol=tolerance, atol=tolerance)
+
+
+def check_variance(variance: Tensor, x: Tensor) -> None:
+    tolerance = 1e-5 if variance.dtype == torch.float64 else torch.finfo(variance.dtype).eps
+    exact = x.double().var((0, 2, 3), correction=0)
+    torch.testing.assert_close(variance.double(), exact, rtol=tolerance, atol=0)
+
+
+def swa_fast_layer(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], object]:
+    batch = torch.empty((4, x.shape[1]), dtype=torch.float64)
+
+    def layer() -> Tensor | None:
+        return _ops.batch_norm_collect(x, weight, bias, EPS, batch)
+
+    y = layer()
+    assert y is not None
+    check_output(y, x, weight, bias)
+    check_variance(batch[3] / batch[0], x)
+    return layer
+
+
+def swa_fast_statistics(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], object]:
+    batch = torch.empty((4, x.shape[1]), dtype=torch.float64)
+
+    def statistics() -> None:
+        _ops.batch_norm_collect(x, weight, bias, EPS, batch, normalise=False)
+
+    statistics()
+    check_variance(batch[3] / batch[0], x)
+    return statistics
+
+
+def torch_layer(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], object]:
+    mean, variance = torch.zeros(x.shape[1]), torch.ones(x.shape[1])
+
+    def layer() -> Tensor:
+        y: Tensor = torch.native_batch_norm(x, weight, bias, mean, variance, True, 0.1, EPS)[0]
+        return y
+
+    # In channels-last layout it adds up the rows in fp32, one after the other.
+    rows = x.numel() // x.shape[1]
+    check_output(layer(), x, weight, bias, 4 if x.dtype == torch.bfloat16 else math.isqrt(rows))
+    return layer
+
+
+def torch_var_mean(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], object]:
+    def statistics() -> tuple[Tensor, Tensor]:
+        return torch.var_mean(x, (0, 2, 3), correction=0)
+
+    check_variance(statistics()[0], x)
+    return statistics
+
+
+def copy(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], object]:
+    return x.clone
+
+
+CONTENDERS = {
+    "swa_fast": swa_fast_layer,
+    "torch_layer": torch_layer,
+    "copy": copy,
+    "swa_fast_statistics": swa_fast_statistics,
+    "torch_var_mean": torch_var_mean,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("contender", CONTENDERS)
+def test_layer(
+    benchmark, contender: str, shape: tuple[int, ...], layout: str, dtype: torch.dtype
+) -> None:
+    benchmark.group = f"{'x'.join(map(str, shape))} {layout} {str(dtype).removeprefix('torch.')}"
+    generator = torch.Generator().manual_seed(0)
+    x = (1 + 2 * torch.randn(shape, generator=generator)).to(dtype)
+    x = x.contiguous(memory_format=LAYOUTS[layout])
+    weight, bias = torch.rand((2, shape[1]), generator=generator)
+    benchmark.pedantic(
+        CONTENDERS[contender](x, weight, bias), rounds=20, warmup_rounds=3, iterations=1
+    )

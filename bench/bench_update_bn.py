@@ -1,0 +1,217 @@
+"""The pass that re-estimates BatchNorm statistics: swa_fast beside torch.
+
+    python bench/bench_update_bn.py                        # PreResNet-164 at 32x32, batch 128
+    python bench/bench_update_bn.py --model resnet50 --batch 16
+    python bench/bench_update_bn.py --run runs/cifar10     # a trained network: time and accuracy
+
+Without ``--run``: seconds per batch on random images and the ratio to torch, medians over rounds in
+which all contenders take their turn. With it: the whole pass over the training images of a
+``swa-fast train`` run by torch, by swa_fast, and by swa_fast with a tolerance, and the test
+accuracy after each. JSON on request (``--json FILE``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import swa_utils
+
+import swa_fast
+from swa_fast.train.data import Dataset, TrainBatches, eval_batches, load_digits, load_images
+from swa_fast.train.models import build_model
+
+BF16 = torch.bfloat16
+Pass = Callable[[list[Tensor], nn.Module], Any]
+
+
+def autocast(on: bool = True) -> contextlib.AbstractContextManager[Any]:
+    return torch.autocast("cpu", BF16) if on else contextlib.nullcontext()
+
+
+def channels_last(batches: list[Tensor]) -> list[Tensor]:
+    return [x.contiguous(memory_format=torch.channels_last) for x in batches]
+
+
+def in_bf16(update: Pass) -> Pass:
+    def run(batches: list[Tensor], model: nn.Module) -> Any:
+        with autocast():
+            return update(batches, model)
+
+    return run
+
+
+def keep_layout(batches: list[Tensor], model: nn.Module) -> Any:
+    return swa_fast.update_bn(batches, model, channels_last=False)
+
+
+# Name: what runs, and whether its batches are handed over in channels-last format already.
+CONTENDERS: dict[str, tuple[Pass, bool]] = {
+    "torch": (swa_utils.update_bn, False),
+    "swa_fast, same layout": (keep_layout, False),
+    "swa_fast": (swa_fast.update_bn, False),
+    "swa_fast, bf16 autocast": (in_bf16(swa_fast.update_bn), False),
+    "torch, channels-last": (swa_utils.update_bn, True),
+    "swa_fast, channels-last given": (swa_fast.update_bn, True),
+    "torch, bf16 autocast": (in_bf16(swa_utils.update_bn), False),
+}
+# What the second to last ones are compared with besides torch's default.
+PEERS = {
+    "swa_fast, same layout": "torch",
+    "swa_fast, channels-last given": "torch, channels-last",
+    "swa_fast, bf16 autocast": "torch, bf16 autocast",
+}
+
+
+def make(model: str, batch: int, count: int) -> tuple[nn.Module, list[Tensor]]:
+    torch.manual_seed(0)
+    if model == "resnet50":
+        import torchvision
+
+        return torchvision.models.resnet50(), [torch.randn(batch, 3, 224, 224)] * count
+    network = build_model(model, in_channels=3, num_classes=10, width=16)
+    return network, [torch.randn(batch, 3, 32, 32) for _ in range(count)]
+
+
+@pytest.mark.parametrize("contender", CONTENDERS)
+def test_update_bn(benchmark: Any, contender: str) -> None:
+    benchmark.group = "preresnet164, two batches of 32"
+    model, batches = make("preresnet164", 32, 2)
+    update, last = CONTENDERS[contender]
+    if last:
+        batches = channels_last(batches)
+    benchmark.pedantic(update, (batches, model), rounds=3, warmup_rounds=1, iterations=1)
+
+
+def compare(arguments: argparse.Namespace) -> dict[str, Any]:
+    model, batches = make(arguments.model, arguments.batch, arguments.batches)
+    formats = {False: batches, True: channels_last(batches)}
+    seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    for update, last in CONTENDERS.values():
+        update(formats[last][:1], model)
+    for _ in range(arguments.rounds):
+        for name, (update, last) in CONTENDERS.items():
+            start = time.perf_counter()
+            update(formats[last], model)
+            seconds[name].append((time.perf_counter() - start) / len(batches))
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    print(f"{arguments.model}, batch {arguments.batch}, {torch.get_num_threads()} threads")
+    print(f"{'':32}{'s/batch':>9}{'torch / this':>14}{'peer / this':>14}")
+    for name, median in medians.items():
+        peer = f"{medians[PEERS[name]] / median:14.2f}" if name in PEERS else ""
+        print(f"{name:32}{median:9.3f}{medians['torch'] / median:14.2f}{peer}")
+    return {"seconds_per_batch": medians, "all": seconds}
+
+
+# ----------------------------------------------------------------------------- trained networks
+
+
+def accuracy(model: nn.Module, dataset: Dataset, in_autocast: bool) -> float:
+    model.eval()
+    correct = 0
+    test = eval_batches(dataset, batch_size=500, device=torch.device("cpu"), channels_last=True)
+    with torch.no_grad(), autocast(in_autocast):
+        for images, labels in test():
+            correct += int((model(images).argmax(1) == labels).sum())
+    return 100 * correct / len(dataset.test_labels)
+
+
+def trained(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Time of the pass and accuracy after it, for the run's average (or its SGD network)."""
+    folder = Path(arguments.run)
+    config = json.loads((folder / "results.json").read_text())["config"]
+    if config["dataset"] == "digits":
+        dataset = load_digits()
+    else:
+        dataset = load_images(arguments.data or config["data_dir"], config["image_size"])
+    file = folder / "model_swa.pt"
+    if not file.exists():
+        file = folder / "model_sgd.pt"
+    weights = torch.load(file, weights_only=True)
+    if any(name.startswith("module.") for name in weights):
+        weights = {k.removeprefix("module."): v for k, v in weights.items() if k != "n_averaged"}
+    model = build_model(
+        config["model"],
+        in_channels=dataset.train_images.shape[1],
+        num_classes=len(dataset.classes),
+        width=config["width"],
+    )
+    model.load_state_dict(weights)
+    data = TrainBatches(
+        dataset, batch_size=config["batch_size"], device=torch.device("cpu"), channels_last=False
+    )
+    contenders: dict[str, tuple[bool, Callable[[Any, nn.Module], Any]]] = {
+        "torch": (False, swa_utils.update_bn),
+        "swa_fast": (False, swa_fast.update_bn),
+        "swa_fast, bf16 autocast": (True, swa_fast.update_bn),
+    }
+    for tolerance in arguments.tolerance:
+
+        def update(loader: Any, model: nn.Module, tolerance: float = tolerance) -> Any:
+            return swa_fast.update_bn(loader, model, tolerance=tolerance)
+
+        contenders[f"swa_fast, bf16, tolerance {tolerance:g}"] = (True, update)
+    rows: dict[str, dict[str, Any]] = {
+        name: {"seconds": [], "accuracy": [], "batches": []} for name in contenders
+    }
+    for number in range(arguments.rounds):
+        for name, (in_autocast, update) in contenders.items():
+            network = copy.deepcopy(model)
+            with autocast(in_autocast):
+                start = time.perf_counter()
+                report = update((images for images, _ in data.epoch(number)), network)
+                rows[name]["seconds"].append(time.perf_counter() - start)
+            rows[name]["batches"].append(len(data) if report is None else report.batches)
+            # All are evaluated alike, so that the statistics alone make the difference.
+            rows[name]["accuracy"].append(accuracy(network, dataset, False))
+    base = rows["torch"]
+    base_seconds = statistics.median(base["seconds"])
+    print(f"{folder.name}, {file.name}: {len(data)} batches of {config['batch_size']}")
+    print(f"{'':36}{'batches':>9}{'s':>9}{'torch / this':>14}{'accuracy %':>12}{'difference':>12}")
+    for name, row in rows.items():
+        median = statistics.median(row["seconds"])
+        differences = [a - b for a, b in zip(row["accuracy"], base["accuracy"], strict=True)]
+        worst = max(differences, key=abs)
+        print(
+            f"{name:36}{statistics.median(row['batches']):9g}{median:9.2f}"
+            f"{base_seconds / median:14.2f}{statistics.mean(row['accuracy']):12.2f}{worst:+12.2f}"
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="preresnet164", help="preresnetN or resnet50")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--batches", type=int, default=4, help="of each pass")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--run", help="folder of a swa-fast train run")
+    parser.add_argument("--data", help="image folder, if it is not where the run found it")
+    parser.add_argument("--tolerance", type=float, nargs="+", default=[0.2, 0.1, 0.05])
+    parser.add_argument("--json", help="file for the figures")
+    arguments = parser.parse_args()
+    figures = trained(arguments) if arguments.run else compare(arguments)
+    if arguments.json:
+        figures = {
+            "machine": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "arguments": vars(arguments),
+            "figures": figures,
+        }
+        Path(arguments.json).write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,472 @@
+// CPU kernels of swa_fast::batch_norm_collect and swa_fast::batch_norm_merge_.
+//
+// Formula: batch_norm.h. Layout: [n, c, s], or [n * s, c] with channels-last. Bytes per element:
+// 3 sizeof(x), 12 for fp32: a read for the statistics, a read and a write for the output; the
+// second read comes from the second-level cache where a channel (contiguous) fits it.
+//
+// What is summed together depends on the shape and the instruction set alone, so results do not
+// depend on the number of threads: contiguous input is cut into blocks of a channel, channels-last
+// input into blocks of rows, and the blocks' sums are added in order.
+
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 warns of its own AVX-512 intrinsics (its bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+#include <algorithm>
+
+#include "batch_norm.h"
+#include "blend_cpu.h"
+
+#if SWA_FAST_HAS_AVX2_PATH
+// As SWA_FAST_AVX2, see blend_cpu.h: chosen at run time.
+#define SWA_FAST_AVX512 \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")))
+#endif
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+namespace swa_fast {
+namespace {
+
+constexpr int64_t kGrain = 32768;          // elements below which a second thread does not pay
+constexpr int64_t kBlockValues = 131072;   // of one channel: 512 KB of fp32, the second-level cache
+constexpr int64_t kBlockElements = 65536;  // of a block of rows, about
+constexpr int64_t kTileBytes = 4096;       // neighbouring channels are read in runs of a page
+constexpr int64_t kMaxTile = 16;
+
+constexpr int64_t kAhead = 1024;  // bytes of the input that are fetched before their turn
+
+template <typename T>
+inline void prefetch(const T* p, int64_t bytes_ahead) {
+#ifdef __GNUC__
+  // The address may lie behind the tensor: a prefetch does not fault.
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + bytes_ahead);
+#endif
+}
+
+// What one call works on.
+template <typename T>
+struct Input {
+  const T* x;
+  Activations shape;
+
+  double pivot(int64_t channel) const { return channel_pivot(x, shape, channel); }
+};
+
+template <typename Math>
+Math clamp(Math y, bool relu) {
+  return relu && y < Math(0) ? Math(0) : y;  // NaN stays
+}
+
+// Vec<Math>: a register of the arithmetic type, for each instruction set. load and store take all
+// four storage types; stream is a store past the caches to an aligned address; part(a, i) is the
+// i-th of the kParts pieces of a register, as Vec<double>.
+
+namespace portable {
+#define SWA_FAST_TARGET
+
+template <typename Math>
+struct Vec {
+  using Register = Math;
+  using Scalar = Math;
+  static constexpr int kCount = 1;
+  static constexpr int kParts = 1;
+
+  template <typename T>
+  static inline Register load(const T* p) {
+    return static_cast<Math>(*p);
+  }
+  template <typename T>
+  static inline void store(T* p, Register v) {
+    *p = static_cast<T>(v);
+  }
+  template <typename T>
+  static inline void stream(T* p, Register v) {
+    store(p, v);
+  }
+  static inline Register broadcast(Math x) { return x; }
+  static inline Register add(Register a, Register b) { return a + b; }
+  static inline Register sub(Register a, Register b) { return a - b; }
+  static inline Register mul(Register a, Register b) { return a * b; }
+  static inline Register fma(Register a, Register b, Register c) { return a * b + c; }
+  static inline Register relu(Register a) { return clamp(a, true); }
+  static inline double part(Register a, int) { return a; }
+};
+
+#include "batch_norm_simd.h"
+#undef SWA_FAST_TARGET
+}  // namespace portable
+
+#if SWA_FAST_HAS_AVX2_PATH
+
+namespace avx2 {
+#define SWA_FAST_TARGET SWA_FAST_AVX2
+
+template <typename Math>
+struct Vec;
+
+template <>
+struct Vec<double> : Lanes<double> {
+  using Scalar = double;
+  static constexpr int kParts = 1;
+
+  SWA_FAST_AVX2 static inline void stream(double* p, Register v) { _mm256_stream_pd(p, v); }
+  SWA_FAST_AVX2 static inline Register add(Register a, Register b) { return _mm256_add_pd(a, b); }
+  SWA_FAST_AVX2 static inline Register sub(Register a, Register b) { return _mm256_sub_pd(a, b); }
+  SWA_FAST_AVX2 static inline Register mul(Register a, Register b) { return _mm256_mul_pd(a, b); }
+  SWA_FAST_AVX2 static inline Register fma(Register a, Register b, Register c) {
+    return _mm256_fmadd_pd(a, b, c);
+  }
+  // The second operand where either is NaN, so NaN stays.
+  SWA_FAST_AVX2 static inline Register relu(Register a) {
+    return _mm256_max_pd(_mm256_setzero_pd(), a);
+  }
+  SWA_FAST_AVX2 static inline __m256d part(Register a, int) { return a; }
+};
+
+template <>
+struct Vec<float> : Lanes<float> {
+  using Scalar = float;
+  static constexpr int kParts = 2;
+
+  SWA_FAST_AVX2 static inline void stream(float* p, Register v) { _mm256_stream_ps(p, v); }
+  template <typename Narrow>
+  SWA_FAST_AVX2 static inline void stream(Narrow* p, Register v) {
+    alignas(16) Narrow eight[8];
+    store(eight, v);
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), *reinterpret_cast<const __m128i*>(eight));
+  }
+  SWA_FAST_AVX2 static inline Register add(Register a, Register b) { return _mm256_add_ps(a, b); }
+  SWA_FAST_AVX2 static inline Register sub(Register a, Register b) { return _mm256_sub_ps(a, b); }
+  SWA_FAST_AVX2 static inline Register mul(Register a, Register b) { return _mm256_mul_ps(a, b); }
+  SWA_FAST_AVX2 static inline Register fma(Register a, Register b, Register c) {
+    return _mm256_fmadd_ps(a, b, c);
+  }
+  SWA_FAST_AVX2 static inline Register relu(Register a) {
+    return _mm256_max_ps(_mm256_setzero_ps(), a);
+  }
+  SWA_FAST_AVX2 static inline __m256d part(Register a, int i) {
+    return _mm256_cvtps_pd(i == 0 ? _mm256_castps256_ps128(a) : _mm256_extractf128_ps(a, 1));
+  }
+};
+
+#include "batch_norm_simd.h"
+#undef SWA_FAST_TARGET
+}  // namespace avx2
+
+namespace avx512 {
+#define SWA_FAST_TARGET SWA_FAST_AVX512
+
+template <typename Math>
+struct Vec;
+
+template <>
+struct Vec<double> {
+  using Register = __m512d;
+  using Scalar = double;
+  static constexpr int kCount = 8;
+  static constexpr int kParts = 1;
+
+  SWA_FAST_AVX512 static inline Register load(const double* p) { return _mm512_loadu_pd(p); }
+  SWA_FAST_AVX512 static inline void store(double* p, Register v) { _mm512_storeu_pd(p, v); }
+  SWA_FAST_AVX512 static inline void stream(double* p, Register v) { _mm512_stream_pd(p, v); }
+  SWA_FAST_AVX512 static inline Register broadcast(double x) { return _mm512_set1_pd(x); }
+  SWA_FAST_AVX512 static inline Register add(Register a, Register b) { return _mm512_add_pd(a, b); }
+  SWA_FAST_AVX512 static inline Register sub(Register a, Register b) { return _mm512_sub_pd(a, b); }
+  SWA_FAST_AVX512 static inline Register mul(Register a, Register b) { return _mm512_mul_pd(a, b); }
+  SWA_FAST_AVX512 static inline Register fma(Register a, Register b, Register c) {
+    return _mm512_fmadd_pd(a, b, c);
+  }
+  SWA_FAST_AVX512 static inline Register relu(Register a) {
+    return _mm512_max_pd(_mm512_setzero_pd(), a);
+  }
+  SWA_FAST_AVX512 static inline __m512d part(Register a, int) { return a; }
+};
+
+template <>
+struct Vec<float> {
+  using Register = __m512;
+  using Scalar = float;
+  static constexpr int kCount = 16;
+  static constexpr int kParts = 2;
+
+  SWA_FAST_AVX512 static inline Register load(const float* p) { return _mm512_loadu_ps(p); }
+  SWA_FAST_AVX512 static inline Register load(const BFloat16* p) {
+    const __m512i wide =
+        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+  }
+  SWA_FAST_AVX512 static inline Register load(const Half* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  SWA_FAST_AVX512 static inline void store(float* p, Register v) { _mm512_storeu_ps(p, v); }
+  SWA_FAST_AVX512 static inline void store(BFloat16* p, Register v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(p, v));
+  }
+  SWA_FAST_AVX512 static inline void store(Half* p, Register v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(p, v));
+  }
+  SWA_FAST_AVX512 static inline void stream(float* p, Register v) { _mm512_stream_ps(p, v); }
+  template <typename Narrow>
+  SWA_FAST_AVX512 static inline void stream(Narrow* p, Register v) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(p, v));
+  }
+  // The instruction takes subnormal numbers, below 2^-126, for zero.
+  SWA_FAST_AVX512 static inline __m256i narrow(const BFloat16*, Register v) {
+    return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v));
+  }
+  SWA_FAST_AVX512 static inline __m256i narrow(const Half*, Register v) {
+    return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  SWA_FAST_AVX512 static inline Register broadcast(float x) { return _mm512_set1_ps(x); }
+  SWA_FAST_AVX512 static inline Register add(Register a, Register b) { return _mm512_add_ps(a, b); }
+  SWA_FAST_AVX512 static inline Register sub(Register a, Register b) { return _mm512_sub_ps(a, b); }
+  SWA_FAST_AVX512 static inline Register mul(Register a, Register b) { return _mm512_mul_ps(a, b); }
+  SWA_FAST_AVX512 static inline Register fma(Register a, Register b, Register c) {
+    return _mm512_fmadd_ps(a, b, c);
+  }
+  SWA_FAST_AVX512 static inline Register relu(Register a) {
+    return _mm512_max_ps(_mm512_setzero_ps(), a);
+  }
+  SWA_FAST_AVX512 static inline __m512d part(Register a, int i) {
+    return _mm512_cvtps_pd(i == 0 ? _mm512_castps512_ps256(a) : _mm512_extractf32x8_ps(a, 1));
+  }
+};
+
+#include "batch_norm_simd.h"
+#undef SWA_FAST_TARGET
+}  // namespace avx512
+
+// Processors with BF16 run 512-bit instructions without slowing down (Zen 4, Sapphire Rapids and
+// later); on older ones AVX2 is as good.
+bool cpu_has_avx512() {
+  static const bool yes =
+      cpu_has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512bf16");
+  return yes;
+}
+
+// Calls one of the three versions of a function template with these arguments.
+#define SWA_FAST_CALL(function, ...)                \
+  (cpu_has_avx512() ? avx512::function(__VA_ARGS__) \
+   : cpu_has_avx2() ? avx2::function(__VA_ARGS__)   \
+                    : portable::function(__VA_ARGS__))
+
+#else
+
+#define SWA_FAST_CALL(function, ...) portable::function(__VA_ARGS__)
+
+#endif  // SWA_FAST_HAS_AVX2_PATH
+
+// Whether input and output together are more than a last-level cache holds. Then the output, too,
+// leaves it before anybody reads it, and storing past the caches saves reading it first. (What
+// sysconf() calls the size is that of all such caches of a socket.)
+bool exceeds_caches(const Tensor& x) {
+  constexpr int64_t kLastLevelCache = int64_t{32} << 20;
+  return 2 * x.numel() * static_cast<int64_t>(x.element_size()) >= kLastLevelCache;
+}
+
+// Stores past the caches have no place in the order of others until this.
+void end_of_stream(bool stream) {
+#if SWA_FAST_HAS_AVX2_PATH
+  if (stream) _mm_sfence();
+#endif
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The layer, given everything but the input and the output.
+struct Layer {
+  AffineVector weight, bias;
+  double eps;
+  bool relu, stream;
+  BatchColumns batch;
+
+  template <typename Math>
+  Coefficients<Math> finish(int64_t channel, const Activations& shape, const Sums& sums,
+                            double pivot) const {
+    const double m = static_cast<double>(shape.values());
+    const Moments statistics = moments(sums, pivot, m);
+    batch.store(channel, shape, statistics);
+    return coefficients<Math>(statistics, m, eps, weight.at(channel, 1.0), bias.at(channel, 0.0));
+  }
+};
+
+// Contiguous: tiles of channels times blocks of samples, or of parts of a sample. `y` may be null.
+template <typename T>
+void collect_contiguous(const Input<T>& input, const Layer& layer, T* y) {
+  using Math = statistics_t<T>;
+  const Activations& shape = input.shape;
+  const int64_t run_bytes = shape.s * static_cast<int64_t>(sizeof(T));
+  const int64_t tile = std::clamp<int64_t>(kTileBytes / run_bytes, 1, kMaxTile);
+  const int64_t tiles = ceil_div(shape.c, tile);
+  const int64_t parts = ceil_div(shape.s, kBlockValues);  // of a sample's run
+  const int64_t samples = std::max<int64_t>(1, kBlockValues / shape.s);
+  const int64_t blocks = ceil_div(shape.n, samples) * parts;
+
+  // Calls f(first sample, samples, first value of the run, values) for block `b`.
+  const auto with_block = [&](int64_t b, const auto& f) {
+    const int64_t n = b / parts * samples, begin = b % parts * kBlockValues;
+    f(n, std::min(samples, shape.n - n), begin, std::min(kBlockValues, shape.s - begin));
+  };
+  const auto sum = [&](int64_t t, int64_t b, Sums* sums) {
+    const int64_t channel = t * tile, channels = std::min(tile, shape.c - channel);
+    with_block(b, [&](int64_t n, int64_t count, int64_t begin, int64_t length) {
+      SWA_FAST_CALL(sum_tile, input, channel, channels, n, count, begin, length, sums);
+    });
+  };
+  const auto normalise = [&](int64_t t, int64_t b, const Coefficients<Math>* c) {
+    const int64_t channel = t * tile, channels = std::min(tile, shape.c - channel);
+    with_block(b, [&](int64_t n, int64_t count, int64_t begin, int64_t length) {
+      for (int64_t sample = n; sample < n + count; ++sample) {
+        for (int64_t i = 0; i < channels; ++i) {
+          const int64_t at = (sample * shape.c + channel + i) * shape.s + begin;
+          SWA_FAST_CALL(normalise_run, input.x + at, y + at, length, c[i], layer.relu,
+                        layer.stream);
+        }
+      }
+    });
+  };
+
+  const int64_t grain = std::max<int64_t>(
+      1, kGrain / (tile * std::min(shape.values(), samples * std::min(shape.s, kBlockValues))));
+  if (blocks == 1) {
+    torch::stable::parallel_for(0, tiles, grain, [&](int64_t from, int64_t to) {
+      for (int64_t t = from; t < to; ++t) {
+        Sums sums[kMaxTile];
+        Coefficients<Math> c[kMaxTile];
+        sum(t, 0, sums);
+        for (int64_t i = 0; i < std::min(tile, shape.c - t * tile); ++i) {
+          const int64_t channel = t * tile + i;
+          c[i] = layer.finish<Math>(channel, shape, sums[i], input.pivot(channel));
+        }
+        if (y != nullptr) normalise(t, 0, c);
+      }
+      end_of_stream(layer.stream);
+    });
+    return;
+  }
+  std::vector<Sums> sums(blocks * tiles * tile);
+  torch::stable::parallel_for(0, blocks * tiles, grain, [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i) sum(i % tiles, i / tiles, sums.data() + i * tile);
+  });
+  std::vector<Coefficients<Math>> c(shape.c);
+  for (int64_t channel = 0; channel < shape.c; ++channel) {
+    Sums total{0.0, 0.0};
+    for (int64_t b = 0; b < blocks; ++b) total.add(sums[b * tiles * tile + channel]);
+    c[channel] = layer.finish<Math>(channel, shape, total, input.pivot(channel));
+  }
+  if (y == nullptr) return;
+  torch::stable::parallel_for(0, blocks * tiles, grain, [&](int64_t from, int64_t to) {
+    // Backwards: what was read last may still be in a cache.
+    for (int64_t i = to - 1; i >= from; --i) {
+      normalise(i % tiles, i / tiles, c.data() + i % tiles * tile);
+    }
+    end_of_stream(layer.stream);
+  });
+}
+
+// Channels-last: blocks of rows. `y` may be null.
+template <typename T>
+void collect_rows(const Input<T>& input, const Layer& layer, T* y) {
+  using Math = statistics_t<T>;
+  const Activations& shape = input.shape;
+  const int64_t channels = shape.c, rows = shape.values();
+  // Whole groups, and enough of them that a block's sums are small beside its input.
+  const int64_t block =
+      std::max<int64_t>(kGroup, ceil_div(kBlockElements / channels, kGroup) * kGroup);
+  const int64_t blocks = ceil_div(rows, block);
+  const int64_t grain = std::max<int64_t>(1, kGrain / (block * channels));
+  const auto rows_of = [&](int64_t b) { return std::min(block, rows - b * block); };
+
+  std::vector<double> channel_pivots(channels);
+  for (int64_t i = 0; i < channels; ++i) channel_pivots[i] = input.pivot(i);
+  std::vector<double> sums(blocks * 2 * channels);
+  torch::stable::parallel_for(0, blocks, grain, [&](int64_t from, int64_t to) {
+    for (int64_t b = from; b < to; ++b) {
+      SWA_FAST_CALL(sum_rows, input.x + b * block * channels, rows_of(b), channels,
+                    channel_pivots.data(), sums.data() + b * 2 * channels);
+    }
+  });
+  for (int64_t b = 1; b < blocks; ++b) {
+    for (int64_t i = 0; i < 2 * channels; ++i) sums[i] += sums[b * 2 * channels + i];
+  }
+  std::vector<Math> c(3 * channels);
+  for (int64_t i = 0; i < channels; ++i) {
+    const auto [centre, scale, offset] =
+        layer.finish<Math>(i, shape, {sums[i], sums[channels + i]}, channel_pivots[i]);
+    c[i] = centre;
+    c[channels + i] = scale;
+    c[2 * channels + i] = offset;
+  }
+  if (y == nullptr) return;
+  torch::stable::parallel_for(0, blocks, grain, [&](int64_t from, int64_t to) {
+    // Backwards: what was read last may still be in a cache.
+    for (int64_t b = to - 1; b >= from; --b) {
+      const int64_t at = b * block * channels;
+      SWA_FAST_CALL(normalise_rows, input.x + at, y + at, rows_of(b), channels, c.data(),
+                    layer.relu, layer.stream);
+    }
+    end_of_stream(layer.stream);
+  });
+}
+
+// The C library maps fresh memory for every allocation of more than 32 MiB. Its first touch, a page
+// fault for every 4 KiB, would take longer than all the rest.
+void ask_for_huge_pages(const Tensor& tensor) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kPage = 4096, kOwnMapping = uintptr_t{32} << 20;
+  const uintptr_t bytes = static_cast<uintptr_t>(tensor.numel()) * tensor.element_size();
+  if (bytes < kOwnMapping) return;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  const uintptr_t from = (begin + kPage - 1) / kPage * kPage, to = (begin + bytes) / kPage * kPage;
+  // Where the system has none, nothing is lost.
+  (void)madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
+#endif
+}
+
+Tensor collect_cpu(Tensor x, std::optional<Tensor> weight, std::optional<Tensor> bias, double eps,
+                   bool relu, bool normalise, Tensor batch, std::optional<Tensor> /*tickets*/) {
+  const Activations shape = check_activations(x);
+  const Layer layer{check_affine(weight, x, "weight"),
+                    check_affine(bias, x, "bias"),
+                    eps,
+                    relu,
+                    exceeds_caches(x),
+                    check_batch(batch, x)};
+  STD_TORCH_CHECK(x.is_cpu(), "batch_norm_collect.cpu: x must be on the CPU");
+  Tensor y = normalise ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
+  if (normalise) ask_for_huge_pages(y);
+  dispatch_floating(x.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    const Input<T> input{static_cast<const T*>(x.const_data_ptr()), shape};
+    T* const output = normalise ? static_cast<T*>(y.mutable_data_ptr()) : nullptr;
+    if (shape.channels_last) {
+      collect_rows(input, layer, output);
+    } else {
+      collect_contiguous(input, layer, output);
+    }
+  });
+  return y;
+}
+
+void merge_cpu(Tensor accumulators, Tensor batch, int64_t estimator) {
+  const int64_t total = check_merge(accumulators, batch, estimator);
+  STD_TORCH_CHECK(batch.is_cpu(), "batch_norm_merge_.cpu: batch must be on the CPU");
+  double* const a = static_cast<double*>(accumulators.mutable_data_ptr());
+  double* const b = static_cast<double*>(batch.mutable_data_ptr());
+  torch::stable::parallel_for(0, total, kGrain, [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i) merge_channel(a, b, total, i, static_cast<int>(estimator));
+  });
+}
+
+}  // namespace
+}  // namespace swa_fast
+
+STABLE_TORCH_LIBRARY_IMPL(swa_fast, CPU, m) {
+  m.impl("batch_norm_collect.cpu", TORCH_BOX(&swa_fast::collect_cpu));
+  m.impl("batch_norm_merge_.cpu", TORCH_BOX(&swa_fast::merge_cpu));
+}
