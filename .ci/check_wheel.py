@@ -64,6 +64,27 @@ def check_device_code(library: Path, arch_list: str) -> None:
     found, found_ptx = listed(tool, "--list-elf", library), listed(tool, "--list-ptx", library)
     check(found == expected, f"cubins of {library.name}: {sorted(found)}, asked {arch_list}")
     check(found_ptx == expected_ptx, f"PTX of {library.name}: {sorted(found_ptx)}")
+    check_kernels(tool, library)
+
+
+def check_kernels(tool: str, library: Path) -> None:
+    """The update's kernels: no spilled registers, and 128-bit accesses."""
+    usage = subprocess.run(
+        [tool, "--dump-resource-usage", str(library)], capture_output=True, text=True, check=True
+    ).stdout
+    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    kernels = [k for k in found if re.search(r"\d(update|exchange|guard)_kernel", k[0])]
+    check(bool(kernels), f"{len(found)} kernels, {len(kernels)} of them of the update")
+    registers = max((int(k[1]) for k in kernels), default=0)
+    spilled = [name for name, _, stack, _, local in kernels if int(stack) or int(local)]
+    check(not spilled, f"at most {registers} registers, none spilled {spilled or ''}")
+    code = subprocess.run([tool, "-sass", str(library)], capture_output=True, text=True, check=True)
+    for function in code.stdout.split("Function : ")[1:]:
+        name = function.split()[0]
+        if re.search(r"\d(update|exchange)_kernel", name):
+            wide = all(f"{access}.E.128" in function for access in ("LDG", "STG"))
+            if not wide:
+                check(False, f"128-bit accesses to global memory in {name}")
 
 
 def check_no_build_path(file: Path, shown: str) -> None:

@@ -20,4 +20,12 @@ __device__ __forceinline__ bool is_aligned_for(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % alignof(P) == 0;
 }
 
+// A pointer that came out of a table, with the compiler told that it is one to global memory: else
+// its accesses are generic, and find out at each what memory they are to.
+template <typename T>
+__device__ __forceinline__ T* to_global(T* pointer) {
+  __builtin_assume(__isGlobal(pointer));
+  return pointer;
+}
+
 }  // namespace swa_fast

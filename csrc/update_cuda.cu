@@ -115,7 +115,7 @@ __device__ __forceinline__ void update_run(const Arguments& arguments, const Sha
   constexpr int kUnroll = Traits::kUnroll;
   const Run& run = shared.run;
   const int64_t count = run.count();
-  const Source* source = static_cast<const Source*>(run.source);
+  const Source* source = to_global(static_cast<const Source*>(run.source));
   const int64_t first =
       kStochastic ? (run.average - arguments.bfloat16_base) / static_cast<int64_t>(sizeof(Average))
                   : 0;
@@ -137,7 +137,7 @@ __device__ __forceinline__ void update_run(const Arguments& arguments, const Sha
     for (int row = 0; row < arguments.rows; ++row) {
       const double w = run.copied() ? 1.0 : shared.weight[row];
       if (w == 0.0) continue;
-      Average* average = reinterpret_cast<Average*>(run.average + row * run.row_bytes);
+      Average* average = to_global(reinterpret_cast<Average*>(run.average + row * run.row_bytes));
       const Blender<Traits> blender{static_cast<typename Traits::Math>(w), w == 1.0, arguments.seed,
                                     shared.n[row], row};
       if (aligned) {
@@ -178,6 +178,8 @@ template <typename PackFunction, typename ByteFunction>
 __device__ __forceinline__ void for_bytes(char* average, const char* source, int64_t count,
                                           const PackFunction& pack, const ByteFunction& byte) {
   using BytePack = Pack<uint64_t, 2>;
+  average = to_global(average);
+  source = to_global(source);
   int64_t done = 0;
   if (is_aligned_for<BytePack>(source)) {
     done = count - count % kPackBytes;
@@ -274,7 +276,7 @@ __device__ __forceinline__ bool any_nonfinite(const Run& run) {
   using Bits = typename Exponent<T>::Bits;
   constexpr int kPack = kPackBytes / sizeof(T);
   using BitsPack = Pack<Bits, kPack>;
-  const Bits* bits = static_cast<const Bits*>(run.source);
+  const Bits* bits = to_global(static_cast<const Bits*>(run.source));
   const int64_t count = run.count();
   bool found = false;
   int64_t done = 0;

@@ -170,11 +170,34 @@ def test_presets_are_the_other_systems_formulas() -> None:
                 assert 1 - EMA(decay, warmup=preset).weight(n) == pytest.approx(theirs, abs=1e-15)
 
 
-def test_presets_against_the_packages() -> None:
+def test_preset_against_timm() -> None:
     timm = pytest.importorskip("timm.utils.model_ema", exc_type=ImportError)
     theirs = timm.ModelEmaV3(nn.Linear(1, 1), decay=0.999, use_warmup=True)
     for n in range(2000):
-        assert 1 - EMA(0.999, warmup="timm").weight(n) == theirs.get_decay(n + 1)
+        found = 1 - EMA(0.999, warmup="timm").weight(n)
+        assert found == pytest.approx(theirs.get_decay(n + 1), abs=2**-52)
+
+
+@pytest.mark.parametrize("preset", ["diffusers", "diffusers-inverse-gamma"])
+def test_preset_against_diffusers(preset: str) -> None:
+    training_utils = pytest.importorskip("diffusers.training_utils", exc_type=ImportError)
+    theirs = training_utils.EMAModel(
+        [nn.Parameter(torch.zeros(1))], decay=0.999, use_ema_warmup=preset != "diffusers"
+    )
+    for n in range(2000):
+        found = 1 - EMA(0.999, warmup=preset).weight(n)
+        assert found == pytest.approx(theirs.get_decay(n + 1), abs=2**-52)
+
+
+def test_preset_against_ema_pytorch() -> None:
+    ema_pytorch = pytest.importorskip("ema_pytorch", exc_type=ImportError)
+    model = nn.Linear(1, 1)
+    theirs = ema_pytorch.EMA(model, beta=0.999, update_every=1)
+    for n in range(300):
+        theirs.update()
+        expected = theirs.get_current_decay()
+        found = 1 - EMA(0.999, warmup="ema-pytorch").weight(n)
+        assert found == pytest.approx(float(expected), abs=1e-6), n  # theirs is fp32
 
 
 def test_rules_refuse() -> None:
@@ -732,7 +755,7 @@ def test_parameters_over_the_same_memory_are_exchanged_once() -> None:
 
 @pytest.mark.parametrize("stop", range(5))
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-@pytest.mark.parametrize("backend, device", BACKENDS[:2])
+@backends
 def test_resumed_is_uninterrupted(
     stop: int, rounding: str, backend: str, device: str, tmp_path
 ) -> None:
@@ -744,7 +767,7 @@ def test_resumed_is_uninterrupted(
         return Averager(model, rules, dtype=dtype, rounding=rounding, seed=9, backend=backend)
 
     torch.manual_seed(1)
-    models = [Net()]
+    models = [Net().to(device)]
     averager = make(models[0])
     for n in range(6):
         step(models[0])
@@ -752,7 +775,7 @@ def test_resumed_is_uninterrupted(
         models.append(copy.deepcopy(models[0]))
         if n == stop:
             torch.save(averager.state_dict(), tmp_path / "average.pt")
-    live = Net()
+    live = Net().to(device)
     resumed = make(live)
     resumed.load_state_dict(torch.load(tmp_path / "average.pt", weights_only=True))
     for model in models[stop + 2 :]:
