@@ -12,7 +12,7 @@ help:
 	@echo "make test   install with the test extras and run the tests"
 	@echo "make lint   ruff, clang-format"
 	@echo "make types  mypy --strict"
-	@echo "make bench  time the averaging update against torch's"
+	@echo "make bench  time the updates and the BatchNorm pass against their competitors"
 	@echo "make wheel  build the wheel into dist/ and check it"
 	@echo "make clean  remove everything that was built, but not $(VENV)"
 
