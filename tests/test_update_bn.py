@@ -56,7 +56,8 @@ class Residual(nn.Module):
         x = x + self.act(y) + y  # the ReLU is not the only one to use y
         x = self.act(self.bn3(x)) - 0.1
         x = self.bn4(x).relu().mul_(2)
-        x = torch.cat([self.bn5(x), x], 0).relu()
+        y = self.bn5(x)
+        x = torch.cat([y, F.relu(y)], 0)
         return F.relu(input=self.bn6(x)).mean((2, 3))
 
 
@@ -691,6 +692,7 @@ def test_forward_is_not_stopped_where_layers_repeat() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.bn = nn.BatchNorm1d(3)
+            self.unused = nn.BatchNorm1d(3)  # as many layers as calls
 
         def forward(self, x: Tensor) -> Tensor:
             for _ in range(len(x) // 4):
@@ -928,12 +930,14 @@ def test_batch_of_one_is_fine_for_pooled() -> None:
     assert model.running_var.item() == pytest.approx(7.0)
 
 
-def test_nan_in_a_later_layer_names_that_layer() -> None:
+def test_nan_in_a_later_layer_names_that_layer_at_once() -> None:
     model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2), nn.BatchNorm1d(2))
     with torch.no_grad():
         model[1].weight.fill_(math.nan)
+    batches = iter([COLUMNS] * 3)
     with pytest.raises(FloatingPointError, match=r"layer 2: .* first of 1"):
-        swa_fast.update_bn([COLUMNS], model)
+        swa_fast.update_bn(batches, model)
+    assert len(list(batches)) == 2
 
 
 @pytest.mark.parametrize(
