@@ -1,4 +1,4 @@
-"""Learning-rate schedules of Stochastic Weight Averaging."""
+"""Learning-rate schedules of Stochastic Weight Averaging and of what it is compared with."""
 
 from __future__ import annotations
 
@@ -6,7 +6,19 @@ import math
 
 from torch.optim.swa_utils import SWALR
 
-__all__ = ["SWALR", "first_capture", "paper_lr", "paper_swa_lr"]
+__all__ = [
+    "SWALR",
+    "budget_epoch",
+    "cosine_cycle_lr",
+    "cosine_lr",
+    "cyclic_lr",
+    "fge_lr",
+    "fge_member",
+    "first_capture",
+    "paper_lr",
+    "paper_swa_lr",
+    "step_lr",
+]
 
 
 def paper_lr(epoch: float, *, lr: float, total: float, final_lr: float) -> float:
@@ -67,14 +79,172 @@ def first_capture(epochs: int, fraction: float) -> int:
 
     Averaging begins once ``fraction`` of the budget has passed, so the first weights taken are
     those after one further epoch: 0.8 of 200 epochs gives 161. A fraction of 1 gives
-    ``epochs + 1``: no capture within the budget.
+    ``epochs + 1``: no capture within the budget, as when a trained network goes on.
 
     Raises:
-        ValueError: ``epochs`` below 1 or ``fraction`` outside (0, 1].
+        ValueError: ``epochs`` below 1 or ``fraction`` below 0.
     """
     if epochs < 1:
         raise ValueError(f"epochs: expected 1 or more, found {epochs}")
-    if not 0 < fraction <= 1:
-        raise ValueError(f"fraction: expected a number in (0, 1], found {fraction}")
+    if not fraction >= 0:
+        raise ValueError(f"fraction: expected a number of 0 or more, found {fraction}")
     # Rounding keeps a product such as 0.29 * 100 = 28.999999999999996 from losing an epoch.
     return math.floor(round(fraction * epochs, 6)) + 1
+
+
+def cyclic_lr(iteration: int, *, lr_max: float, lr_min: float, cycle: int) -> float:
+    r"""Learning rate of the paper's cyclical schedule: a linear fall in every cycle, then a jump.
+
+    .. math::
+        t = \frac{((i - 1) \bmod c) + 1}{c} \qquad \text{rate} = (1 - t)\,\alpha_1 + t\,\alpha_2
+
+    The last iteration of a cycle uses exactly :math:`\alpha_2`; the weights are captured after it.
+    :math:`\alpha_1` itself is never used.
+
+    Args:
+        iteration: i, counted from 1 at the start of the averaging phase.
+        lr_max, lr_min: :math:`\alpha_1` and :math:`\alpha_2`.
+        cycle: c, iterations per cycle.
+
+    Raises:
+        ValueError: ``iteration`` or ``cycle`` below 1, a rate not above 0, or ``lr_min`` above
+            ``lr_max``.
+
+    Source: Izmailov et al., UAI 2018, arXiv 1803.05407, section 3.
+    """
+    for name, value in (("iteration", iteration), ("cycle", cycle)):
+        if not value >= 1:
+            raise ValueError(f"{name}: expected 1 or more, found {value}")
+    _expect_falling(lr_max, lr_min)
+    t = ((iteration - 1) % cycle + 1) / cycle
+    return (1.0 - t) * lr_max + t * lr_min
+
+
+def fge_lr(epoch: float, *, lr_max: float, lr_min: float, cycle: int) -> float:
+    r"""Learning rate of Fast Geometric Ensembling: a triangle in every cycle.
+
+    .. math::
+        t = \frac{\text{epoch} \bmod c}{c} \qquad \text{rate} = \begin{cases}
+        (1 - 2t)\,\alpha_1 + 2t\,\alpha_2 & t < 1/2 \\
+        (2t - 1)\,\alpha_1 + (2 - 2t)\,\alpha_2 & \text{otherwise} \end{cases}
+
+    A member of the ensemble is taken in the middle of a cycle, where the rate is least: after every
+    epoch for which :func:`fge_member` holds.
+
+    Args:
+        epoch: epochs trained so far since the ensembling began, with the fraction of the present
+            one: e + j/n before the step j = 0, ..., n - 1 of n.
+        lr_max, lr_min: :math:`\alpha_1` and :math:`\alpha_2`.
+        cycle: c, an even number of epochs.
+
+    Raises:
+        ValueError: ``epoch`` below 0, ``cycle`` odd or below 2, a rate not above 0, or ``lr_min``
+            above ``lr_max``.
+
+    Source: Garipov et al., "Loss Surfaces, Mode Connectivity, and Fast Ensembling of DNNs",
+    NeurIPS 2018, arXiv 1802.10026.
+    """
+    if not epoch >= 0:
+        raise ValueError(f"epoch: expected 0 or more, found {epoch}")
+    if cycle < 2 or cycle % 2:
+        raise ValueError(f"cycle: expected an even number of epochs, found {cycle}")
+    _expect_falling(lr_max, lr_min)
+    t = (epoch % cycle) / cycle
+    if t < 0.5:
+        return (1.0 - 2.0 * t) * lr_max + 2.0 * t * lr_min
+    return (2.0 * t - 1.0) * lr_max + (2.0 - 2.0 * t) * lr_min
+
+
+def fge_member(epoch: int, *, cycle: int) -> bool:
+    """Whether Fast Geometric Ensembling takes a member after ``epoch`` epochs (counted from 1 since
+    it began) with cycles of ``cycle`` epochs: in the middle of each."""
+    return (epoch - 1) % cycle + 1 == cycle // 2
+
+
+def cosine_lr(epoch: float, *, lr: float, total: float) -> float:
+    r"""Cosine schedule without restarts:
+    :math:`\tfrac12\,\text{lr}\,(1 + \cos(\pi\,\text{epoch}/\text{total}))`.
+
+    Args:
+        epoch: epochs trained so far, with the fraction of the present one; ``total`` at most.
+        lr: the initial rate.
+        total: epochs of the whole budget.
+
+    Raises:
+        ValueError: ``epoch`` outside [0, total], or ``lr`` or ``total`` not above 0.
+
+    Source: Loshchilov and Hutter, ICLR 2017, arXiv 1608.03983; as used for Shake-Shake networks by
+    Gastaldi, arXiv 1705.07485.
+    """
+    for name, value in (("lr", lr), ("total", total)):
+        if not value > 0:
+            raise ValueError(f"{name}: expected a number above 0, found {value}")
+    if not 0 <= epoch <= total:
+        raise ValueError(f"epoch: expected 0 to {total}, found {epoch}")
+    return 0.5 * lr * (1.0 + math.cos(math.pi * epoch / total))
+
+
+def cosine_cycle_lr(epoch: float, *, lr: float, total: float, cycle: float) -> float:
+    r"""The stretch of :func:`cosine_lr` that ends one cycle before the end, again and again: the
+    rate at epoch :math:`\text{total} - 2c + (\text{epoch} \bmod c)`.
+
+    With ``lr`` 0.2, 1,800 epochs and cycles of 100 it is the schedule of the paper's Shake-Shake
+    runs, :math:`0.1\,(1 + \cos(\pi\,(1600 + k \bmod 100)/1800))`.
+
+    Args:
+        epoch: epochs since the averaging phase began, with the fraction of the present one.
+        lr, total: of the cosine schedule before.
+        cycle: c, epochs per cycle; half of ``total`` at most.
+
+    Raises:
+        ValueError: ``epoch`` below 0, ``cycle`` outside (0, total/2], or as :func:`cosine_lr`.
+    """
+    if not epoch >= 0:
+        raise ValueError(f"epoch: expected 0 or more, found {epoch}")
+    if not 0 < cycle <= total / 2:
+        raise ValueError(
+            f"cycle: expected a number above 0 and at most half of {total}, found {cycle}"
+        )
+    return cosine_lr(total - 2 * cycle + epoch % cycle, lr=lr, total=total)
+
+
+def step_lr(epoch: float, *, lr: float, total: float) -> float:
+    """A tenth of the rate from half of ``total`` epochs on, and a hundredth from three quarters on,
+    as PyramidNets are trained (Han et al., CVPR 2017, arXiv 1610.02915).
+
+    Args:
+        epoch: epochs trained so far.
+        lr: the initial rate.
+        total: epochs of the whole budget.
+
+    Raises:
+        ValueError: ``epoch`` below 0, or ``lr`` or ``total`` not above 0.
+    """
+    if not epoch >= 0:
+        raise ValueError(f"epoch: expected 0 or more, found {epoch}")
+    for name, value in (("lr", lr), ("total", total)):
+        if not value > 0:
+            raise ValueError(f"{name}: expected a number above 0, found {value}")
+    return lr * (1.0 if epoch < 0.5 * total else 0.1 if epoch < 0.75 * total else 0.01)
+
+
+def budget_epoch(epochs: int, budget: float) -> int:
+    """The epoch, counted from 1, with which ``budget`` times ``epochs`` are spent; half an epoch
+    counts as one (1.25 budgets of 150 end with epoch 188).
+
+    Raises:
+        ValueError: ``epochs`` below 1 or ``budget`` not above 0.
+    """
+    if epochs < 1:
+        raise ValueError(f"epochs: expected 1 or more, found {epochs}")
+    if not budget > 0:
+        raise ValueError(f"budget: expected a number above 0, found {budget}")
+    return max(1, math.floor(round(budget * epochs, 6) + 0.5))
+
+
+def _expect_falling(lr_max: float, lr_min: float) -> None:
+    for name, value in (("lr_max", lr_max), ("lr_min", lr_min)):
+        if not value > 0:
+            raise ValueError(f"{name}: expected a number above 0, found {value}")
+    if lr_min > lr_max:
+        raise ValueError(f"lr_min: expected {lr_max} (lr_max) at most, found {lr_min}")

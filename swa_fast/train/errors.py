@@ -5,11 +5,15 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-__all__ = ["TrainError", "import_extra"]
+__all__ = ["Stopped", "TrainError", "import_extra"]
 
 
 class TrainError(Exception):
     """Something the user can put right; the message says what was found and what was expected."""
+
+
+class Stopped(Exception):
+    """The training was asked to stop, and its state can be saved."""
 
 
 def import_extra(module: str) -> ModuleType:

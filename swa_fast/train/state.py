@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
+import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,10 +19,13 @@ from .errors import TrainError
 __all__ = ["RunFolder", "write_atomically"]
 
 _CHECKPOINT = "swa_fast.train.checkpoint"
-_CHECKPOINT_VERSION = 1
+_CHECKPOINT_VERSION = 2
 
 RESULTS_SCHEMA = "swa_fast.train.results"
-RESULTS_VERSION = 1
+RESULTS_VERSION = 2
+
+#: Checkpoints kept per trajectory: if the newest cannot be read, the one before it can.
+KEEP = 2
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -55,23 +61,37 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 class RunFolder:
     """The folder of a run.
 
-    ======================== ===================================================================
-    ``results.json``         settings, environment, records and summary; see ``report.py``
-    ``curves.png``           accuracy and learning rate over the epochs
-    ``sgd.pt``, ``swa.pt``   training states after the last finished epoch of each run
-    ``model_*.pt``           ``state_dict`` of the final networks (the average in model_swa.pt)
-    ======================== ===================================================================
+    =============================== ============================================================
+    ``results.json``                settings, environment, records and summary; see ``report.py``
+    ``curves.png``                  accuracy and learning rate over the epochs
+    ``log.txt``                     what was printed, with the time
+    ``model_METHOD.pt``             ``state_dict`` of the final network of a method (for fge one
+                                    file per member; ``model_METHOD-BUDGET.pt`` for lesser budgets)
+    ``checkpoints/``                training states: ``TRAJECTORY-EPOCH-STEP.pt``, the last two of
+                                    each trajectory, and ``TRAJECTORY-branch-EPOCH.pt``, from which
+                                    other trajectories go on
+    ``tensorboard/``                event files, a folder per curve
+    =============================== ============================================================
     """
-
-    NAMES = ("results.json", "curves.png", "sgd.pt", "swa.pt", "model_sgd.pt", "model_swa.pt")
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.tensorboard = self.path / "tensorboard"
 
     def file(self, name: str) -> Path:
-        """Path of one of :attr:`NAMES`."""
-        assert name in self.NAMES
+        """Path of a file in the folder."""
         return self.path / name
+
+    def existing(self) -> list[str]:
+        """Names of the files and folders of a run that are there."""
+        found = [
+            *(self.path / name for name in ("results.json", "curves.png", "log.txt")),
+            *sorted(self.path.glob("model_*.pt")),
+            self.checkpoints,
+            self.tensorboard,
+        ]
+        return [path.name for path in found if path.exists()]
 
     def create(self, *, overwrite: bool) -> None:
         """Makes the folder, for a new run. Removes nothing: see :meth:`clear`.
@@ -80,14 +100,17 @@ class RunFolder:
             overwrite: accept that it already holds a run.
 
         Raises:
-            TrainError: it holds a run and ``overwrite`` is false, or it cannot be made.
+            TrainError: it holds a run and ``overwrite`` is false, or it cannot be made or written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
         except OSError as error:
-            raise TrainError(f"--out: expected a folder, found {self.path} ({error})") from error
-        existing = [name for name in self.NAMES if self.file(name).exists()]
-        if existing and not overwrite:
+            raise TrainError(
+                f"--out: expected a folder that can be written, found {self.path} ({error})"
+            ) from error
+        if (existing := self.existing()) and not overwrite:
             raise TrainError(
                 f"--out: expected a folder without a run, found {', '.join(existing)} in "
                 f"{self.path}; continue it with --resume {self.path}, replace it with --overwrite, "
@@ -96,17 +119,33 @@ class RunFolder:
 
     def clear(self) -> None:
         """Removes the files of an earlier run; others stay."""
-        for name in self.NAMES:
-            self.file(name).unlink(missing_ok=True)
+        for name in self.existing():
+            path = self.path / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def log(self, text: str) -> None:
+        """Appends to log.txt; a disk that is full costs the line, not the run."""
+        try:
+            with open(self.file("log.txt"), "a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError:
+            pass
 
     def write_results(self, results: Mapping[str, Any]) -> None:
-        """Replaces results.json."""
+        """Replaces results.json.
+
+        Raises:
+            TrainError: the disk is full or cannot be written.
+        """
         text = json.dumps(
             {"schema": RESULTS_SCHEMA, "schema_version": RESULTS_VERSION, **results},
             indent=1,
             allow_nan=False,
         )
-        write_atomically(self.file("results.json"), lambda f: f.write(text.encode() + b"\n"))
+        self._write(self.file("results.json"), lambda f: f.write(text.encode() + b"\n"))
 
     def read_results(self) -> dict[str, Any]:
         """Content of results.json.
@@ -120,7 +159,7 @@ class RunFolder:
             results = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise TrainError(
-                f"--resume: expected the folder of a run, found no results.json in {self.path}"
+                f"expected the folder of a run, found no results.json in {self.path}"
             ) from error
         except (OSError, ValueError) as error:
             raise TrainError(f"{path}: {expected}, found unreadable JSON ({error})") from error
@@ -133,30 +172,128 @@ class RunFolder:
             raise TrainError(f"{path}: {expected}, found no {', '.join(sorted(missing))}")
         return results
 
-    def save_checkpoint(self, method: str, content: Mapping[str, Any]) -> None:
-        """Replaces the checkpoint of a method ("sgd" or "swa")."""
-        payload = {
-            "format": _CHECKPOINT,
-            "version": _CHECKPOINT_VERSION,
-            "method": method,
-            **content,
-        }
-        write_atomically(self.file(f"{method}.pt"), lambda f: torch.save(payload, f))
+    def save_checkpoint(
+        self, trajectory: str, epoch: int, step: int, content: Mapping[str, Any]
+    ) -> None:
+        """Adds a checkpoint and removes all but the last :data:`KEEP` of the trajectory.
 
-    def load_checkpoint(self, method: str, device: torch.device) -> dict[str, Any] | None:
-        """The checkpoint of a method, its tensors on ``device``; None if there is none.
+        Args:
+            trajectory: its name.
+            epoch, step: finished epochs, and finished steps of the present one.
+            content: tensors and plain values.
+
+        Raises:
+            TrainError: the disk is full or cannot be written. Earlier checkpoints are intact.
+        """
+        self.checkpoints.mkdir(exist_ok=True)
+        path = self.checkpoints / f"{trajectory}-{epoch:05d}-{step:07d}.pt"
+        self._save(path, trajectory, content)
+        older = [p for p in self._states(trajectory) if p != path]
+        for stale in older[KEEP - 1 :]:
+            stale.unlink(missing_ok=True)
+
+    def save_branch(self, trajectory: str, epoch: int, content: Mapping[str, Any]) -> None:
+        """Writes the state after ``epoch`` epochs from which other trajectories go on.
+
+        Raises:
+            TrainError: the disk is full or cannot be written.
+        """
+        self.checkpoints.mkdir(exist_ok=True)
+        self._save(self._branch(trajectory, epoch), trajectory, content)
+
+    def load_checkpoint(
+        self, trajectory: str, device: torch.device, warn: Callable[[str], object]
+    ) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint of a trajectory that can be read, its tensors on ``device``; None if
+        there is none.
 
         Only tensors and plain values are read, no code is run.
 
+        Args:
+            trajectory: its name.
+            device: where tensors go.
+            warn: told of a checkpoint that cannot be read, if an earlier one can.
+
         Raises:
-            TrainError: the file is not a complete checkpoint of this version and method.
+            TrainError: no file is a complete checkpoint of this version and trajectory.
         """
-        path = self.file(f"{method}.pt")
-        expected = (
-            f"expected a {method} checkpoint of swa_fast.train, version {_CHECKPOINT_VERSION}"
-        )
+        failures = []
+        for path in self._states(trajectory):
+            try:
+                state = self._load(path, trajectory, device)
+            except TrainError as error:
+                failures.append(str(error))
+                continue
+            for failure in failures:
+                warn(f"note: {failure}; going on from {path.name} instead")
+            return path, state
+        if failures:
+            raise TrainError(failures[0])
+        return None
+
+    def load_branch(
+        self, trajectory: str, epoch: int, device: torch.device
+    ) -> tuple[Path, dict[str, Any]]:
+        """What :meth:`save_branch` wrote.
+
+        Raises:
+            TrainError: it is missing, or not a complete checkpoint of this version.
+        """
+        path = self._branch(trajectory, epoch)
         if not path.exists():
-            return None
+            raise TrainError(f"{path}: expected the state after epoch {epoch}, found no file")
+        return path, self._load(path, trajectory, device)
+
+    def save_model(self, name: str, state: Mapping[str, torch.Tensor]) -> None:
+        """Replaces ``model_NAME.pt``, the final weights of a method.
+
+        Raises:
+            TrainError: the disk is full or cannot be written.
+        """
+        self._write(self.file(f"model_{name}.pt"), lambda f: torch.save(dict(state), f))
+
+    def _branch(self, trajectory: str, epoch: int) -> Path:
+        return self.checkpoints / f"{trajectory}-branch-{epoch:05d}.pt"
+
+    def _states(self, trajectory: str) -> list[Path]:
+        """Checkpoints of a trajectory, the newest first."""
+        name = re.compile(re.escape(trajectory) + r"-(\d+)-(\d+)\.pt")
+
+        def found() -> Iterator[tuple[int, int, Path]]:
+            for path in self.checkpoints.glob(f"{trajectory}-*.pt"):
+                if match := name.fullmatch(path.name):
+                    yield int(match[1]), int(match[2]), path
+
+        return [path for _, _, path in sorted(found(), reverse=True)]
+
+    def _save(self, path: Path, trajectory: str, content: Mapping[str, Any]) -> None:
+        payload = {
+            "format": _CHECKPOINT,
+            "version": _CHECKPOINT_VERSION,
+            "trajectory": trajectory,
+            **content,
+        }
+        self._write(path, lambda f: torch.save(payload, f))
+
+    def _write(self, path: Path, write: Callable[[IO[bytes]], object]) -> None:
+        try:
+            write_atomically(path, write)
+        except (OSError, RuntimeError) as error:
+            # torch.save hides the reason of a failed write in a RuntimeError.
+            if isinstance(error, RuntimeError) and "write" not in str(error):
+                raise
+            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+            reason = " ".join(str(error).split())
+            raise TrainError(
+                f"{path}: cannot be written ({reason}); {'the disk is full, ' if full else ''}what "
+                f"was saved before is intact: make room and continue with --resume {self.path}"
+            ) from error
+
+    def _load(self, path: Path, trajectory: str, device: torch.device) -> dict[str, Any]:
+        expected = (
+            f"expected a checkpoint of swa_fast.train, version {_CHECKPOINT_VERSION}, of the "
+            f"trajectory {trajectory}"
+        )
         try:
             payload = torch.load(path, map_location=device, weights_only=True)
         # torch.load has no error of its own: UnpicklingError, RuntimeError, EOFError, KeyError...
@@ -167,11 +304,7 @@ class RunFolder:
             ) from error
         if not isinstance(payload, dict) or payload.get("format") != _CHECKPOINT:
             raise TrainError(f"{path}: {expected}, found another kind of file")
-        for key, value in (("version", _CHECKPOINT_VERSION), ("method", method)):
+        for key, value in (("version", _CHECKPOINT_VERSION), ("trajectory", trajectory)):
             if payload.get(key) != value:
                 raise TrainError(f"{path}: {expected}, found {key} {payload.get(key)}")
         return payload
-
-    def save_model(self, method: str, state: Mapping[str, torch.Tensor]) -> None:
-        """Replaces the final weights of a method."""
-        write_atomically(self.file(f"model_{method}.pt"), lambda f: torch.save(dict(state), f))

@@ -1,0 +1,86 @@
+"""The processes of a run: one, or several started by torchrun."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+__all__ = ["World"]
+
+
+class World:
+    """All processes of a run. With one process every method does nothing.
+
+    Started by ``torchrun``, which sets RANK, WORLD_SIZE and LOCAL_RANK, the processes join with nccl
+    on CUDA devices and with gloo on the CPU; call :meth:`close` at the end.
+
+    Args:
+        cuda: whether the run is on CUDA devices, one per process.
+    """
+
+    def __init__(self, *, cuda: bool = False) -> None:
+        self.size = self.count()
+        self.rank = int(os.environ.get("RANK", "0")) if self.size > 1 else 0
+        self._local = int(os.environ.get("LOCAL_RANK", "0")) if self.size > 1 else 0
+        if self.size > 1:
+            if cuda:
+                torch.cuda.set_device(self._local)
+            dist.init_process_group("nccl" if cuda else "gloo")
+
+    @staticmethod
+    def count() -> int:
+        """The number of processes that the environment announces."""
+        return int(os.environ.get("WORLD_SIZE", "1"))
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes the files."""
+        return self.rank == 0
+
+    def device(self, name: str) -> torch.device:
+        """The device of this process, for the configuration's ``device``."""
+        if self.size > 1 and name.startswith("cuda"):
+            return torch.device("cuda", self._local)
+        return torch.device(name)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def largest(self, value: int, device: torch.device) -> int:
+        """The largest of the processes' values. Waits for the device."""
+        if self.size == 1:
+            return value
+        tensor = torch.tensor(value, device=device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return int(tensor.item())
+
+    def gather(self, value: Any) -> list[Any]:
+        """The processes' values in the order of ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """Gives all processes the buffers of the first, such as BatchNorm's running statistics."""
+        if self.size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+
+    def wait(self) -> None:
+        """Waits until all processes are here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        """Leaves the group of processes."""
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()

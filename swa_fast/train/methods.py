@@ -1,0 +1,336 @@
+"""The training methods: which trajectories they need, and what they average along them.
+
+A *trajectory* is one sequence of training steps. A *method* is a rule that makes a result of it:
+
+=========== ============ ==========================================================================
+method      trajectory   result
+=========== ============ ==========================================================================
+sgd         sgd          the last weights of the conventional run
+ema         sgd          exponential moving average of its weights, one update per step
+fge         fge          ensemble of the networks in the middle of each triangular cycle
+swa         swa          mean of the weights at the end of epochs at a constant rate
+swa-cyclic  swa-cyclic   mean of the weights at the end of each cycle of a sawtooth rate
+swa-fixed   swa-fixed    mean of the weights at the end of epochs at one rate from the first step
+=========== ============ ==========================================================================
+
+fge, swa-cyclic and, on demand, swa go on from the conventional run after some of its epochs, with
+its momentum.
+
+Sources: Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization",
+UAI 2018, arXiv 1803.05407; Garipov et al., "Loss Surfaces, Mode Connectivity, and Fast Ensembling of
+DNNs", NeurIPS 2018, arXiv 1802.10026.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swa_fast import AveragedModel, get_ema_multi_avg_fn
+
+from ..schedules import (
+    budget_epoch,
+    cosine_cycle_lr,
+    cosine_lr,
+    cyclic_lr,
+    fge_lr,
+    fge_member,
+    first_capture,
+    paper_lr,
+    paper_swa_lr,
+    step_lr,
+)
+from .config import TrainConfig
+
+__all__ = ["Average", "Ensemble", "Trajectory", "WeightAverage", "plan"]
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One sequence of training steps.
+
+    Attributes:
+        name: of its files and records.
+        begin: finished epochs of the trajectory sgd that it goes on from; 0 for initial weights.
+        end: its last epoch. Epochs are counted from the initial weights.
+        rate: learning rate of a step, given the finished epochs, the finished steps of the present
+            one and the steps per epoch.
+        captures: by method, whether weights are captured after so many epochs; None for every step.
+        marks: by method, the epochs after which results are reported, by budget.
+        branches: epochs after which other trajectories go on from this one.
+    """
+
+    name: str
+    begin: int
+    end: int
+    rate: Callable[[int, int, int], float]
+    captures: Mapping[str, Callable[[int], bool] | None]
+    marks: Mapping[str, Mapping[float, int]]
+    branches: tuple[int, ...] = ()
+
+    @property
+    def reported(self) -> frozenset[int]:
+        """All epochs after which a result is reported."""
+        return frozenset(epoch for marks in self.marks.values() for epoch in marks.values())
+
+
+def plan(config: TrainConfig) -> list[Trajectory]:
+    """The trajectories that the methods of a configuration need, in the order of training."""
+    chosen = config.methods
+    after = [
+        make(config)
+        for method, make in (
+            ("swa", _swa),
+            ("swa-cyclic", _swa_cyclic),
+            ("fge", _fge),
+            ("swa-fixed", _swa_fixed),
+        )
+        if method in chosen
+    ]
+    branches = tuple(sorted({each.begin for each in after if each.begin > 0}))
+    conventional = "sgd" in chosen or "ema" in chosen
+    if not conventional and not branches:
+        return after
+    end = config.epochs if conventional else branches[-1]
+    sgd = Trajectory(
+        name="sgd",
+        begin=0,
+        end=end,
+        rate=_conventional_rate(config),
+        captures={"ema": None} if "ema" in chosen else {},
+        marks={method: {1.0: end} for method in ("sgd", "ema") if method in chosen},
+        branches=branches,
+    )
+    return [sgd, *after]
+
+
+def _conventional_rate(config: TrainConfig) -> Callable[[int, int, int], float]:
+    lr, total = config.lr, config.epochs
+
+    def rate(epoch: int, step: int, steps: int) -> float:
+        if config.lr_schedule == "paper":
+            return paper_lr(epoch, lr=lr, total=total, final_lr=0.01 * lr)
+        if config.lr_schedule == "cosine":
+            return cosine_lr(epoch + step / steps, lr=lr, total=total)
+        if config.lr_schedule == "steps":
+            return step_lr(epoch, lr=lr, total=total)
+        return lr
+
+    return rate
+
+
+def _counts_initial(config: TrainConfig, begin: int) -> bool:
+    """Whether the weights that averaging starts from are averaged: by default those of a network
+    that is already trained, as in the paper's algorithm, but not those in the middle of a run, as
+    in the authors' code."""
+    if config.include_initial is not None:
+        return config.include_initial
+    return begin == config.epochs or (begin == 0 and config.pretrained is not None)
+
+
+def _marks(config: TrainConfig, first: int) -> dict[float, int]:
+    """Budgets that hold a capture, the first one being after epoch ``first``."""
+    ends = {budget: budget_epoch(config.epochs, budget) for budget in config.budgets}
+    return {budget: end for budget, end in ends.items() if end >= first}
+
+
+def _swa(config: TrainConfig) -> Trajectory:
+    first = first_capture(config.epochs, config.swa_start)
+    begin = first - 1
+    initial = _counts_initial(config, begin)
+
+    def rate(epoch: int, step: int, steps: int) -> float:
+        if config.swa_continues_sgd:
+            return config.swa_lr
+        return paper_swa_lr(epoch, lr=config.lr, swa_lr=config.swa_lr, start=first)
+
+    def captured(epoch: int) -> bool:
+        if epoch == begin:
+            return initial
+        return epoch >= first and (epoch - first) % config.swa_every == 0
+
+    return Trajectory(
+        name="swa",
+        begin=begin if config.swa_continues_sgd else 0,
+        end=config.last_epoch,
+        rate=rate,
+        captures={"swa": captured},
+        marks={"swa": _marks(config, first)},
+    )
+
+
+def _swa_cyclic(config: TrainConfig) -> Trajectory:
+    begin = first_capture(config.epochs, config.swa_start) - 1
+    initial = _counts_initial(config, begin)
+    cycle = config.cycle_epochs
+    assert cycle is not None
+
+    def rate(epoch: int, step: int, steps: int) -> float:
+        passed = epoch - begin
+        if config.cycle_shape == "cosine":
+            return cosine_cycle_lr(
+                passed + step / steps, lr=config.lr, total=config.epochs, cycle=cycle
+            )
+        return cyclic_lr(
+            passed * steps + step + 1,
+            lr_max=config.cycle_lr_max,
+            lr_min=config.cycle_lr_min,
+            cycle=cycle * steps,
+        )
+
+    def captured(epoch: int) -> bool:
+        if epoch == begin:
+            return initial
+        return (epoch - begin) % cycle == 0
+
+    return Trajectory(
+        name="swa-cyclic",
+        begin=begin,
+        end=config.last_epoch,
+        rate=rate,
+        captures={"swa-cyclic": captured},
+        marks={"swa-cyclic": _marks(config, begin + cycle)},
+    )
+
+
+def _fge(config: TrainConfig) -> Trajectory:
+    begin = first_capture(config.epochs, config.fge_start) - 1
+
+    def rate(epoch: int, step: int, steps: int) -> float:
+        return fge_lr(
+            epoch - begin + step / steps,
+            lr_max=config.fge_lr_max,
+            lr_min=config.fge_lr_min,
+            cycle=config.fge_cycle,
+        )
+
+    def captured(epoch: int) -> bool:
+        return epoch > begin and fge_member(epoch - begin, cycle=config.fge_cycle)
+
+    return Trajectory(
+        name="fge",
+        begin=begin,
+        end=config.epochs,
+        rate=rate,
+        captures={"fge": captured},
+        marks={"fge": {1.0: config.epochs}},
+    )
+
+
+def _swa_fixed(config: TrainConfig) -> Trajectory:
+    first = first_capture(config.epochs, config.fixed_start)
+    return Trajectory(
+        name="swa-fixed",
+        begin=0,
+        end=config.last_epoch,
+        rate=lambda epoch, step, steps: config.fixed_lr,
+        captures={"swa-fixed": lambda epoch: epoch >= first},
+        marks={"swa-fixed": _marks(config, first)},
+    )
+
+
+class Average(ABC):
+    """What a method makes of a trajectory, beside its last weights.
+
+    Args:
+        captured: whether weights are captured after so many epochs; None for every step.
+    """
+
+    def __init__(self, captured: Callable[[int], bool] | None) -> None:
+        self._captured = captured
+        self.captures = 0
+
+    def due(self, epoch: int) -> bool:
+        """Whether weights are captured after ``epoch`` epochs."""
+        return self._captured is not None and self._captured(epoch)
+
+    @property
+    def every_step(self) -> bool:
+        """Whether weights are captured after every step instead."""
+        return self._captured is None
+
+    @abstractmethod
+    def capture(self, model: nn.Module, probabilities: Callable[[nn.Module], Tensor]) -> None:
+        """Takes the weights of ``model``.
+
+        Args:
+            model: the network in training.
+            probabilities: gives the softmax outputs of a network for the test set, float32 [N, K].
+        """
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Everything from which :meth:`load_state_dict` continues; tensors and plain values."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+
+
+class WeightAverage(Average):
+    """A running average of weights: equal weights, or exponential ones if ``decay`` is given."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        captured: Callable[[int], bool] | None,
+        *,
+        decay: float | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(captured)
+        options: dict[str, Any] = {}
+        if backend is not None:
+            options["backend"] = backend
+        if decay is not None:
+            options["multi_avg_fn"] = get_ema_multi_avg_fn(decay)
+        self.averaged = AveragedModel(model, **options)
+
+    def capture(self, model: nn.Module, probabilities: Callable[[nn.Module], Tensor]) -> None:
+        self.averaged.update_parameters(model)
+        self.captures += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"captures": self.captures, "averaged": self.averaged.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.averaged.load_state_dict(state["averaged"])
+        self.captures = int(state["captures"])
+
+
+class Ensemble(Average):
+    """The sum of the softmax outputs of networks along a trajectory, for the test set.
+
+    Each network predicts with its own BatchNorm statistics. The ensemble predicts the class with
+    the largest sum, and its loss is the cross-entropy of the mean probabilities.
+    """
+
+    def __init__(self, captured: Callable[[int], bool]) -> None:
+        super().__init__(captured)
+        self._sum: Tensor | None = None
+
+    def capture(self, model: nn.Module, probabilities: Callable[[nn.Module], Tensor]) -> None:
+        found = probabilities(model)
+        self._sum = found if self._sum is None else self._sum + found
+        self.captures += 1
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean probabilities of the members so far, float32 [N, K]."""
+        assert self._sum is not None
+        return self._sum / self.captures
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"captures": self.captures, "sum": self._sum}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        captures, total = int(state["captures"]), state["sum"]
+        if (captures > 0) != torch.is_tensor(total):
+            raise ValueError(f"expected the sum of {captures} members, found {type(total)}")
+        self._sum = total
+        self.captures = captures

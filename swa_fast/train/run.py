@@ -1,0 +1,385 @@
+"""A whole run: all trajectories of a configuration, with the files that they leave."""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+import swa_fast
+
+from .board import Board
+from .config import TrainConfig
+from .data import Dataset, load_dataset
+from .distributed import World
+from .errors import Stopped, TrainError, import_extra
+from .loop import Record, Run, Trainer
+from .methods import Ensemble, Trajectory, WeightAverage, plan
+from .progress import Progress
+from .report import draw_curves, summarise
+from .state import RunFolder
+from .stream import StreamedDataset
+
+__all__ = ["Interrupts", "environment", "run"]
+
+# Several processes have to agree before one of them saves or stops, which makes them wait.
+_AGREE_EVERY = 20
+
+
+class Interrupts:
+    """While active, SIGINT (Ctrl-C) and SIGTERM only ask for a stop; the second one stops at once.
+
+    Other threads than the main one cannot receive signals and are left alone.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        print(
+            "\nStopping after this step; again to stop at once, which loses what came after the "
+            "last checkpoint.",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def environment(config: TrainConfig, processes: int) -> dict[str, Any]:
+    """Versions and hardware that a result depends on, as JSON values."""
+    device = torch.device(config.device)
+    return {
+        "swa_fast": swa_fast.__version__,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "threads": config.threads,
+        "processes": processes,
+        "git_commit": _git_commit(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout that swa_fast runs from; None for an installed copy."""
+    checkout = Path(__file__).resolve().parents[2]
+    if not (checkout / ".git").exists():
+        return None
+    try:
+        answer = subprocess.run(
+            ["git", "-C", os.fspath(checkout), "rev-parse", "--verify", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None
+
+
+def run(
+    config: TrainConfig,
+    folder: RunFolder,
+    progress: Progress,
+    previous: dict[str, Any] | None = None,
+    *,
+    world: World | None = None,
+    preset: str | None = None,
+    checkpoint_minutes: float = 10.0,
+) -> dict[str, Any]:
+    """Trains along all trajectories of a configuration and leaves the files of :class:`RunFolder`.
+
+    Torch's global random state is overwritten; its number of threads is restored.
+
+    Args:
+        config: the settings.
+        folder: an existing folder. A new run replaces the one it may hold, once everything is
+            known to be in order.
+        progress: where progress is shown.
+        previous: content of results.json of the run to continue; None starts a new one.
+        world: the processes of the run; None for this one alone.
+        preset: name of the preset that the configuration came from, for reports.
+        checkpoint_minutes: checkpoints are written after every epoch, and within one when the last
+            is older than this.
+
+    Returns:
+        The content of results.json.
+
+    Raises:
+        TrainError: the data or the checkpoints cannot be used, the training diverged, or the disk
+            is full.
+        Stopped: a signal asked for it; the state is saved.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.threads)
+    try:
+        # Fixed algorithms: the autotuner may choose others in a process that continues a run.
+        with (
+            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True),
+            Interrupts() as interrupts,
+        ):
+            session = _Session(config, folder, progress, world or World(), interrupts)
+            session.checkpoint_seconds = 60 * checkpoint_minutes
+            return session.run(previous, preset)
+    finally:
+        progress.stop()
+        torch.set_num_threads(threads)
+
+
+class _Session:
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: RunFolder,
+        progress: Progress,
+        world: World,
+        interrupts: Interrupts,
+    ) -> None:
+        self.config = config
+        self.folder = folder
+        self.progress = progress
+        self.world = world
+        self.interrupts = interrupts
+        self.checkpoint_seconds = 600.0
+        self.saved = time.monotonic()
+
+    def run(self, previous: dict[str, Any] | None, preset: str | None) -> dict[str, Any]:
+        config, progress, world = self.config, self.progress, self.world
+        import_extra("matplotlib.figure")  # needed only at the end, which is late to miss it
+        dataset = self._load_data()
+        results: dict[str, Any] = {
+            "status": "running",
+            "preset": preset,
+            "config": config.to_json(),
+            "environment": environment(config, world.size),
+            "data": dataset.to_json(),
+            "initial": None,
+            "records": [],
+            "summary": [],
+        }
+        if previous is not None:
+            self._compare(previous, results)
+            for key in ("preset", "environment", "initial", "records"):
+                results[key] = previous[key]
+        progress.say(
+            f"{config.dataset}: {dataset.train_count:,} training and {dataset.test_count:,} test "
+            f"images of {len(dataset.classes)} classes"
+            + (f"; {dataset.skipped_files} other files skipped" if dataset.skipped_files else "")
+        )
+        trainer = Trainer(config, dataset, world, lambda: self.interrupts.requested)
+        results["environment"]["averaging_backend"] = trainer.check_backend()
+        model = trainer.build()
+        progress.say(
+            f"{config.model}: {sum(p.numel() for p in model.parameters()):,} parameters, on "
+            f"{config.device}" + (f", {world.size} processes" if world.size > 1 else "")
+        )
+        if config.pretrained is not None and results["initial"] is None:
+            loss, accuracy = trainer.evaluate(model)
+            results["initial"] = {"test_loss": loss, "test_accuracy": accuracy}
+            progress.say(f"pretrained network: test {accuracy:.2f}%")
+        del model
+        if world.main:
+            if previous is None:
+                self.folder.clear()
+            progress.write_log(self.folder.log)
+        world.wait()
+        self._write(results)
+
+        finished: list[Record] = []
+        for trajectory in plan(config):
+            self._follow(trainer, trajectory, results, finished)
+            finished = list(results["records"])
+        results["summary"] = summarise(results)
+        results["status"] = "complete"
+        if world.main:
+            draw_curves(results, self.folder.file("curves.png"))
+        self._write(results)
+        world.wait()
+        return results
+
+    def _load_data(self) -> Dataset | StreamedDataset:
+        """The data; the first process alone may have to download them."""
+        config = self.config
+
+        def load() -> Dataset | StreamedDataset:
+            return load_dataset(
+                config.dataset,
+                config.data_dir,
+                image_size=config.image_size,
+                normalise=config.normalise,
+                fraction=config.fraction,
+                threads=config.threads,
+                progress=self.progress.over,
+            )
+
+        if self.world.main:
+            dataset = load()
+        self.world.wait()
+        return dataset if self.world.main else load()
+
+    def _write(self, results: dict[str, Any]) -> None:
+        if self.world.main:
+            self.folder.write_results(results)
+
+    def _follow(
+        self,
+        trainer: Trainer,
+        trajectory: Trajectory,
+        results: dict[str, Any],
+        finished: list[Record],
+    ) -> None:
+        """Trains along one trajectory, from its beginning or from its last checkpoint."""
+        progress, world = self.progress, self.world
+        current = trainer.start(trajectory)
+        self._restore(trainer, current)
+        results["records"] = finished + current.records
+        steps = len(trainer.batches)
+        progress.start(
+            trajectory.name.upper(),
+            epochs=trajectory.end,
+            steps=steps,
+            done=current.epoch * steps + current.step,
+        )
+        board = Board(self.folder.tensorboard, trajectory.name, progress.say) if world.main else None
+        if board is not None:
+            board.restart(current.records)
+
+        def save() -> None:
+            state = trainer.state(current)
+            if world.main:
+                self.folder.save_checkpoint(
+                    trajectory.name, current.epoch, current.step, state
+                )
+            self.saved = time.monotonic()
+
+        def between() -> None:
+            progress.step()
+            wanted = self._wanted()
+            if world.size > 1:
+                if current.step % _AGREE_EVERY:
+                    return
+                wanted = world.largest(wanted, trainer.device)
+            if wanted == 2:
+                raise Stopped
+            if wanted:
+                save()
+
+        try:
+            while current.epoch < trajectory.end:
+                members = {m: a.captures for m, a in current.averages.items()}
+                try:
+                    record = trainer.train_epoch(current, between)
+                except Stopped:
+                    save()
+                    raise
+                # Everything that the epoch leaves comes before the checkpoint that says it is done.
+                self._save_models(trainer, current, members)
+                if current.epoch in trajectory.branches:
+                    state = trainer.state(current)
+                    if world.main:
+                        self.folder.save_branch(trajectory.name, current.epoch, state)
+                save()
+                results["records"] = finished + current.records
+                self._write(results)
+                if board is not None:
+                    board.add(record)
+                progress.epoch(record)
+                if world.largest(self._wanted(), trainer.device) == 2:
+                    raise Stopped
+        finally:
+            if board is not None:
+                board.close()
+            progress.stop()
+
+    def _wanted(self) -> int:
+        """2 to stop, 1 to save, 0 to go on."""
+        if self.interrupts.requested:
+            return 2
+        return int(time.monotonic() - self.saved > self.checkpoint_seconds)
+
+    def _restore(self, trainer: Trainer, current: Run) -> None:
+        trajectory = current.trajectory
+        found = self.folder.load_checkpoint(trajectory.name, trainer.device, self.progress.say)
+        if found is not None:
+            path, state = found
+            trainer.restore(current, state, path)
+        elif trajectory.begin > 0:
+            path, state = self.folder.load_branch("sgd", trajectory.begin, trainer.device)
+            trainer.continue_from(current, state, path)
+
+    def _save_models(self, trainer: Trainer, current: Run, members: dict[str, int]) -> None:
+        """Final weights of the methods whose results this epoch gives, and new ensemble members."""
+        if not self.world.main:
+            return
+        trajectory, epoch = current.trajectory, current.epoch
+        for method, marks in trajectory.marks.items():
+            average = current.averages.get(method)
+            if isinstance(average, Ensemble):
+                if average.captures > members[method]:
+                    name = f"{method}-{average.captures:02d}"
+                    self.folder.save_model(name, current.model.state_dict())
+                continue
+            for budget, end in marks.items():
+                if end == epoch:
+                    network: nn.Module = current.model
+                    if isinstance(average, WeightAverage):
+                        network = average.averaged.module
+                    name = method if budget == max(marks) else f"{method}-{budget:g}"
+                    self.folder.save_model(name, network.state_dict())
+
+    def _compare(self, previous: dict[str, Any], current: dict[str, Any]) -> None:
+        """Refuses other data; mentions other software or hardware."""
+        if previous["data"] != current["data"]:
+            changed = [
+                key for key in current["data"] if previous["data"].get(key) != current["data"][key]
+            ]
+            raise TrainError(
+                f"{self.folder.file('results.json')}: expected the data that the run began with, "
+                f"found other {', '.join(changed)}"
+            )
+        for key, value in current["environment"].items():
+            before = previous["environment"].get(key)
+            if before != value:
+                self.progress.say(
+                    f"note: {key} was {before} when the run began and is {value} now; results may "
+                    f"differ from those of an uninterrupted run"
+                )
