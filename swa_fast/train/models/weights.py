@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import os
-import pickle
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,15 @@ def load_pretrained(
             model is then left as it was.
     """
     if path is None:
-        source, loaded = _from_torchvision(name)
+        source, load = _torchvision_weights(name)
     else:
-        source, loaded = str(path), _from_file(Path(path))
+        source, load = str(path), _reader(Path(path))
+    try:
+        loaded = load()
+    # Neither torch.load nor torch.hub has an error of its own: OSError, RuntimeError, KeyError...
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TrainError(f"{source}: expected a state_dict, cannot be read ({reason})") from error
     if not isinstance(loaded, dict) or not all(isinstance(x, Tensor) for x in loaded.values()):
         found = type(loaded).__name__
         if isinstance(loaded, dict):
@@ -86,42 +93,27 @@ def load_pretrained(
     model.load_state_dict(found_tensors)
 
 
-def _from_torchvision(name: str) -> tuple[str, Any]:
-    """The source's name for messages, and the content."""
+def _torchvision_weights(name: str) -> tuple[str, Callable[[], Any]]:
+    """Where they come from, and what gets them."""
     if name not in PRETRAINED:
         raise TrainError(
             f"model: expected one with weights in torchvision ({', '.join(PRETRAINED)}) or a file "
             f"of weights, found {name!r} without a file"
         )
     weights = getattr(import_extra("torchvision.models"), PRETRAINED[name])[_VERSION]
-    try:
-        # A broken download raises RuntimeError, a broken file in the cache any of the others.
-        loaded = weights.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise TrainError(
-            f"the weights of {name} cannot be had from {weights.url} ({error}); "
-            f"give a file of weights instead"
-        ) from error
-    return weights.url, loaded
+    return weights.url, partial(
+        weights.get_state_dict, check_hash=True, map_location="cpu", weights_only=True
+    )
 
 
-def _from_file(path: Path) -> Any:
-    if path.suffix == ".safetensors":
-        try:
-            safetensors = importlib.import_module("safetensors.torch")
-        except ImportError as error:
-            raise TrainError(
-                f"safetensors cannot be imported ({error}); run: pip install safetensors"
-            ) from error
-        try:
-            return safetensors.load_file(path)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise TrainError(f"{path}: cannot be read as safetensors ({error})") from error
+def _reader(path: Path) -> Callable[[], Any]:
+    if path.suffix != ".safetensors":
+        return partial(torch.load, path, map_location="cpu", weights_only=True)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        return partial(importlib.import_module("safetensors.torch").load_file, path)
+    except ImportError as error:
         raise TrainError(
-            f"{path}: expected a state_dict by torch.save, cannot be read as one ({error})"
+            f"{path}: safetensors cannot be imported ({error}); run: pip install safetensors"
         ) from error
 
 
