@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .layers import Projection, check_sizes, he_init
 
 __all__ = ["PreResNet"]
 
@@ -59,27 +59,11 @@ class _Bottleneck(nn.Module):
         return out
 
 
-class _Projection(nn.Conv2d):
-    """A 1x1 convolution of every ``step``-th pixel, i.e. one with that stride.
-
-    Not written as a strided convolution: the AVX2 gradient of one with fewer than 8 channels writes
-    out of bounds in oneDNN (uxlfoundation/oneDNN issue 6035), which ends in crashes or wrong
-    gradients for narrow networks.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, step: int) -> None:
-        super().__init__(in_channels, out_channels, 1, bias=False)
-        self.step = step
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x[:, :, :: self.step, :: self.step])
-
-
 def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
     """Identity where the shapes agree, else a strided 1x1 convolution of the raw block input."""
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
-    return _Projection(in_channels, out_channels, stride)
+    return Projection(in_channels, out_channels, stride)
 
 
 class PreResNet(nn.Module):
@@ -112,13 +96,7 @@ class PreResNet(nn.Module):
         self, depth: int, *, in_channels: int = 3, num_classes: int = 10, width: int = 16
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("in_channels", in_channels),
-            ("num_classes", num_classes),
-            ("width", width),
-        ):
-            if value < 1:
-                raise ValueError(f"{name}: expected 1 or more, found {value}")
+        check_sizes(in_channels=in_channels, num_classes=num_classes, width=width)
         block: type[_BasicBlock] | type[_Bottleneck]
         block, layers = (_Bottleneck, 9) if depth >= _BOTTLENECK_DEPTH else (_BasicBlock, 6)
         blocks, rest = divmod(depth - 2, layers)
@@ -138,10 +116,7 @@ class PreResNet(nn.Module):
         self.bn = nn.BatchNorm2d(channels)
         self.fc = nn.Linear(channels, num_classes)
 
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
-                nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan_out))
+        he_init(self)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer3(self.layer2(self.layer1(self.conv1(x))))

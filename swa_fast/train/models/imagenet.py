@@ -1,0 +1,80 @@
+"""Networks for ImageNet: torchvision's own, so that its weights fit.
+
+torchvision is imported when one is built; without it the trainer's other networks still work.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import nn
+
+from ..errors import import_extra
+from .layers import check_sizes
+
+__all__ = ["densenet161", "resnet"]
+
+# That of torchvision's stems, which are built anew for other images.
+_COLOURS = 3
+
+
+def resnet(
+    depth: int, *, in_channels: int = 3, num_classes: int = 1000, width: int = 64
+) -> nn.Module:
+    """torchvision's ResNet of bottlenecks, whose stride is the 3x3 convolution's.
+
+    Args:
+        depth: 50, 101 or 152.
+        in_channels: channels of the images.
+        num_classes: number of classes K.
+        width: planes of the first stage's 3x3 convolutions (torchvision's ``width_per_group``); 64
+            in the paper. The stem and the blocks' outputs keep the paper's size.
+
+    Input: float tensor [N, in_channels, H, W], meant for 224x224. Output: logits [N, K].
+
+    Raises:
+        ValueError: a size below 1.
+        TrainError: torchvision is not installed.
+
+    Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016.
+    """
+    check_sizes(in_channels=in_channels, num_classes=num_classes, width=width)
+    build = getattr(import_extra("torchvision.models"), f"resnet{depth}")
+    model = cast(nn.Module, build(num_classes=num_classes, width_per_group=width))
+    if in_channels != _COLOURS:
+        stem = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
+        nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+        model.conv1 = stem
+    return model
+
+
+def densenet161(*, in_channels: int = 3, num_classes: int = 1000, width: int = 48) -> nn.Module:
+    """torchvision's DenseNet-161.
+
+    Args:
+        in_channels: channels of the images.
+        num_classes: number of classes K.
+        width: growth rate, i.e. channels that every layer adds; 48 in the paper. The stem has twice
+            as many.
+
+    Input: float tensor [N, in_channels, H, W], any H and W of 29 or more, meant for 224x224.
+    Output: logits [N, K].
+
+    Raises:
+        ValueError: a size below 1.
+        TrainError: torchvision is not installed.
+
+    Source: Huang et al., "Densely Connected Convolutional Networks", CVPR 2017.
+    """
+    check_sizes(in_channels=in_channels, num_classes=num_classes, width=width)
+    model = import_extra("torchvision.models").DenseNet(
+        growth_rate=width,
+        block_config=(6, 12, 36, 24),
+        num_init_features=2 * width,
+        num_classes=num_classes,
+    )
+    if in_channels != _COLOURS:
+        stem = nn.Conv2d(in_channels, 2 * width, 7, stride=2, padding=3, bias=False)
+        nn.init.kaiming_normal_(stem.weight)
+        model.features.conv0 = stem
+    return cast(nn.Module, model)

@@ -1,0 +1,45 @@
+"""What the networks share."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+__all__ = ["Projection", "check_sizes", "he_init"]
+
+
+class Projection(nn.Conv2d):
+    """A 1x1 convolution of every ``step``-th pixel, i.e. one with that stride.
+
+    Not written as a strided convolution: the AVX2 gradient of one with fewer than 8 channels writes
+    out of bounds in oneDNN (uxlfoundation/oneDNN issue 6035), which ends in crashes or wrong
+    gradients for narrow networks.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, step: int, bias: bool = False) -> None:
+        super().__init__(in_channels, out_channels, 1, bias=bias)
+        self.step = step
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[:, :, :: self.step, :: self.step])
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raises ValueError, which names the argument, for a size below 1."""
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name}: expected 1 or more, found {value}")
+
+
+def he_init(model: nn.Module) -> None:
+    r"""Draws every convolution's weight from a normal distribution with mean 0 and standard
+    deviation :math:`\sqrt{2/(k^2\,c_\text{out})}`.
+
+    Source: He et al., "Delving Deep into Rectifiers", ICCV 2015, in the form that looks at the
+    backward pass.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
+            nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan_out))

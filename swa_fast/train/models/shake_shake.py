@@ -1,0 +1,159 @@
+"""Shake-Shake networks for small images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layers import Projection, check_sizes, he_init
+
+__all__ = ["ShakeShake", "shake"]
+
+_STEM_PLANES = 16
+
+
+class _Shake(torch.autograd.Function):
+    """alpha y1 + (1 - alpha) y2, with the gradient of beta y1 + (1 - beta) y2."""
+
+    @staticmethod
+    def forward(ctx: Any, y1: Tensor, y2: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+        ctx.save_for_backward(beta)
+        return torch.lerp(y2, y1, alpha)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (beta,) = ctx.saved_tensors
+        grad1 = beta * grad
+        return grad1, grad - grad1, None, None
+
+
+def shake(y1: Tensor, y2: Tensor, training: bool) -> Tensor:
+    r"""The random mean of two branches.
+
+    In training, image n gets :math:`\alpha_n y_1 + (1 - \alpha_n) y_2`, while the gradient g passes
+    on as :math:`\beta_n g` to y1 and :math:`(1 - \beta_n) g` to y2; alpha and beta are independent
+    and uniform on [0, 1). Else it is the plain mean.
+
+    Args:
+        y1: float tensor [N, C, H, W].
+        y2: same shape and dtype.
+        training: whether to draw; both draws are made here, from the global generator of y1's
+            device, so that a backward pass may be repeated or recomputed.
+
+    Source: Gastaldi, "Shake-Shake regularization", 2017, arXiv 1705.07485, the variant
+    "Shake-Shake-Image".
+    """
+    if not training:
+        return torch.lerp(y2, y1, 0.5)
+    # Drawn in float32 whatever the branches are in: a seed then means the same in all precisions.
+    alpha, beta = torch.rand(2, len(y1), 1, 1, 1, device=y1.device).to(y1.dtype)
+    mean: Tensor = _Shake.apply(y1, y2, alpha, beta)
+    return mean
+
+
+class _Shortcut(nn.Module):
+    """Every ``step``-th pixel through one 1x1 convolution, and those one up and one left of them
+    (zeros at the border) through another; each makes half of the channels, which go through BN."""
+
+    def __init__(self, in_channels: int, out_channels: int, step: int) -> None:
+        super().__init__()
+        half = out_channels // 2
+        self.conv1 = Projection(in_channels, out_channels - half, step)
+        self.conv2 = Projection(in_channels, half, step)
+        self.bn = nn.BatchNorm2d(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shifted = F.pad(x, (1, -1, 1, -1))
+        out: Tensor = self.bn(torch.cat((self.conv1(x), self.conv2(shifted)), 1))
+        return out
+
+
+def _branch(in_channels: int, planes: int, stride: int) -> nn.Sequential:
+    """Conv3x3(stride)-BN-ReLU-conv3x3-BN; the ReLU in front is the block's."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, planes, 3, stride=stride, padding=1, bias=False),
+        nn.BatchNorm2d(planes),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(planes, planes, 3, padding=1, bias=False),
+        nn.BatchNorm2d(planes),
+    )
+
+
+class _Block(nn.Module):
+    """Two branches of the activated input, shaken and added to the shortcut."""
+
+    def __init__(self, in_channels: int, planes: int, stride: int) -> None:
+        super().__init__()
+        self.branch1 = _branch(in_channels, planes, stride)
+        self.branch2 = _branch(in_channels, planes, stride)
+        self.downsample: _Shortcut | None = None
+        if stride != 1 or in_channels != planes:
+            self.downsample = _Shortcut(in_channels, planes, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = F.relu(x)
+        skip = x if self.downsample is None else self.downsample(active)
+        out: Tensor = skip + shake(self.branch1(active), self.branch2(active), self.training)
+        return out
+
+
+class ShakeShake(nn.Module):
+    r"""Shake-Shake network for small images, e.g. 26 2x64d.
+
+    A 3x3 stem of 16 planes with BN, three stages of n blocks with w, 2w and 4w planes (the first
+    block of stages 2 and 3 has stride 2), then ReLU, the mean over all positions and a linear
+    layer. A block is x + shake(b1(x), b2(x)), see :func:`shake`, with two branches
+    ReLU-conv3x3-BN-ReLU-conv3x3-BN; where the shape changes, x is replaced by BN of two
+    1x1 convolutions of ReLU(x), one of them shifted by a pixel. Convolutions have no bias and start
+    from a normal distribution with standard deviation :math:`\sqrt{2/(k^2\,c_\text{out})}`;
+    BatchNorm starts from scale 1 and shift 0, the linear layer's bias from 0.
+
+    Args:
+        depth: number of layers, 6n + 2.
+        in_channels: channels of the images.
+        num_classes: number of classes K.
+        width: planes w of the first stage, 2 or more; 64 in 26 2x64d.
+
+    Input: float tensor [N, in_channels, H, W], any H and W of 8 or more. Output: logits [N, K].
+
+    Raises:
+        ValueError: a depth that is not of that form, or a size that is too small.
+
+    Source: Gastaldi, "Shake-Shake regularization", 2017, arXiv 1705.07485.
+    """
+
+    def __init__(
+        self, depth: int = 26, *, in_channels: int = 3, num_classes: int = 10, width: int = 64
+    ) -> None:
+        super().__init__()
+        check_sizes(in_channels=in_channels, num_classes=num_classes)
+        if width < 2:
+            raise ValueError(f"width: expected 2 or more, found {width}")
+        blocks, rest = divmod(depth - 2, 6)
+        if rest or blocks < 1:
+            raise ValueError(f"depth: expected 6n + 2 with n of 1 or more, found {depth}")
+
+        self.conv1 = nn.Conv2d(in_channels, _STEM_PLANES, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(_STEM_PLANES)
+        channels = _STEM_PLANES
+        stages = []
+        for planes, first_stride in ((width, 1), (2 * width, 2), (4 * width, 2)):
+            stage = nn.Sequential()
+            for i in range(blocks):
+                stage.append(_Block(channels, planes, first_stride if i == 0 else 1))
+                channels = planes
+            stages.append(stage)
+        self.layer1, self.layer2, self.layer3 = stages
+        self.fc = nn.Linear(channels, num_classes)
+
+        he_init(self)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer3(self.layer2(self.layer1(self.bn1(self.conv1(x)))))
+        x = F.adaptive_avg_pool2d(F.relu(x), 1)
+        logits: Tensor = self.fc(torch.flatten(x, 1))
+        return logits
