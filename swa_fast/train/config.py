@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from ..schedules import first_capture
-from .data import DATASETS
 from .errors import TrainError
 from .models import MODELS
 
@@ -93,7 +92,7 @@ class TrainConfig:
             TrainError: as the class.
         """
         dataset = options.get("dataset", "digits")
-        _expect_name("dataset", dataset, DATASETS)
+        _expect_name("dataset", dataset, DEFAULTS)
         values: dict[str, Any] = {
             "dataset": dataset,
             "data_dir": None,
@@ -150,7 +149,7 @@ class TrainConfig:
         ]
 
     def __post_init__(self) -> None:
-        _expect_name("dataset", self.dataset, DATASETS)
+        _expect_name("dataset", self.dataset, DEFAULTS)
         _expect_name("model", self.model, MODELS)
         _expect_name("amp", self.amp, AMP_CHOICES)
         for field in ("width", "epochs", "batch_size", "threads", "eval_every"):
