@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import copyreg
+import gzip
+import hashlib
+import io
+import pickle
+import urllib.error
+import urllib.request
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from swa_fast.train.batches import Normalise, Shares, balanced_share
 from swa_fast.train.data import (
     Dataset,
     TrainBatches,
     channel_statistics,
     eval_batches,
+    load_dataset,
     load_digits,
     load_images,
+    load_synthetic,
+    train_batches,
 )
 from swa_fast.train.errors import TrainError, import_extra
 
@@ -127,6 +139,110 @@ def test_batches_depend_on_the_seed_only() -> None:
     assert not all(torch.equal(x[1], y[1]) for x, y in zip(first, other, strict=True))
 
 
+@pytest.mark.parametrize("first", [0, 1, 2, 3])
+def test_an_epoch_can_be_entered_anywhere(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = train_batches(make_dataset(9), batch_size=4, device=CPU, channels_last=True)
+    whole = list(batches.epoch(5))
+    made = []
+    normalise = Normalise.__call__
+    monkeypatch.setattr(
+        Normalise, "__call__", lambda self, pixels: made.append(1) or normalise(self, pixels)
+    )
+    rest = list(batches.epoch(5, first=first))
+    assert len(rest) == len(made) == 3 - first
+    for (images, labels), (images_whole, labels_whole) in zip(rest, whole[first:], strict=True):
+        assert torch.equal(images, images_whole) and torch.equal(labels, labels_whole)
+
+
+@pytest.mark.parametrize("first", [-1, 4])
+def test_an_epoch_is_not_entered_outside(first: int) -> None:
+    batches = TrainBatches(make_dataset(9), batch_size=4, device=CPU, channels_last=True)
+    with pytest.raises(ValueError, match=f"first: expected 0 to 3 batches, found {first}"):
+        batches.epoch(5, first=first)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    count=st.integers(1, 40),
+    batch=st.integers(1, 17),
+    world=st.integers(1, 4),
+    seed=st.integers(0, 2**63 - 1),
+    data=st.data(),
+)
+def test_the_processes_share_every_batch(
+    count: int, batch: int, world: int, seed: int, data: st.DataObject
+) -> None:
+    assume(world == 1 or min(count, batch) >= 2 * world)
+    dataset = make_dataset(count)
+    alone = TrainBatches(dataset, batch_size=batch, device=CPU, channels_last=True)
+    ranks = [
+        TrainBatches(
+            dataset, batch_size=batch, device=CPU, channels_last=True, rank=r, world_size=world
+        )
+        for r in range(world)
+    ]
+    last = count % batch
+    left_out = last if world > 1 and last < 2 * world else 0
+    first = data.draw(st.integers(0, len(ranks[0])))
+    expected = list(alone.epoch(seed))[first : -1 if left_out else None]
+    parts = [list(r.epoch(seed, first=first)) for r in ranks]
+    for r, mine in zip(ranks, parts, strict=True):
+        assert len(r) - first == len(mine) == len(expected)
+        assert r.images == count - left_out
+    for step, (images, labels) in enumerate(expected):
+        together, together_labels = torch.empty_like(images), torch.empty_like(labels)
+        for r, mine in enumerate(parts):
+            assert len(mine[step][1]) >= (1 if world == 1 else 2)
+            together[r::world], together_labels[r::world] = mine[step]
+        assert torch.equal(together, images) and torch.equal(together_labels, labels)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((10, 4, 2, 2), ValueError, "rank: expected one in 0..world_size - 1, found 2 of 2"),
+        ((10, 4, -1, 2), ValueError, "rank: expected one in 0"),
+        ((10, 0), ValueError, "batch_size: expected 1 or more, found 0"),
+        ((10, 5, 0, 3), TrainError,
+         "--batch-size: expected 6 or more images, 2 for each of 3 processes, found 5"),
+        ((5, 8, 0, 3), TrainError, "training set: expected 6 or more images, .* found 5"),
+    ],
+)  # fmt: skip
+def test_impossible_shares(
+    arguments: tuple[int, ...], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        Shares(*arguments)
+
+
+@settings(max_examples=30, deadline=None)
+@given(count=st.integers(1, 12), batch=st.integers(1, 5), world=st.integers(1, 14))
+def test_every_test_image_is_evaluated_by_one_process(count: int, batch: int, world: int) -> None:
+    base = make_dataset(12)
+    dataset = Dataset(
+        base.classes, base.train_images, base.train_labels,
+        base.train_images[:count], base.train_labels[:count], pad=1, flip=False,
+    )  # fmt: skip
+    (everything,) = eval_batches(dataset, batch_size=99, device=CPU, channels_last=True)()
+    seen = []
+    for rank in range(world):
+        mine = eval_batches(
+            dataset, batch_size=batch, device=CPU, channels_last=True, rank=rank, world_size=world
+        )
+        for images, labels in mine():
+            assert 1 <= len(labels) <= batch
+            assert torch.equal(images, everything[0][labels])
+            seen.append(labels)
+    assert sorted(torch.cat(seen).tolist()) == list(range(count))
+
+
+def test_evaluation_checks_the_rank() -> None:
+    with pytest.raises(ValueError, match="rank: expected one in 0"):
+        eval_batches(
+            make_dataset(3), batch_size=1, device=CPU, channels_last=True, rank=3, world_size=3
+        )
+
+
 def test_evaluation_is_in_order_and_normalised() -> None:
     dataset = make_dataset(6)
     batches = eval_batches(dataset, batch_size=2, device=CPU, channels_last=False)
@@ -151,6 +267,352 @@ def test_channel_statistics() -> None:
     order = torch.randperm(50)
     assert channel_statistics(images[order]) == (mean, std)
     assert channel_statistics(torch.full((2, 1, 8, 8), 7, dtype=torch.uint8)) == ([7.0], [1.0])
+
+
+@pytest.mark.parametrize(
+    ("name", "mean", "std"),
+    [
+        ("cifar", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+        ("imagenet", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ("pyramidnet", (125.3 / 255, 123 / 255, 113.9 / 255), (63 / 255, 62.1 / 255, 66.7 / 255)),
+        ("shakeshake", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    ],
+)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_named_normalisation(
+    name: str, mean: tuple[float, ...], std: tuple[float, ...], channels_last: bool
+) -> None:
+    base = make_dataset(5)
+    dataset = Dataset(
+        base.classes, base.train_images, base.train_labels, base.test_images, base.test_labels,
+        pad=0, flip=False, normalise=name,
+    )  # fmt: skip
+    m, s = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (mean, std))
+    expected = (base.train_images.double() / 255 - m) / s
+    training = TrainBatches(dataset, batch_size=5, device=CPU, channels_last=channels_last)
+    for batch in (training.epoch(0), eval_batches(
+        dataset, batch_size=5, device=CPU, channels_last=channels_last
+    )()):  # fmt: skip
+        ((images, labels),) = batch
+        torch.testing.assert_close(images.double(), expected[labels], rtol=1e-5, atol=1e-5)
+    values = dataset.to_json()
+    assert values["normalise"] == name
+    np.testing.assert_allclose(np.array(values["mean"]) / 255, mean)
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "message"),
+    [
+        ("cifar", 1, r"--normalise: expected dataset for images of 1 channel\(s\), found 'cifar'"),
+        ("none", 3, "--normalise: expected one of dataset, cifar, imagenet, .*, found 'none'"),
+    ],
+)
+def test_unfit_normalisation(name: str, channels: int, message: str) -> None:
+    images = torch.zeros(2, channels, 8, 8, dtype=torch.uint8)
+    labels = torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(TrainError, match=message):
+        Dataset(("a",), images, labels, images, labels, pad=1, flip=False, normalise=name)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        ([0, 1, 2, 0], [0], r"training labels: expected 0 to 1, found 2 at image 2 \(1 of 4 are"),
+        ([0, 1, 1, 0], [-1], r"test labels: expected 0 to 1, found -1 at image 0 \(1 of 1"),
+        ([0, 1, 1], [0], "training labels: expected one for each of 4 images, found 3"),
+        ([0, 1, 1, 0], [0, 1], "test labels: expected one for each of 1 images, found 2"),
+    ],
+)
+def test_labels_are_checked(train: list[int], test: list[int], message: str) -> None:
+    images = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+    with pytest.raises(TrainError, match=message):
+        Dataset(
+            ("a", "b"), images, torch.tensor(train), images[:1], torch.tensor(test),
+            pad=1, flip=False,
+        )  # fmt: skip
+
+
+def test_parts_are_checked() -> None:
+    images = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+    labels = torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(TrainError, match="test images: expected 1 or more, found none"):
+        Dataset(("a",), images, labels, images[:0], labels[:0], pad=1, flip=False)
+    with pytest.raises(TrainError, match=r"the training images, \(3, 8, 8\), found \(3, 8, 7\)"):
+        Dataset(("a",), images, labels, images[..., :7], labels, pad=1, flip=False)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 50), min_size=1, max_size=5),
+    fraction=st.floats(0.01, 0.99),
+    least=st.integers(1, 5),
+)
+def test_a_share_is_balanced(sizes: list[int], fraction: float, least: int) -> None:
+    labels = torch.cat([torch.full((n,), i) for i, n in enumerate(sizes)])
+    kept = balanced_share(labels, fraction, least)
+    assert torch.equal(kept, kept.unique())  # sorted, each once
+    for i, n in enumerate(sizes):
+        count = int((labels[kept] == i).sum())
+        assert count >= min(n, least)
+        if count > min(n, least):
+            assert abs(count - n * fraction) <= 0.5
+    assert torch.equal(balanced_share(labels, fraction, least), kept)
+    smaller = balanced_share(labels, fraction / 2, least)
+    assert set(smaller.tolist()) <= set(kept.tolist())
+
+
+def test_a_share_is_no_prefix_of_the_class() -> None:
+    kept = balanced_share(torch.zeros(1000, dtype=torch.int64), 0.1, 1)
+    assert len(kept) == 100 and 300 < kept.double().mean() < 700
+
+
+def test_fraction_of_a_dataset() -> None:
+    whole = load_dataset("synthetic")
+    part = load_dataset("synthetic", fraction=0.1, min_per_class=20)
+    assert isinstance(whole, Dataset) and isinstance(part, Dataset)
+    assert torch.bincount(part.train_labels).tolist() == [50] * 10
+    assert torch.bincount(part.test_labels).tolist() == [20] * 10
+    assert part.to_json()["fraction"] == 0.1
+    everything = {image.numpy().tobytes(): int(k) for image, k in
+                  zip(whole.train_images, whole.train_labels, strict=True)}  # fmt: skip
+    for image, label in zip(part.train_images, part.train_labels, strict=True):
+        assert everything[image.numpy().tobytes()] == label
+
+
+def test_synthetic_is_deterministic_and_learnable() -> None:
+    dataset = load_synthetic(classes=5, image_size=12, train_images=503, test_images=200)
+    again = load_synthetic(classes=5, image_size=12, train_images=503, test_images=200)
+    other = load_synthetic(classes=5, image_size=12, train_images=503, test_images=200, seed=1)
+    assert dataset.sha256 == again.sha256 != other.sha256
+    assert dataset.train_images.shape == (503, 3, 12, 12)
+    assert torch.bincount(dataset.train_labels).tolist() == [101, 101, 101, 100, 100]
+    means = torch.stack(
+        [dataset.train_images[dataset.train_labels == i].double().mean(0) for i in range(5)]
+    )
+    distances = (dataset.test_images.double()[:, None] - means).flatten(2).norm(dim=2)
+    accuracy = (distances.argmin(1) == dataset.test_labels).double().mean()
+    assert 0.7 < accuracy < 1
+    assert len({image.numpy().tobytes() for image in dataset.train_images}) == 503
+
+
+# ------------------------------------------------------------------------------- datasets by name
+
+
+def py2_pickle(values: dict[str, Any]) -> bytes:
+    """As Python 2 wrote it: its dtypes hold the integers 0 and 1, of which NumPy 2.4 warns."""
+    out = io.BytesIO()
+    pickler = pickle.Pickler(out, protocol=2)
+    pickler.dispatch_table = copyreg.dispatch_table.copy()
+    pickler.dispatch_table[type(np.dtype("u1"))] = lambda dtype: (
+        np.dtype,
+        (dtype.str[1:], 0, 1),
+        dtype.__reduce__()[2],
+    )
+    pickler.dump(values)
+    return out.getvalue()
+
+
+def write_cifar(root: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
+    """Ten images a file in the format of CIFAR, and its checksums in torchvision; the pixels."""
+    datasets = import_extra("torchvision.datasets")
+    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    classes = 10 if name == "cifar10" else 100
+    rng = np.random.default_rng(4)
+    folder = root / kind.base_folder
+    folder.mkdir(parents=True)
+    pixels: dict[str, list[np.ndarray]] = {}
+
+    def put(file: str, values: dict[str, Any]) -> str:
+        content = py2_pickle(values)
+        (folder / file).write_bytes(content)
+        return hashlib.md5(content).hexdigest()
+
+    for attribute in ("train_list", "test_list"):
+        sums = []
+        for file, _ in getattr(kind, attribute):
+            data = rng.integers(0, 256, (10, 3072), dtype=np.uint8)
+            labels = [(7 * i) % classes for i in range(10)]
+            key = "labels" if name == "cifar10" else "fine_labels"
+            sums.append([file, put(file, {"data": data, key: labels})])
+            pixels.setdefault(attribute, []).append(data.reshape(10, 3, 32, 32))
+        monkeypatch.setattr(kind, attribute, sums)
+    names = [f"class {i}" for i in range(classes)]
+    md5 = put(kind.meta["filename"], {kind.meta["key"]: names})
+    monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": md5})
+    return {attribute: np.concatenate(parts) for attribute, parts in pixels.items()}
+
+
+def write_fashion(root: Path) -> dict[str, np.ndarray]:
+    """Fashion-MNIST's four files, with twelve training and five test images; the pixels."""
+    folder = root / "FashionMNIST/raw"
+    folder.mkdir(parents=True)
+    pixels = {}
+    for part, count in (("train", 12), ("t10k", 5)):
+        images = np.random.default_rng(5).integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        header = b"".join(n.to_bytes(4, "big") for n in (0x803, count, 28, 28))
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+        header = b"".join(n.to_bytes(4, "big") for n in (0x801, count))
+        labels = bytes(i % 10 for i in range(count))
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(header + labels)
+        pixels[part] = images
+    return pixels
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is ever downloaded by these tests."""
+
+    def refuse(*_args: object, **_kwargs: object) -> None:
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize(("name", "train"), [("cifar10", 50), ("cifar100", 10)])
+def test_cifar(name: str, train: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = write_cifar(tmp_path / "data" / name, name, monkeypatch)
+    monkeypatch.chdir(tmp_path)  # the folder need not be given
+    dataset = load_dataset(name, normalise="cifar")
+    assert isinstance(dataset, Dataset)
+    classes = 10 if name == "cifar10" else 100
+    assert dataset.classes == tuple(f"class {i}" for i in range(classes))
+    assert np.array_equal(dataset.train_images.numpy(), pixels["train_list"])
+    assert np.array_equal(dataset.test_images.numpy(), pixels["test_list"])
+    assert dataset.train_labels.tolist() == [(7 * i) % classes for i in range(10)] * (train // 10)
+    assert dataset.train_labels.dtype == torch.int64
+    assert (dataset.pad, dataset.flip, dataset.normalise) == (4, True, "cifar")
+    named = load_dataset(name, tmp_path / "data" / name, normalise="cifar")
+    assert named.to_json() == dataset.to_json()
+
+
+@pytest.mark.usefixtures("offline")
+def test_fashion_mnist(tmp_path: Path) -> None:
+    pixels = write_fashion(tmp_path)
+    dataset = load_dataset("fashion-mnist", tmp_path)
+    assert isinstance(dataset, Dataset)
+    assert np.array_equal(dataset.train_images.numpy(), pixels["train"][:, None])
+    assert np.array_equal(dataset.test_images.numpy(), pixels["t10k"][:, None])
+    assert dataset.test_labels.tolist() == [0, 1, 2, 3, 4]
+    assert dataset.classes[1] == "Trouser"
+    assert (dataset.pad, dataset.flip) == (4, True)
+    resized = load_dataset("fashion-mnist", tmp_path, image_size=32)
+    assert resized.image_shape == (1, 32, 32)
+    with pytest.raises(TrainError, match=r"--normalise: expected dataset for images of 1 channel"):
+        load_dataset("fashion-mnist", tmp_path, normalise="imagenet")
+
+
+@pytest.mark.parametrize("size", [8, 20, 32])
+def test_resizing_is_pillows_bilinear(size: int, tmp_path: Path) -> None:
+    pixels = write_fashion(tmp_path)
+    resized = load_dataset("fashion-mnist", tmp_path, image_size=size)
+    assert isinstance(resized, Dataset)
+    for i in range(5):
+        expected = Image.fromarray(pixels["t10k"][i]).resize((size, size), Image.BILINEAR)
+        difference = resized.test_images[i, 0].int() - torch.from_numpy(np.array(expected)).int()
+        assert difference.abs().max() <= 1
+
+
+def test_resized_digits() -> None:
+    dataset = load_dataset("digits", image_size=16)
+    assert dataset.image_shape == (1, 16, 16)
+    assert isinstance(dataset, Dataset)
+    small = torch.nn.functional.avg_pool2d(dataset.test_images.double(), 2)
+    correlation = torch.corrcoef(
+        torch.stack([small.flatten(), load_digits().test_images.double().flatten()])
+    )
+    assert correlation[0, 1] > 0.95
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize(
+    ("name", "kind", "below"),
+    [
+        ("cifar10", "CIFAR10", "cifar-10-batches-py"),
+        ("cifar100", "CIFAR100", "cifar-100-python"),
+        ("fashion-mnist", "FashionMNIST", "FashionMNIST/raw"),
+    ],
+)
+def test_failed_download(name: str, kind: str, below: str, tmp_path: Path) -> None:
+    with pytest.raises(TrainError) as caught:
+        load_dataset(name, tmp_path / "x")
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / 'x'}: expected the files of {kind} in {below}, or to")
+    assert "where there is no network, put the files there by hand" in message
+    assert "\n" not in message
+
+
+@pytest.mark.usefixtures("offline")
+def test_missing_files_are_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_fashion(tmp_path / "there")
+    module = import_extra("torchvision.datasets.mnist")
+    resources = [(f"{file.name}.gz", None) for file in (tmp_path / "there").rglob("*-ubyte")]
+    monkeypatch.setattr(module.FashionMNIST, "resources", resources)
+    urls = []
+
+    def download(url: str, download_root: str, filename: str, md5: object) -> None:
+        urls.append(url)
+        name = filename.removesuffix(".gz")
+        content = (tmp_path / "there/FashionMNIST/raw" / name).read_bytes()
+        Path(download_root, filename).write_bytes(gzip.compress(content))
+        Path(download_root, name).write_bytes(content)
+
+    monkeypatch.setattr(module, "download_and_extract_archive", download)
+    load_dataset("fashion-mnist", tmp_path / "new")
+    assert len(urls) == 4
+    load_dataset("fashion-mnist", tmp_path / "new")
+    assert len(urls) == 4
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: f.joinpath("train-images-idx3-ubyte").write_bytes(b"\0\0"),
+         "expected the files of FashionMNIST in .* and remove broken ones"),
+        (lambda f: f.joinpath("t10k-labels-idx1-ubyte").write_bytes(
+            b"".join(n.to_bytes(4, "big") for n in (0x801, 5)) + b"\1\2\3\4\12"),
+         "FashionMNIST/raw: test labels: expected 0 to 9, found 10 at image 4"),
+        (lambda f: f.joinpath("train-labels-idx1-ubyte").write_bytes(
+            b"".join(n.to_bytes(4, "big") for n in (0x801, 2)) + b"\1\2"),
+         "FashionMNIST/raw: training labels: expected one for each of 12 images, found 2"),
+    ],
+)  # fmt: skip
+def test_damaged_fashion_mnist(tmp_path: Path, damage: Any, message: str) -> None:
+    write_fashion(tmp_path)
+    damage(tmp_path / "FashionMNIST/raw")
+    with pytest.raises(TrainError, match=message):
+        load_dataset("fashion-mnist", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("mnist", {}, "--dataset: expected one of digits, images, cifar10, .*, found 'mnist'"),
+        ("digits", {"image_size": 7}, "--image-size: expected 8 or more pixels, found 7"),
+        ("digits", {"data_dir": "x"}, "--data-dir: expected none with --dataset digits"),
+        ("images", {}, "--data-dir: expected a folder with train/<class>/ and test/<class>/"),
+        ("imagenet", {}, "--data-dir: expected a folder with train/<class>/ and val/<class>/"),
+        ("digits", {"fraction": 0.0}, r"--fraction: expected a number in \(0, 1\], found 0.0"),
+        ("digits", {"fraction": 1.5}, "--fraction: expected a number"),
+        ("digits", {"fraction": float("nan")}, "--fraction: expected a number"),
+        ("digits", {"normalise": "cifar"}, "--normalise: expected dataset for images of 1"),
+    ],
+)
+def test_bad_options(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TrainError, match=message):
+        load_dataset(name, **options)
+
+
+def test_images_by_name(folder: Path) -> None:
+    counts = []
+    dataset = load_dataset(
+        "images", folder, image_size=9, threads=2, fraction=0.4, min_per_class=1,
+        progress=lambda items, count: counts.append(count) or items,  # type: ignore[func-returns-value]
+    )  # fmt: skip
+    assert dataset.image_shape == (3, 9, 9)
+    assert (dataset.train_count, dataset.test_count) == (2, 2)
+    assert counts == [8]
 
 
 def test_digits() -> None:

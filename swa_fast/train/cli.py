@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from .config import DEFAULTS, TrainConfig, option_name, resolve_device
-from .data import DATASETS
 from .errors import TrainError
 from .loop import run
 from .models import MODELS
@@ -53,7 +52,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--dataset",
         metavar="NAME",
-        help=f"{' or '.join(DATASETS)} (default: digits, which scikit-learn brings along)",
+        help=f"{' or '.join(DEFAULTS)} (default: digits, which scikit-learn brings along)",
     )
     data.add_argument(
         "--data-dir",

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from ..schedules import budget_epoch, first_capture
-from .data import DATASETS, NORMALISATIONS
+from .batches import NORMALISATIONS
+from .data import DATASETS
 from .errors import TrainError
 from .models import MODELS
 
