@@ -6,19 +6,28 @@ Exit codes: 0 success, 2 an error the user can put right, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .config import DEFAULTS, TrainConfig, option_name, resolve_device
-from .errors import TrainError
-from .loop import run
-from .models import MODELS
+from .config import TrainConfig, option_name, resolve_device
+from .distributed import World
+from .errors import Stopped, TrainError
+from .presets import PRESETS, flop, measure_speed, scaled
 from .progress import Progress
-from .report import format_table
-from .state import RunFolder
+from .report import (
+    compare_runs,
+    draw_curves,
+    find_runs,
+    format_experiment,
+    format_phases,
+    format_table,
+)
+from .run import run
+from .state import RunFolder, write_atomically
 
 __all__ = ["build_parser", "main"]
 
@@ -29,131 +38,109 @@ def build_parser() -> argparse.ArgumentParser:
         prog="swa-fast", description="Stochastic Weight Averaging from the command line."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    _add_train(
-        commands.add_parser(
-            "train",
-            help="train a network by SGD and with SWA, and compare them",
-            description="Trains a network by plain SGD and, from the same initial weights, "
-            "with SWA, by the recipe of Izmailov et al., UAI 2018 (arXiv 1803.05407), and "
-            "compares them.",
-            argument_default=argparse.SUPPRESS,
-        )
-    )
-    return parser
 
-
-def _default(field: str) -> str:
-    """A setting's default for each dataset, for the help."""
-    return ", ".join(f"{values[field]} for {dataset}" for dataset, values in DEFAULTS.items())
-
-
-def _add_train(parser: argparse.ArgumentParser) -> None:
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--dataset",
-        metavar="NAME",
-        help=f"{' or '.join(DEFAULTS)} (default: digits, which scikit-learn brings along)",
+    train = commands.add_parser(
+        "train",
+        help="train a network by several methods, SGD and SWA at first, and compare them",
+        description="Trains a network by plain SGD and, from the same initial weights, with SWA "
+        "(or by other --methods), by the recipe of Izmailov et al., UAI 2018 (arXiv 1803.05407), "
+        "and compares them. Several devices: torchrun --nproc-per-node N -m swa_fast.train ...",
+        argument_default=argparse.SUPPRESS,
     )
-    data.add_argument(
-        "--data-dir",
-        metavar="DIR",
-        help="for --dataset images: a folder with train/<class>/ and test/<class>/",
-    )
-    data.add_argument(
-        "--image-size",
-        type=int,
-        metavar="N",
-        help="resize all images to NxN (default: as they are)",
-    )
-
-    recipe = parser.add_argument_group("recipe")
-    recipe.add_argument(
-        "--model",
-        metavar="NAME",
-        help=f"one of {', '.join(MODELS)} (default: {_default('model')})",
-    )
-    recipe.add_argument(
-        "--width",
-        type=int,
-        metavar="N",
-        help=f"planes of the first stage (default: {_default('width')})",
-    )
-    recipe.add_argument(
-        "--epochs",
-        type=int,
-        metavar="N",
-        help=f"budget of each of the two runs (default: {_default('epochs')})",
-    )
-    recipe.add_argument(
-        "--batch-size", type=int, metavar="N", help=f"(default: {_default('batch_size')})"
-    )
-    recipe.add_argument(
-        "--lr", type=float, metavar="RATE", help=f"initial rate (default: {_default('lr')})"
-    )
-    recipe.add_argument("--momentum", type=float, metavar="M", help="(default: 0.9)")
-    recipe.add_argument(
-        "--weight-decay",
-        type=float,
-        metavar="W",
-        help=f"L2 on all parameters (default: {_default('weight_decay')})",
-    )
-    recipe.add_argument(
-        "--swa-lr",
-        type=float,
-        metavar="RATE",
-        help=f"constant rate while averaging (default: {_default('swa_lr')})",
-    )
-    recipe.add_argument(
-        "--swa-start",
-        type=float,
-        metavar="FRACTION",
-        help="fraction of the epochs after which averaging begins (default: 0.75)",
-    )
-    recipe.add_argument(
-        "--seed", type=int, metavar="N", help="of weights, order and augmentation (default: 1)"
-    )
-
-    machine = parser.add_argument_group("machine")
-    machine.add_argument(
-        "--device", metavar="NAME", help="auto, cpu, cuda or cuda:N (default: auto)"
-    )
-    machine.add_argument(
-        "--amp",
-        metavar="TYPE",
-        help="mixed precision: none, bf16 (slow on CPUs without bf16 units), or fp16 on CUDA "
-        "(default: none)",
-    )
-    machine.add_argument(
-        "--channels-last",
-        action=argparse.BooleanOptionalAction,
-        help="memory format of images and weights (default: on)",
-    )
-    machine.add_argument(
-        "--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)"
-    )
-    machine.add_argument(
-        "--backend", metavar="NAME", help="averaging backend (default: chosen by device)"
-    )
-
-    output = parser.add_argument_group("output")
-    output.add_argument(
+    groups = _add_settings(train)
+    groups["output"].add_argument(
         "--out",
         metavar="DIR",
         help="folder of the run (default: runs/<dataset>-<model>-seed<seed>)",
     )
-    output.add_argument(
+    groups["output"].add_argument(
         "--resume", metavar="DIR", help="continue the run in DIR with the settings stored there"
     )
-    output.add_argument(
+    _add_output(groups["output"])
+
+    preset = commands.add_parser(
+        "run",
+        help="reproduce an experiment of the paper by its name",
+        description="Runs a preset, see swa-fast presets, with one seed or several, each in a "
+        "folder of its own, and compares the results with the published ones. Called again it "
+        "goes on where it was stopped. All options of swa-fast train override the preset's "
+        "settings.",
+        argument_default=argparse.SUPPRESS,
+    )
+    preset.add_argument("preset", metavar="PRESET", help="its name")
+    preset.add_argument(
+        "--seeds", type=int, metavar="N", help="runs, with seeds from --seed on (default: 1)"
+    )
+    preset.add_argument(
+        "--scale",
+        type=float,
+        metavar="S",
+        help="in (0, 1]: shrinks epochs and data by S, and the width by its square root, at least "
+        "to what still has the form of the experiment; 0.01 takes a minute or two on a CPU "
+        "(default: 1)",
+    )
+    groups = _add_settings(preset)
+    groups["output"].add_argument(
+        "--out", metavar="DIR", help="folder of all runs (default: runs/<preset>[-scale<S>])"
+    )
+    _add_output(groups["output"])
+
+    listing = commands.add_parser(
+        "presets",
+        help="list the experiments of the paper",
+        description="Lists the presets with the published accuracies, the floating-point "
+        "operations of their training, and how long they would take on this device, estimated "
+        "from a few steps of a WRN-16-4.",
+    )
+    listing.add_argument("--device", default="auto", help="as for train (default: auto)")
+    listing.add_argument("--amp", default="none", help="as for train (default: none)")
+    listing.add_argument(
+        "--scale", type=float, default=1.0, help="as for run (default: 1)", metavar="S"
+    )
+
+    report = commands.add_parser(
+        "report",
+        help="compare finished runs with each other and with the paper",
+        description="Reads all runs in folders and below them, takes those together that differ in "
+        "the seed only, and prints mean and standard deviation, paired gains, and the published "
+        "results.",
+    )
+    report.add_argument("folders", nargs="+", metavar="DIR", help="folder of runs")
+    report.add_argument("--markdown", metavar="FILE", help="write the tables as Markdown, too")
+    report.add_argument(
+        "--figure",
+        metavar="FILE",
+        help="draw the curves as PNG, with several experiments as FILE-1, FILE-2, ...",
+    )
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """The options of all settings, by group."""
+    groups: dict[str, Any] = {}
+    for field in dataclasses.fields(TrainConfig):
+        meta = field.metadata
+        group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
+        name = option_name(field.name)
+        if meta["parse"] is None:
+            group.add_argument(name, action=argparse.BooleanOptionalAction, help=meta["help"])
+        else:
+            group.add_argument(name, type=meta["parse"], metavar=meta["metavar"], help=meta["help"])
+    return groups
+
+
+def _add_output(group: Any) -> None:
+    group.add_argument(
         "--overwrite", action="store_true", help="replace the run that --out already holds"
     )
-    output.add_argument(
-        "--eval-every",
-        type=int,
-        metavar="N",
-        help="epochs between evaluations; the last epoch is always evaluated (default: 1)",
+    group.add_argument("--quiet", action="store_true", help="a line per epoch instead of a bar")
+    group.add_argument(
+        "--checkpoint-minutes",
+        type=float,
+        metavar="M",
+        help="checkpoints are written after every epoch, and within one when the last is older "
+        "(default: 10)",
     )
-    output.add_argument("--quiet", action="store_true", help="a line per epoch instead of a bar")
 
 
 def main(argv: Sequence[str] | None = None, *, command: Sequence[str] | None = None) -> int:
@@ -166,10 +153,17 @@ def main(argv: Sequence[str] | None = None, *, command: Sequence[str] | None = N
     Returns:
         The exit code.
     """
-    options = vars(build_parser().parse_args(argv))
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    options = vars(build_parser().parse_args(arguments))
     name = options.pop("command")
     try:
-        return _train(options, list(command or ("swa-fast", name)))
+        if name == "train":
+            return _train(options, list(command or ("swa-fast", name)))
+        if name == "run":
+            return _run(options, ["swa-fast", *arguments])
+        if name == "presets":
+            return _presets(options)
+        return _report(options)
     except TrainError as error:
         print(f"swa-fast {name}: error: {error}", file=sys.stderr)
         return 2
@@ -178,6 +172,7 @@ def main(argv: Sequence[str] | None = None, *, command: Sequence[str] | None = N
 def _train(options: dict[str, Any], command: list[str]) -> int:
     quiet = options.pop("quiet", False)
     overwrite = options.pop("overwrite", False)
+    minutes = options.pop("checkpoint_minutes", 10.0)
     out = options.pop("out", None)
     resume = options.pop("resume", None)
     previous = None
@@ -186,7 +181,6 @@ def _train(options: dict[str, Any], command: list[str]) -> int:
         folder = RunFolder(
             out or Path("runs") / f"{config.dataset}-{config.model}-seed{config.seed}"
         )
-        folder.create(overwrite=overwrite)
     else:
         for name, given in (("--out", out is not None), ("--overwrite", overwrite)):
             if given:
@@ -194,28 +188,66 @@ def _train(options: dict[str, Any], command: list[str]) -> int:
         folder = RunFolder(resume)
         previous = folder.read_results()
         config = _resumed_config(options, previous, folder)
+    again = [*command, "--resume", str(folder.path)]
+    return _one_run(
+        config, folder, previous, quiet=quiet, overwrite=overwrite, minutes=minutes, again=again
+    )
 
-    progress = Progress(quiet=quiet)
-    if previous is not None and previous["status"] == "complete":
-        progress.say(f"The run in {folder.path} is already complete.")
-        results = previous
-    else:
-        try:
-            results = run(config, folder, progress, previous)
-        except KeyboardInterrupt:
-            if not folder.file("results.json").exists():
-                print("\nInterrupted before the training began.", file=sys.stderr)
+
+def _one_run(
+    config: TrainConfig,
+    folder: RunFolder,
+    previous: dict[str, Any] | None,
+    *,
+    quiet: bool,
+    overwrite: bool,
+    minutes: float,
+    again: list[str],
+    preset: str | None = None,
+    scale: float = 1.0,
+) -> int:
+    """A run with its messages; 0, or 130 if it was interrupted."""
+    world = World(cuda=config.device.startswith("cuda"))
+    progress = Progress(quiet=quiet, silent=not world.main)
+    try:
+        if previous is None:
+            if world.main:
+                folder.create(overwrite=overwrite)
+            world.wait()
+        if previous is not None and previous["status"] == "complete":
+            progress.say(f"The run in {folder.path} is already complete.")
+            results = previous
+        else:
+            try:
+                results = run(
+                    config,
+                    folder,
+                    progress,
+                    previous,
+                    world=world,
+                    preset=preset,
+                    scale=scale,
+                    checkpoint_minutes=minutes,
+                )
+            except (Stopped, KeyboardInterrupt) as error:
+                if not world.main:
+                    return 130
+                if not folder.file("results.json").exists():
+                    print("\nInterrupted before the training began.", file=sys.stderr)
+                    return 130
+                saved = "its state" if isinstance(error, Stopped) else "its last checkpoint"
+                print(
+                    f"\nInterrupted; {saved} is in {folder.path}. Continue with:\n"
+                    f"  {shlex.join(again)}",
+                    file=sys.stderr,
+                )
                 return 130
-            again = shlex.join([*command, "--resume", str(folder.path)])
-            print(
-                f"\nInterrupted; what finished epochs gave is in {folder.path}. Continue with:\n"
-                f"  {again}",
-                file=sys.stderr,
-            )
-            return 130
-    progress.say("\n" + format_table(results["summary"]))
-    progress.say(f"\nAll files are in {folder.path}")
-    return 0
+        progress.say("\n" + format_phases(results))
+        progress.say("\n" + format_table(results["summary"]))
+        progress.say(f"\nAll files are in {folder.path}")
+        return 0
+    finally:
+        world.close()
 
 
 def _resumed_config(
@@ -225,9 +257,9 @@ def _resumed_config(
     path = folder.file("results.json")
     try:
         config = TrainConfig.from_json(previous["config"])
-    except (TrainError, TypeError) as error:
+    except (TrainError, TypeError, KeyError) as error:
         raise TrainError(f"{path}: {error}") from error
-    stored = config.to_json()
+    stored = dataclasses.asdict(config)
     if "device" in options:
         options = {**options, "device": resolve_device(options["device"])}
     for field, value in options.items():
@@ -237,5 +269,142 @@ def _resumed_config(
                 f"leave the option out, or start a new run with --out"
             )
     if "data_dir" in options:
-        stored["data_dir"] = str(Path(options["data_dir"]).absolute())
-    return TrainConfig.from_json(stored)
+        config = dataclasses.replace(config, data_dir=str(Path(options["data_dir"]).absolute()))
+    return config
+
+
+def _preset_options(name: str, scale: float, overrides: dict[str, Any]) -> dict[str, Any]:
+    if name not in PRESETS:
+        raise TrainError(f"PRESET: expected one of {', '.join(PRESETS)}, found {name!r}")
+    options = dict(PRESETS[name].options)
+    # The scale has to know what it shrinks; what is given as a number is not shrunk.
+    options.update({k: overrides[k] for k in ("dataset", "model") if k in overrides})
+    return {**scaled(options, scale), **overrides}
+
+
+def _run(options: dict[str, Any], command: list[str]) -> int:
+    name = options.pop("preset")
+    seeds = options.pop("seeds", 1)
+    scale = options.pop("scale", 1.0)
+    quiet = options.pop("quiet", False)
+    overwrite = options.pop("overwrite", False)
+    minutes = options.pop("checkpoint_minutes", 10.0)
+    out = options.pop("out", None)
+    if seeds < 1:
+        raise TrainError(f"--seeds: expected 1 or more, found {seeds}")
+    first = options.pop("seed", 1)
+    chosen = _preset_options(name, scale, options)
+    parent = Path(out or Path("runs") / (name if scale == 1 else f"{name}-scale{scale:g}"))
+    configs = [
+        TrainConfig.from_options({**chosen, "seed": seed}) for seed in range(first, first + seeds)
+    ]
+    for config in configs:
+        folder = RunFolder(parent / f"seed{config.seed}")
+        previous = None
+        if folder.file("results.json").exists() and not overwrite:
+            previous = folder.read_results()
+            if differing := config.differences(TrainConfig.from_json(previous["config"])):
+                raise TrainError(
+                    f"{folder.path}: expected a run with these settings, found one with other "
+                    f"{', '.join(differing)}; replace it with --overwrite, or choose another --out"
+                )
+        again = [word for word in command if word != "--overwrite"]
+        code = _one_run(
+            config,
+            folder,
+            previous,
+            quiet=quiet,
+            overwrite=overwrite,
+            minutes=minutes,
+            again=again,
+            preset=name,
+            scale=scale,
+        )
+        if code:
+            return code
+    if World.count() > 1 and not World.is_main():
+        return 0
+    return _report(
+        {
+            "folders": [str(parent)],
+            "markdown": str(parent / "report.md"),
+            "figure": str(parent / "curves.png"),
+        }
+    )
+
+
+def _presets(options: dict[str, Any]) -> int:
+    speed = measure_speed(options["device"], options["amp"])
+    lines = [("preset", "SGD %", "best average %", "PFLOP", "estimated time")]
+    for preset in PRESETS.values():
+        config = TrainConfig.from_options(
+            {
+                **_preset_options(preset.name, options["scale"], {}),
+                # Nothing is read.
+                **({"data_dir": "."} if preset.options["dataset"] == "imagenet" else {}),
+            }
+        )
+        work = flop(config)
+        averages = [v[0] for (m, _), v in preset.published.items() if m not in (None, "sgd")]
+        base = [v[0] for (m, _), v in preset.published.items() if m in (None, "sgd")]
+        lines.append(
+            (
+                preset.name,
+                f"{base[0]:.2f}" if base else "-",
+                f"{max(averages):.2f}" if averages else "-",
+                f"{work / 1e15:.3g}",
+                _duration(work / speed),
+            )
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    for line in lines:
+        print(
+            "  ".join(
+                cell.ljust(width) if i == 0 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            )
+        )
+    print(
+        f"\nPublished accuracies. Time: training only, at {speed / 1e9:,.0f} GFLOP/s as a WRN-16-4 "
+        f"reaches on {resolve_device(options['device'])} with --amp {options['amp']}."
+    )
+    return 0
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("years", 365 * 86400), ("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def _report(options: dict[str, Any]) -> int:
+    found = find_runs(options["folders"])
+    published = {name: preset.published for name, preset in PRESETS.items()}
+    experiments = compare_runs(found, published)
+    for path, results in found:
+        if results["status"] != "complete":
+            print(f"left out: {path} is not complete", file=sys.stderr)
+    if not experiments:
+        raise TrainError(
+            f"expected a complete run in {', '.join(options['folders'])}, found none"
+        )
+    for experiment in experiments:
+        print("\n" + format_experiment(experiment, markdown=False))
+    print(
+        "\n± is the sample standard deviation over n seeds; gains are paired by seed, against SGD "
+        "or the pretrained network."
+    )
+    if options["markdown"]:
+        text = "\n\n".join(format_experiment(e, markdown=True) for e in experiments) + "\n"
+        path = Path(options["markdown"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda file: file.write(text.encode()))
+    if options["figure"]:
+        for number, experiment in enumerate(experiments, 1):
+            path = Path(options["figure"])
+            if len(experiments) > 1:
+                path = path.with_name(f"{path.stem}-{number}{path.suffix or '.png'}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draw_curves(experiment["runs"], path)
+    return 0

@@ -36,6 +36,11 @@ class World:
         """The number of processes that the environment announces."""
         return int(os.environ.get("WORLD_SIZE", "1"))
 
+    @staticmethod
+    def is_main() -> bool:
+        """Whether this process is the first, by the environment."""
+        return World.count() == 1 or os.environ.get("RANK", "0") == "0"
+
     @property
     def main(self) -> bool:
         """Whether this process writes the files."""

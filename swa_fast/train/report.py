@@ -1,171 +1,428 @@
-"""What a run leaves for its reader: the table, the figure, and the layout of results.json.
+"""What runs leave for their reader: tables, figures, and the layout of results.json.
 
 ``results.json`` is one object:
 
-* ``schema`` ("swa_fast.train.results"), ``schema_version`` (1; a later version may add keys
-  without changing it), ``status`` ("running" or "complete");
+* ``schema`` ("swa_fast.train.results"), ``schema_version`` (2; a later version may add keys
+  without changing it), ``status`` ("running" or "complete"), ``preset`` (its name, or null) and ``scale`` (1 for none);
 * ``config``: the settings, by the names of the command-line options with underscores;
-* ``environment``: versions of swa_fast, torch and python, ``device`` name, ``threads``,
-  ``git_commit`` (null for an installed package), ``averaging_backend``;
-* ``data``: numbers of images, ``image_shape`` [C, H, W], ``classes``, ``mean`` and ``std`` per
-  channel in pixel values 0..255, ``skipped_files``, ``sha256`` of pixels, labels and class names;
-* ``records``: one object per epoch, the SGD run's first: ``method`` ("sgd" or "swa"), ``epoch``
-  (from 1), ``lr``, ``train_loss``, ``train_accuracy`` (means over the epoch's augmented batches,
-  before each step), ``test_loss``, ``test_accuracy`` of the iterate, ``captures`` (weights averaged
-  so far), ``swa_test_loss``, ``swa_test_accuracy`` of the average, and ``seconds`` for ``train``,
-  ``average``, ``bn`` and ``eval``. What was not measured in an epoch is null;
-* ``summary``: the rows of the table, empty before the end: ``name``, ``test_accuracy``,
-  ``test_loss``, ``epochs``, ``captures``, ``seconds``.
+* ``environment``: versions of swa_fast, torch, cuda (null on the CPU) and python, ``device`` name,
+  ``threads``, ``processes``, ``git_commit`` (null for an installed package), ``averaging_backend``;
+* ``data``: numbers of images, ``image_shape`` [C, H, W], ``classes``, ``normalise``, ``mean`` and
+  ``std`` per channel in pixel values 0..255, ``fraction``, ``skipped_files``, ``sha256``;
+* ``initial``: ``test_loss`` and ``test_accuracy`` of a pretrained network before training, or null;
+* ``records``: one object per epoch of every trajectory, in the order of training: ``trajectory``,
+  ``epoch`` (from 1; a trajectory that goes on from the run sgd begins later), ``lr`` of its last
+  step, ``train_loss``, ``train_accuracy`` (means over the epoch's augmented batches, before each
+  step), ``test_loss``, ``test_accuracy`` of the iterate; ``averages``: by method, ``captures`` (so
+  far), ``test_loss``, ``test_accuracy``; and ``seconds`` by phase: ``data``, ``forward_backward``,
+  ``optimizer``, ``average``, ``bn``, ``eval``. What was not measured in an epoch is null;
+* ``summary``: the rows of the table, empty before the end: ``name``, ``method``, ``budget``,
+  ``epochs``, ``captures`` (null for sgd), ``test_accuracy``, ``test_loss``, ``iterate_accuracy``
+  (of the last weights of the same trajectory), ``seconds``.
 
 Losses are mean cross-entropies in nats, accuracies percentages, times seconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import import_extra
-from .state import write_atomically
+from .config import METHODS, TrainConfig
+from .errors import TrainError, import_extra
+from .loop import PHASES
+from .methods import plan
+from .state import RunFolder, write_atomically
 
-__all__ = ["draw_curves", "format_table", "summarise"]
+__all__ = [
+    "compare_runs",
+    "draw_curves",
+    "find_runs",
+    "format_experiment",
+    "format_phases",
+    "format_table",
+    "overhead",
+    "summarise",
+]
+
+Results = Mapping[str, Any]
+
+_TRAINING = ("data", "forward_backward", "optimizer")
 
 
-def summarise(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of the table, from the records of both runs: the last epoch of each.
+def _key(method: str, budget: float) -> str:
+    return METHODS[method] if budget == 1.0 else f"{METHODS[method]}, {budget:g} budgets"
 
-    ``seconds`` is training time; the average's row adds the averaging and the BatchNorm passes.
-    Evaluation is not counted.
+
+def summarise(results: Results) -> list[dict[str, Any]]:
+    """The rows of the table: every method at every budget, from the records.
+
+    ``seconds`` is the time of training, the part of the conventional run that the trajectory goes
+    on from included, with the averaging and the BatchNorm pass of this result; neither evaluations
+    nor the passes that only the curves need are counted.
     """
-    rows = []
-    for name, method, prefix, phases in (
-        ("SGD", "sgd", "", ("train",)),
-        ("SWA run, last iterate", "swa", "", ("train",)),
-        ("SWA", "swa", "swa_", ("train", "average", "bn")),
-    ):
-        epochs = [record for record in records if record["method"] == method]
-        last = epochs[-1]
+    rows: list[dict[str, Any]] = []
+    if results["initial"] is not None:
         rows.append(
             {
-                "name": name,
-                "test_accuracy": last[f"{prefix}test_accuracy"],
-                "test_loss": last[f"{prefix}test_loss"],
-                "epochs": last["epoch"],
-                "captures": last["captures"] if prefix else None,
-                "seconds": sum(record["seconds"][phase] for record in epochs for phase in phases),
+                "name": "pretrained",
+                "method": None,
+                "budget": 0.0,
+                "epochs": 0,
+                "captures": None,
+                "test_accuracy": results["initial"]["test_accuracy"],
+                "test_loss": results["initial"]["test_loss"],
+                "iterate_accuracy": results["initial"]["test_accuracy"],
+                "seconds": 0.0,
             }
         )
+    by_name: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for record in results["records"]:
+        by_name.setdefault(record["trajectory"], {})[record["epoch"]] = record
+    for trajectory in plan(TrainConfig.from_json(results["config"])):
+        for method, marks in trajectory.marks.items():
+            for budget, epoch in marks.items():
+                record = by_name[trajectory.name][epoch]
+                found = record if method == "sgd" else record["averages"][method]
+                spent = [
+                    *(r for e, r in by_name.get("sgd", {}).items() if e <= trajectory.begin),
+                    *(r for e, r in by_name[trajectory.name].items() if e <= epoch),
+                ]
+                seconds = sum(r["seconds"][phase] for r in spent for phase in _TRAINING)
+                if method != "sgd":
+                    seconds += sum(r["seconds"]["average"] for r in spent)
+                    seconds += record["seconds"]["bn"]
+                rows.append(
+                    {
+                        "name": _key(method, budget),
+                        "method": method,
+                        "budget": budget,
+                        "epochs": epoch,
+                        "captures": None if method == "sgd" else found["captures"],
+                        "test_accuracy": found["test_accuracy"],
+                        "test_loss": found["test_loss"],
+                        "iterate_accuracy": record["test_accuracy"],
+                        "seconds": seconds,
+                    }
+                )
     return rows
+
+
+def _align(lines: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as aligned text, the first column to the left; the first row is the header."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+    text.insert(1, "-" * max(len(line) for line in text))
+    return "\n".join(text)
 
 
 def format_table(summary: Sequence[Mapping[str, Any]]) -> str:
     """The summary as aligned text."""
-    header = ("", "test accuracy", "test loss", "epochs", "captures", "time")
-    lines = [header]
+    lines = [("", "test accuracy", "last iterate", "test loss", "epochs", "captures", "time")]
     for row in summary:
         lines.append(
             (
                 row["name"],
                 f"{row['test_accuracy']:.2f} %",
+                f"{row['iterate_accuracy']:.2f} %",
                 f"{row['test_loss']:.4f}",
                 str(row["epochs"]),
                 "-" if row["captures"] is None else str(row["captures"]),
                 f"{row['seconds']:.1f} s",
             )
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    text = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    text.insert(1, "-" * len(text[0]))
-    text.append("Time: training, for SWA with averaging and BatchNorm passes; no evaluation.")
-    return "\n".join(text)
+    return (
+        _align(lines) + "\nTime: training, with the averaging and the BatchNorm pass of the result; "
+        "no evaluation."
+    )
 
 
-def draw_curves(results: Mapping[str, Any], path: Path) -> None:
-    """Draws test accuracy and learning rate over the epochs of both runs.
+def overhead(records: Iterable[Mapping[str, Any]], reported: frozenset[int]) -> float:
+    """Share of a trajectory's training time that goes into averaging: captures, and the BatchNorm
+    passes of the epochs whose results are reported. Passes for the curves do not count.
 
     Args:
-        results: content of results.json.
+        records: of the trajectory.
+        reported: epochs after which results are reported.
+    """
+    training = averaging = 0.0
+    for record in records:
+        seconds = record["seconds"]
+        training += sum(seconds[phase] for phase in _TRAINING)
+        averaging += seconds["average"] + (seconds["bn"] if record["epoch"] in reported else 0.0)
+    return averaging / (training + averaging) if training + averaging > 0 else 0.0
+
+
+def format_phases(results: Results) -> str:
+    """Where the time went: seconds and shares by phase and trajectory, as aligned text."""
+    trajectories = plan(TrainConfig.from_json(results["config"]))
+    lines = [["phase", *(f"{t.name}" for t in trajectories)]]
+    by_name = {
+        t.name: [r for r in results["records"] if r["trajectory"] == t.name] for t in trajectories
+    }
+    totals = {
+        name: {phase: sum(r["seconds"][phase] for r in records) for phase in PHASES}
+        for name, records in by_name.items()
+    }
+    for phase in PHASES:
+        line = [phase.replace("_", "/")]
+        for t in trajectories:
+            whole = sum(totals[t.name].values()) or 1.0
+            seconds = totals[t.name][phase]
+            line.append(f"{seconds:.2f} s {100 * seconds / whole:5.1f} %")
+        lines.append(line)
+    lines.append(["all", *(f"{sum(totals[t.name].values()):.2f} s {100.0:5.1f} %" for t in trajectories)])
+    shares = [
+        f"{t.name} {100 * overhead(by_name[t.name], t.reported):.2f} %"
+        for t in trajectories
+        if t.captures
+    ]
+    text = _align(lines)
+    if shares:
+        text += (
+            "\nAveraging and the BatchNorm passes of the results, of the training time: "
+            + ", ".join(shares)
+            + ".\n(bn also holds the passes that only the curves need.)"
+        )
+    return text
+
+
+def find_runs(folders: Sequence[str | Path]) -> list[tuple[Path, dict[str, Any]]]:
+    """All runs in folders and below them, with the content of their results.json.
+
+    Raises:
+        TrainError: a folder without any, or a results.json that cannot be read.
+    """
+    found: dict[Path, dict[str, Any]] = {}
+    for folder in folders:
+        paths = sorted(path.parent for path in Path(folder).rglob("results.json"))
+        if not paths:
+            raise TrainError(f"{folder}: expected a folder of runs, found no results.json in it")
+        for path in paths:
+            found[path] = RunFolder(path).read_results()
+    return list(found.items())
+
+
+# Settings that tell runs of one experiment apart: its repetitions, and where they were made.
+_REPETITION = ("seed", "data_dir", "threads", "device", "eval_every", "workers", "backend")
+
+
+def _experiment(results: Results) -> tuple[Any, ...]:
+    config = {k: v for k, v in results["config"].items() if k not in _REPETITION}
+    return (results["preset"], results["data"]["sha256"], repr(sorted(config.items())))
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Mean ± sample standard deviation."""
+    mean = statistics.fmean(values)
+    return f"{mean:.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def compare_runs(
+    runs: Sequence[tuple[Path, Results]],
+    published: Mapping[str, Mapping[tuple[str | None, float], tuple[float, float | None]]],
+) -> list[dict[str, Any]]:
+    """Experiments, i.e. runs that differ in the seed only, each with its table.
+
+    Args:
+        runs: as :func:`find_runs` gives them; those that are not complete are left out.
+        published: by preset, then by method and budget: accuracy and its standard deviation.
+
+    Returns:
+        For each experiment ``title``, ``header``, ``rows`` (cells as text) and ``runs``. The paired
+        gain is the mean, with the sample standard deviation, of the differences to SGD (or to the
+        pretrained network) with the same seed.
+    """
+    groups: dict[tuple[Any, ...], list[Results]] = {}
+    for _, results in runs:
+        if results["status"] == "complete":
+            groups.setdefault(_experiment(results), []).append(results)
+    experiments = []
+    for members in groups.values():
+        config, preset = members[0]["config"], members[0]["preset"]
+        # A run at a reduced scale is another experiment than the one that was published.
+        known = published.get(preset or "", {})
+        scale = members[0]["scale"]
+        tables = [
+            {(row["method"], row["budget"]): row for row in results["summary"]}
+            for results in members
+        ]
+        base = ("sgd", 1.0) if ("sgd", 1.0) in tables[0] else (None, 0.0)
+        rows = []
+        for key, row in tables[0].items():
+            accuracies = [table[key]["test_accuracy"] for table in tables]
+            iterates = [table[key]["iterate_accuracy"] for table in tables]
+            gain = "-"
+            if key != base and base in tables[0]:
+                differences = [
+                    table[key]["test_accuracy"] - table[base]["test_accuracy"] for table in tables
+                ]
+                gain = ("+" if statistics.fmean(differences) >= 0 else "") + _spread(differences)
+            mean, deviation = known.get(key, (None, None))
+            rows.append(
+                [
+                    row["name"],
+                    _spread(accuracies),
+                    gain,
+                    "-" if key == base else _spread(iterates),
+                    str(len(members)),
+                    str(row["epochs"]),
+                    "-" if mean is None else f"{mean:.2f}"
+                    + ("" if deviation is None else f" ± {deviation:.2f}"),
+                ]
+            )
+        title = f"{config['model']} (width {config['width']}) on {config['dataset']}"
+        if preset:
+            title = f"{preset}: {title}"
+        if scale != 1.0:
+            title += f", at scale {scale:g}"
+        experiments.append(
+            {
+                "title": title,
+                "header": [
+                    "",
+                    "test accuracy %",
+                    "paired gain",
+                    "last iterate %",
+                    "n",
+                    "epochs",
+                    "published %",
+                ],
+                "rows": rows,
+                "runs": members,
+            }
+        )
+    return experiments
+
+
+def format_experiment(experiment: Mapping[str, Any], *, markdown: bool) -> str:
+    """An experiment's table, as Markdown or aligned text."""
+    header, rows = experiment["header"], experiment["rows"]
+    if not markdown:
+        return experiment["title"] + "\n" + _align([header, *rows])
+    lines = [
+        f"**{experiment['title']}**",
+        "",
+        "| " + " | ".join(header) + " |",
+        "|---|" + "---:|" * (len(header) - 1),
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]
+    return "\n".join(lines)
+
+
+_COLORS = {
+    "sgd": "#1f77b4",
+    "ema": "#17becf",
+    "swa": "#d62728",
+    "swa-cyclic": "#9467bd",
+    "fge": "#2ca02c",
+    "swa-fixed": "#ff7f0e",
+}
+
+
+def draw_curves(runs: Results | Sequence[Results], path: Path) -> None:
+    """Draws test accuracy and learning rate over the epochs of all trajectories.
+
+    Args:
+        runs: content of results.json of a run, or of several with different seeds, of which the
+            mean and the range are drawn.
         path: the PNG file, replaced atomically.
 
     Raises:
         TrainError: matplotlib is not installed.
     """
+    several: Sequence[Results] = [runs] if isinstance(runs, Mapping) else runs
     # The figure class itself, not pyplot: no global state, no display, no choice of backend.
     import_extra("matplotlib.backends.backend_agg")
     figure = import_extra("matplotlib.figure").Figure(figsize=(7.0, 6.0), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [2.2, 1.0]})
-    sgd, swa, grey = "#1f77b4", "#d62728", "#8c8c8c"
-
-    records = results["records"]
     plotted: list[float] = []
-    for method, key, label, style in (
-        ("sgd", "test_accuracy", "SGD", {"color": sgd, "linewidth": 1.6}),
-        (
-            "swa",
-            "test_accuracy",
-            "SWA run, iterate",
-            {"color": swa, "linewidth": 1.0, "linestyle": "--", "alpha": 0.8},
-        ),
-        ("swa", "swa_test_accuracy", "SWA", {"color": swa, "linewidth": 2.2}),
-    ):
-        points = [
-            (record["epoch"], record[key])
-            for record in records
-            if record["method"] == method and record[key] is not None
-        ]
-        # A line of one point would be invisible.
-        marker = "o" if len(points) == 1 else None
-        top.plot(*zip(*points, strict=True), label=label, marker=marker, markersize=4, **style)
-        plotted += [accuracy for _, accuracy in points]
-    for method, color, dashes in (("sgd", sgd, "-"), ("swa", swa, "--")):
-        points = [
-            (record["epoch"], record["lr"]) for record in records if record["method"] == method
-        ]
-        marker = "o" if len(points) == 1 else None
-        bottom.plot(
-            *zip(*points, strict=True),
-            color=color,
-            linestyle=dashes,
-            drawstyle="steps-mid",
-            marker=marker,
-            markersize=4,
-            label=method.upper(),
-        )
 
-    start = next(record["epoch"] for record in records if record["captures"] > 0)
+    def curve(values: Mapping[int, list[float]], label: str, **style: Any) -> None:
+        """A line through the means, and a band over the range, where every run has a value."""
+        epochs = [e for e in sorted(values) if len(values[e]) == len(several)]
+        if not epochs:
+            return
+        means = [statistics.fmean(values[e]) for e in epochs]
+        # A line of one point would be invisible.
+        marker = "o" if len(epochs) == 1 else None
+        top.plot(epochs, means, label=label, marker=marker, markersize=4, **style)
+        if len(several) > 1:
+            top.fill_between(
+                epochs,
+                [min(values[e]) for e in epochs],
+                [max(values[e]) for e in epochs],
+                color=style["color"],
+                alpha=0.15,
+                linewidth=0,
+            )
+        plotted.extend(means)
+
+    for trajectory in plan(TrainConfig.from_json(several[0]["config"])):
+        name = trajectory.name
+        color = _COLORS[name]
+        iterate: dict[int, list[float]] = {}
+        averages: dict[str, dict[int, list[float]]] = {m: {} for m in trajectory.captures}
+        rates: dict[int, float] = {}
+        for results in several:
+            for record in results["records"]:
+                if record["trajectory"] != name:
+                    continue
+                epoch = record["epoch"]
+                rates[epoch] = record["lr"]
+                if record["test_accuracy"] is not None:
+                    iterate.setdefault(epoch, []).append(record["test_accuracy"])
+                for method, average in record["averages"].items():
+                    if average["test_accuracy"] is not None:
+                        points = averages[method].setdefault(epoch, [])
+                        points.append(average["test_accuracy"])
+        if name == "sgd":
+            curve(iterate, METHODS["sgd"], color=color, linewidth=1.6)
+        else:
+            style = {"color": color, "linewidth": 1.0, "linestyle": "--", "alpha": 0.8}
+            curve(iterate, f"{METHODS[name]}, iterate", **style)
+        for method, points in averages.items():
+            curve(points, METHODS[method], color=_COLORS[method], linewidth=2.2)
+        bottom.plot(
+            list(rates),
+            list(rates.values()),
+            color=color,
+            linestyle="-" if name == "sgd" else "--",
+            drawstyle="steps-mid",
+            marker="o" if len(rates) == 1 else None,
+            markersize=4,
+            label=METHODS[name],
+        )
     for axes in (top, bottom):
-        axes.axvline(start, color=grey, linewidth=0.8, linestyle=":")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     # The first epochs would flatten what the figure is about: the differences at the end.
-    plotted.sort()
-    low = plotted[len(plotted) // 5]
-    margin = max(0.08 * (plotted[-1] - low), 0.2)
-    top.set_ylim(low - margin, plotted[-1] + margin)
-    bottom.annotate(
-        "averaging starts",
-        (start, 0.05),
-        xycoords=("data", "axes fraction"),
-        xytext=(-4, 0),
-        textcoords="offset points",
-        ha="right",
-        color=grey,
-        fontsize=8,
+    if plotted:
+        plotted.sort()
+        low = plotted[len(plotted) // 5]
+        margin = max(0.08 * (plotted[-1] - low), 0.2)
+        top.set_ylim(low - margin, plotted[-1] + margin)
+    config = several[0]["config"]
+    seeds = ", ".join(str(results["config"]["seed"]) for results in several)
+    top.set_title(
+        f"{config['model']} on {config['dataset']}, "
+        + (f"seed {seeds}" if len(several) == 1 else f"mean and range of seeds {seeds}"),
+        fontsize=11,
     )
-    config = results["config"]
-    top.set_title(f"{config['model']} on {config['dataset']}, seed {config['seed']}", fontsize=11)
     top.set_ylabel("test accuracy (%)")
-    top.legend(loc="lower right", framealpha=0.9)
+    top.legend(loc="lower right", framealpha=0.9, fontsize=8)
     bottom.set_ylabel("learning rate")
     bottom.set_xlabel("epoch")
     bottom.set_ylim(bottom=0)
-    bottom.legend(loc="lower left", framealpha=0.9)
+    bottom.legend(loc="lower left", framealpha=0.9, fontsize=8)
     bottom.xaxis.get_major_locator().set_params(integer=True)
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))

@@ -124,6 +124,7 @@ def run(
     *,
     world: World | None = None,
     preset: str | None = None,
+    scale: float = 1.0,
     checkpoint_minutes: float = 10.0,
 ) -> dict[str, Any]:
     """Trains along all trajectories of a configuration and leaves the files of :class:`RunFolder`.
@@ -137,7 +138,7 @@ def run(
         progress: where progress is shown.
         previous: content of results.json of the run to continue; None starts a new one.
         world: the processes of the run; None for this one alone.
-        preset: name of the preset that the configuration came from, for reports.
+        preset, scale: the preset that the configuration came from, for reports.
         checkpoint_minutes: checkpoints are written after every epoch, and within one when the last
             is older than this.
 
@@ -159,7 +160,7 @@ def run(
         ):
             session = _Session(config, folder, progress, world or World(), interrupts)
             session.checkpoint_seconds = 60 * checkpoint_minutes
-            return session.run(previous, preset)
+            return session.run(previous, preset, scale)
     finally:
         progress.stop()
         torch.set_num_threads(threads)
@@ -182,13 +183,16 @@ class _Session:
         self.checkpoint_seconds = 600.0
         self.saved = time.monotonic()
 
-    def run(self, previous: dict[str, Any] | None, preset: str | None) -> dict[str, Any]:
+    def run(
+        self, previous: dict[str, Any] | None, preset: str | None, scale: float
+    ) -> dict[str, Any]:
         config, progress, world = self.config, self.progress, self.world
         import_extra("matplotlib.figure")  # needed only at the end, which is late to miss it
         dataset = self._load_data()
         results: dict[str, Any] = {
             "status": "running",
             "preset": preset,
+            "scale": scale,
             "config": config.to_json(),
             "environment": environment(config, world.size),
             "data": dataset.to_json(),
@@ -198,7 +202,7 @@ class _Session:
         }
         if previous is not None:
             self._compare(previous, results)
-            for key in ("preset", "environment", "initial", "records"):
+            for key in ("preset", "scale", "environment", "initial", "records"):
                 results[key] = previous[key]
         progress.say(
             f"{config.dataset}: {dataset.train_count:,} training and {dataset.test_count:,} test "

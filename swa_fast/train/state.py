@@ -167,7 +167,17 @@ class RunFolder:
             raise TrainError(f"{path}: {expected}, found another kind of file")
         if results.get("schema_version") != RESULTS_VERSION:
             raise TrainError(f"{path}: {expected}, found version {results.get('schema_version')}")
-        missing = {"status", "config", "environment", "data", "records", "summary"} - set(results)
+        missing = {
+            "status",
+            "preset",
+            "scale",
+            "config",
+            "environment",
+            "data",
+            "initial",
+            "records",
+            "summary",
+        } - set(results)
         if missing:
             raise TrainError(f"{path}: {expected}, found no {', '.join(sorted(missing))}")
         return results

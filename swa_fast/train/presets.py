@@ -1,0 +1,432 @@
+"""The paper's experiments by name: settings, published results, and smaller versions of them.
+
+Sources: Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization",
+UAI 2018, arXiv 1803.05407, with its authors' code; FGE settings and results: Garipov et al.,
+NeurIPS 2018, arXiv 1802.10026; Shake-Shake: Gastaldi, arXiv 1705.07485; PyramidNet: Han et al.,
+CVPR 2017, arXiv 1610.02915.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .config import TrainConfig, resolve_device
+from .errors import TrainError
+from .methods import plan
+from .models import MODELS, build_model, forward_macs
+
+__all__ = ["PRESETS", "Preset", "flop", "measure_speed", "scaled"]
+
+#: Accuracy and its standard deviation, by method (None for a pretrained network) and budget.
+Published = Mapping[tuple[str | None, float], tuple[float, float | None]]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """An experiment of the paper.
+
+    Attributes:
+        name: on the command line.
+        where: what it reproduces.
+        options: settings by name, as for :meth:`TrainConfig.from_options`.
+        published: test accuracies in percent, where the paper gives any.
+    """
+
+    name: str
+    where: str
+    options: Mapping[str, Any]
+    published: Published = field(default_factory=dict)
+
+
+_BUDGETS = (1.0, 1.25, 1.5)
+
+# What the authors' code has in common for VGG, PreResNet and WRN.
+_COMMON: dict[str, Any] = {
+    "batch_size": 128,
+    "momentum": 0.9,
+    "budgets": _BUDGETS,
+    "methods": ("sgd", "fge", "swa"),
+    "swa_from": "scratch",
+    "fge_start": 0.8,
+    "fge_lr_min": 5e-4,
+    "eval_every": 5,
+}
+_VGG: dict[str, Any] = {
+    **_COMMON,
+    "model": "vgg16",
+    "epochs": 200,
+    "lr": 0.05,
+    "weight_decay": 5e-4,
+    "swa_start": 160 / 200,
+    "swa_lr": 0.01,
+    "fge_cycle": 2,
+    "fge_lr_max": 0.01,
+}
+_PRERESNET: dict[str, Any] = {
+    **_COMMON,
+    "model": "preresnet164",
+    "epochs": 150,
+    "lr": 0.1,
+    "weight_decay": 3e-4,
+    "swa_start": 125 / 150,
+    "fge_cycle": 4,
+    "fge_lr_max": 0.05,
+}
+_WRN: dict[str, Any] = {
+    **_COMMON,
+    "model": "wrn28-10",
+    "epochs": 200,
+    "lr": 0.1,
+    "weight_decay": 5e-4,
+    "swa_start": 160 / 200,
+    "swa_lr": 0.05,
+    "fge_cycle": 4,
+    "fge_lr_max": 0.05,
+}
+_IMAGENET: dict[str, Any] = {
+    "dataset": "imagenet",
+    "pretrained": "torchvision",
+    "methods": ("swa-cyclic",),
+    "epochs": 10,
+    "budgets": (0.5, 1.0),
+    "batch_size": 256,
+    "lr": 1e-3,
+    "weight_decay": 1e-4,
+    "swa_start": 0.0,
+    "cycle_epochs": 1,
+    "cycle_lr_max": 1e-3,
+    "cycle_lr_min": 1e-5,
+}
+
+
+def _published(
+    sgd: tuple[float, float],
+    swa: tuple[tuple[float, float], ...],
+    fge: float | None = None,
+) -> Published:
+    found: dict[tuple[str | None, float], tuple[float, float | None]] = {("sgd", 1.0): sgd}
+    if fge is not None:
+        found["fge", 1.0] = (fge, None)
+    found.update((("swa", budget), value) for budget, value in zip(_BUDGETS, swa, strict=True))
+    return found
+
+
+def _main_tables() -> list[Preset]:
+    cifar100, cifar10 = "CIFAR-100 table", "CIFAR-10 table"
+    return [
+        Preset(
+            "cifar100-vgg16",
+            cifar100,
+            {**_VGG, "dataset": "cifar100"},
+            _published((72.55, 0.10), ((73.91, 0.12), (74.17, 0.15), (74.27, 0.25)), 74.26),
+        ),
+        Preset(
+            "cifar100-preresnet164",
+            cifar100,
+            {**_PRERESNET, "dataset": "cifar100", "swa_lr": 0.05},
+            _published((78.49, 0.36), ((79.77, 0.17), (80.18, 0.23), (80.35, 0.16)), 79.84),
+        ),
+        Preset(
+            "cifar100-preresnet110",
+            "the authors' repository",
+            {**_PRERESNET, "dataset": "cifar100", "swa_lr": 0.05, "model": "preresnet110"},
+            _published((76.77, 0.38), ((78.75, 0.16), (78.91, 0.29), (79.10, 0.21))),
+        ),
+        Preset(
+            "cifar100-wrn28-10",
+            cifar100,
+            {**_WRN, "dataset": "cifar100"},
+            _published((80.82, 0.23), ((81.46, 0.23), (81.91, 0.27), (82.15, 0.27)), 82.27),
+        ),
+        Preset(
+            "cifar100-pyramidnet272",
+            cifar100,
+            {
+                "dataset": "cifar100",
+                "model": "pyramidnet272",
+                "methods": ("sgd", "swa-cyclic"),
+                "epochs": 300,
+                "budgets": (1.25, 1.5),
+                "batch_size": 128,
+                # Published for CIFAR-100 with four GPUs; that of the paper's own run is not known.
+                "lr": 0.5,
+                "lr_schedule": "steps",
+                "nesterov": True,
+                "weight_decay": 1e-4,
+                "swa_start": 1.0,
+                "cycle_epochs": 3,
+                "cycle_lr_max": 0.05,
+                "cycle_lr_min": 0.001,
+                "eval_every": 5,
+            },
+            {
+                ("sgd", 1.0): (83.41, 0.21),
+                ("swa-cyclic", 1.25): (83.93, 0.18),
+                ("swa-cyclic", 1.5): (84.16, 0.15),
+            },
+        ),
+        Preset(
+            "cifar10-vgg16",
+            cifar10,
+            {**_VGG, "dataset": "cifar10"},
+            _published((93.25, 0.16), ((93.59, 0.16), (93.70, 0.22), (93.64, 0.18)), 93.52),
+        ),
+        Preset(
+            "cifar10-preresnet164",
+            cifar10,
+            {**_PRERESNET, "dataset": "cifar10", "swa_lr": 0.01},
+            _published((95.28, 0.10), ((95.56, 0.11), (95.77, 0.04), (95.83, 0.03)), 95.45),
+        ),
+        Preset(
+            "cifar10-preresnet110",
+            "the authors' repository",
+            {**_PRERESNET, "dataset": "cifar10", "swa_lr": 0.01, "model": "preresnet110"},
+            _published((95.03, 0.05), ((95.51, 0.10), (95.65, 0.03), (95.82, 0.03))),
+        ),
+        Preset(
+            "cifar10-wrn28-10",
+            cifar10,
+            {**_WRN, "dataset": "cifar10"},
+            _published((96.18, 0.11), ((96.45, 0.11), (96.64, 0.08), (96.79, 0.05)), 96.36),
+        ),
+        Preset(
+            "cifar10-shakeshake26-2x64d",
+            cifar10,
+            {
+                "dataset": "cifar10",
+                "model": "shakeshake26-2x64d",
+                "methods": ("sgd", "swa-cyclic"),
+                "epochs": 1800,
+                "budgets": (1.25, 1.5),
+                "batch_size": 128,
+                "lr": 0.2,
+                "lr_schedule": "cosine",
+                "nesterov": True,
+                "weight_decay": 1e-4,
+                "swa_start": 1.0,
+                "cycle_epochs": 100,
+                "cycle_shape": "cosine",
+                "eval_every": 25,
+            },
+            {
+                ("sgd", 1.0): (96.93, 0.10),
+                ("swa-cyclic", 1.25): (97.16, 0.10),
+                ("swa-cyclic", 1.5): (97.12, 0.06),
+            },
+        ),
+        *(
+            Preset(
+                f"imagenet-{model}",
+                "ImageNet table",
+                {**_IMAGENET, "model": model},
+                {
+                    (None, 0.0): (pretrained, None),
+                    ("swa-cyclic", 0.5): half,
+                    ("swa-cyclic", 1.0): whole,
+                },
+            )
+            for model, pretrained, half, whole in (
+                ("resnet50", 76.15, (76.83, 0.01), (76.97, 0.05)),
+                ("resnet152", 78.31, (78.82, 0.01), (78.94, 0.07)),
+                ("densenet161", 77.65, (78.26, 0.09), (78.44, 0.06)),
+            )
+        ),
+    ]
+
+
+def _ablations() -> list[Preset]:
+    study = {
+        **_PRERESNET,
+        "dataset": "cifar100",
+        "budgets": (1.0,),
+        "swa_from": "sgd",
+        "cycle_epochs": 5,
+    }
+    rates = "study of the learning rate"
+    return [
+        *(
+            Preset(
+                f"cifar100-preresnet164-cyclic-{high:g}",
+                rates,
+                {
+                    **study,
+                    "methods": ("sgd", "swa-cyclic"),
+                    "cycle_lr_max": high,
+                    "cycle_lr_min": high / 100,
+                },
+            )
+            for high in (0.1, 0.05, 0.01, 0.005)
+        ),
+        *(
+            Preset(
+                f"cifar100-preresnet164-constant-{rate:g}",
+                rates,
+                {**study, "methods": ("sgd", "swa"), "swa_lr": rate},
+            )
+            for rate in (0.1, 0.05, 0.01, 0.001)
+        ),
+        Preset(
+            "cifar100-wrn28-10-fixed",
+            "fixed rate from scratch",
+            {
+                **_WRN,
+                "dataset": "cifar100",
+                "methods": ("swa-fixed",),
+                "budgets": (1.5,),
+                "fixed_lr": 0.05,
+                "fixed_start": 139 / 200,
+            },
+            {("swa-fixed", 1.5): (81.7, None)},
+        ),
+        Preset(
+            "cifar100-preresnet164-fixed",
+            "fixed rate from scratch, appendix",
+            {
+                **_PRERESNET,
+                "dataset": "cifar100",
+                "methods": ("swa-fixed",),
+                "budgets": (1.5,),
+                "fixed_lr": 0.1,
+                "fixed_start": 199 / 150,
+            },
+        ),
+        *(
+            Preset(
+                f"{dataset}-wrn28-10-lower",
+                "the paper's text, where its code has 0.05",
+                {**_WRN, "dataset": dataset, "methods": ("sgd", "swa"), "swa_lr": 0.01},
+            )
+            for dataset in ("cifar100", "cifar10")
+        ),
+        Preset(
+            "cifar100-preresnet164-ema",
+            "exponential moving average, one update per step",
+            {**_PRERESNET, "dataset": "cifar100", "swa_lr": 0.05, "methods": ("sgd", "ema")},
+        ),
+    ]
+
+
+def _small() -> list[Preset]:
+    """Everything at once, for machines that the paper's networks would keep busy for months."""
+    everything = {
+        **_PRERESNET,
+        "methods": ("sgd", "ema", "fge", "swa", "swa-cyclic"),
+        "swa_lr": 0.05,
+        "cycle_epochs": 2,
+        "fge_cycle": 2,
+    }
+    return [
+        Preset(
+            "cifar10-preresnet20",
+            "all methods, for small machines",
+            {**everything, "dataset": "cifar10", "model": "preresnet20"},
+        ),
+        Preset(
+            "fashion-mnist-wrn28-2",
+            "all methods, for small machines",
+            {**everything, "dataset": "fashion-mnist", "model": "wrn28-2", "weight_decay": 5e-4},
+        ),
+    ]
+
+
+#: The presets by name, in the order of the paper.
+PRESETS: dict[str, Preset] = {
+    preset.name: preset for preset in (*_main_tables(), *_ablations(), *_small())
+}
+
+# Images of the datasets that are not counted before they are loaded.
+_IMAGES = {"imagenet": 1_281_167, "fashion-mnist": 60_000, "digits": 1437, "synthetic": 2000}
+_CIFAR_IMAGES = 50_000
+
+
+def scaled(options: Mapping[str, Any], scale: float) -> dict[str, Any]:
+    r"""Settings of a smaller experiment of the same form.
+
+    Epochs and cycles shrink by ``scale``, the data to ``scale`` times the 50,000 images of CIFAR,
+    the network's width (and, for networks of 224 pixels, the images) by its square root. Rates, the
+    batch size and all fractions stay. Below full scale pretrained weights do not fit and are
+    left out. At least 8 epochs (or all), cycles of one epoch (two for fge), a width of 4, and
+    some images of every class remain.
+
+    Args:
+        options: settings by name.
+        scale: in (0, 1].
+
+    Raises:
+        TrainError: ``scale`` is not in (0, 1].
+    """
+    if not 0 < scale <= 1:
+        raise TrainError(f"--scale: expected a number in (0, 1], found {scale}")
+    found = dict(options)
+    if scale == 1:
+        return found
+    spec = MODELS[found["model"]]
+    side = math.sqrt(scale)
+    epochs = found["epochs"]
+    found["epochs"] = max(min(epochs, 8), round(epochs * scale))
+    if found.get("cycle_epochs") is not None:
+        cycle = max(1, round(found["cycle_epochs"] * scale))
+        found["cycle_epochs"] = min(cycle, found["epochs"] // 2)
+    if "fge_cycle" in found:
+        found["fge_cycle"] = max(2, 2 * round(found["fge_cycle"] * scale / 2))
+    found["eval_every"] = max(1, round(found.get("eval_every", 1) * scale))
+    found["width"] = max(4, round(found.get("width", spec.width) * side))
+    images = _IMAGES.get(found["dataset"], _CIFAR_IMAGES)
+    found["fraction"] = min(1.0, found.get("fraction", 1.0) * scale * _CIFAR_IMAGES / images)
+    if spec.image_size == 224:
+        found["image_size"] = max(64, 32 * round(224 * side / 32))
+        found["pretrained"] = None
+    return found
+
+
+def flop(config: TrainConfig) -> float:
+    """Floating-point operations of all training steps of a configuration: six for each
+    multiply-add of a forward pass, two forward and four backward; evaluation is not counted."""
+    spec = MODELS[config.model]
+    side = config.image_size or spec.image_size
+    classes = {"cifar100": 100, "imagenet": 1000}.get(config.dataset, 10)
+    channels = 1 if config.dataset in ("digits", "fashion-mnist") else 3
+    with torch.device("meta"):
+        model = build_model(
+            config.model, in_channels=channels, num_classes=classes, width=config.width
+        )
+    images = _IMAGES.get(config.dataset, _CIFAR_IMAGES) * config.fraction
+    epochs = sum(trajectory.end - trajectory.begin for trajectory in plan(config))
+    return 6.0 * forward_macs(model, (channels, side, side)) * images * epochs
+
+
+def measure_speed(device: str = "auto", amp: str = "none") -> float:
+    """Floating-point operations per second that a device reaches in training, measured with a few
+    steps of a WRN-16-4, counted as by :func:`flop`."""
+    target = torch.device(resolve_device(device))
+    batch = 256 if target.type == "cuda" else 16
+    spec = MODELS["wrn16-4"]
+    model = build_model("wrn16-4", in_channels=3, num_classes=10, width=spec.width)
+    model = model.to(target, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = torch.zeros(batch, 3, 32, 32, device=target).to(memory_format=torch.channels_last)
+    labels = torch.zeros(batch, dtype=torch.int64, device=target)
+    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
+
+    def step() -> None:
+        with torch.autocast(target.type, dtype, enabled=amp != "none"):
+            logits = model(images)
+        F.cross_entropy(logits.float(), labels).backward()
+
+    step()
+    best = math.inf
+    for _ in range(3):
+        if target.type == "cuda":
+            torch.cuda.synchronize(target)
+        start = time.perf_counter()
+        step()
+        if target.type == "cuda":
+            torch.cuda.synchronize(target)
+        best = min(best, time.perf_counter() - start)
+    return 6.0 * forward_macs(model, (3, 32, 32)) * batch / best
