@@ -233,8 +233,12 @@ class TrainConfig:
     fge_lr_min: float = _option(
         "averaging", "fge: least rate of a cycle (default: 0.0005)", "RATE", float
     )
-    ema_decay: float = _option(
-        "averaging", "ema: share that the average keeps at each step (default: 0.999)", "D", float
+    ema_epochs: float = _option(
+        "averaging",
+        "ema: time constant of the average in epochs; with n steps per epoch the decay is "
+        "1 - 1/(N*n) at each step (default: 1)",
+        "N",
+        float,
     )
     fixed_lr: float = _option(
         "averaging", "swa-fixed: the constant rate from the first step (default: 0.05)", "RATE",
@@ -325,7 +329,7 @@ class TrainConfig:
             "fge_cycle": 2,
             "fge_lr_max": 0.05,
             "fge_lr_min": 0.0005,
-            "ema_decay": 0.999,
+            "ema_epochs": 1.0,
             "fixed_lr": 0.05,
             "fixed_start": 0.7,
             "bn_estimator": "weighted",
@@ -427,7 +431,12 @@ class TrainConfig:
             _expect("momentum", self, self.momentum > 0, "a number above 0 with --nesterov")
         _expect("seed", self, 0 <= self.seed < 2**63, "an integer in [0, 2^63)")
         _expect("fraction", self, 0 < self.fraction <= 1, "a number in (0, 1]")
-        _expect("ema_decay", self, 0 <= self.ema_decay < 1, "a number in [0, 1)")
+        _expect(
+            "ema_epochs",
+            self,
+            math.isfinite(self.ema_epochs) and self.ema_epochs > 0,
+            "a finite number above 0",
+        )
         self._check_methods()
         self._check_machine()
         self._check_data()

@@ -214,7 +214,9 @@ class Trainer:
         if method == "fge":
             assert captured is not None
             return Ensemble(captured)
-        decay = self.config.ema_decay if method == "ema" else None
+        decay = None
+        if method == "ema":
+            decay = max(0.0, 1.0 - 1.0 / (self.config.ema_epochs * len(self.batches)))
         return WeightAverage(model, captured, decay=decay, backend=self.config.backend)
 
     def check_backend(self) -> str:

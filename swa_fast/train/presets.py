@@ -318,7 +318,9 @@ def _small() -> list[Preset]:
     everything = {
         **_PRERESNET,
         "methods": ("sgd", "ema", "fge", "swa", "swa-cyclic"),
-        "swa_lr": 0.05,
+        "swa_start": 0.75,
+        "fge_start": 0.75,
+        "swa_lr": 0.01,
         "cycle_epochs": 2,
         "fge_cycle": 2,
     }

@@ -372,13 +372,11 @@ def draw_curves(runs: Results | Sequence[Results], path: Path) -> None:
         color = _COLORS[name]
         iterate: dict[int, list[float]] = {}
         averages: dict[str, dict[int, list[float]]] = {m: {} for m in trajectory.captures}
-        rates: dict[int, float] = {}
         for results in several:
             for record in results["records"]:
                 if record["trajectory"] != name:
                     continue
                 epoch = record["epoch"]
-                rates[epoch] = record["lr"]
                 if record["test_accuracy"] is not None:
                     iterate.setdefault(epoch, []).append(record["test_accuracy"])
                 for method, average in record["averages"].items():
@@ -392,14 +390,14 @@ def draw_curves(runs: Results | Sequence[Results], path: Path) -> None:
             curve(iterate, f"{METHODS[name]}, iterate", **style)
         for method, points in averages.items():
             curve(points, METHODS[method], color=_COLORS[method], linewidth=2.2)
+        steps = 50  # per epoch, enough for the eye
+        grid = [divmod(i, steps) for i in range(trajectory.begin * steps, trajectory.end * steps)]
         bottom.plot(
-            list(rates),
-            list(rates.values()),
+            [epoch + step / steps for epoch, step in grid],
+            [trajectory.rate(epoch, step, steps) for epoch, step in grid],
             color=color,
             linestyle="-" if name == "sgd" else "--",
-            drawstyle="steps-mid",
-            marker="o" if len(rates) == 1 else None,
-            markersize=4,
+            linewidth=1.2,
             label=METHODS[name],
         )
     for axes in (top, bottom):
