@@ -386,9 +386,7 @@ def _report(options: dict[str, Any]) -> int:
         if results["status"] != "complete":
             print(f"left out: {path} is not complete", file=sys.stderr)
     if not experiments:
-        raise TrainError(
-            f"expected a complete run in {', '.join(options['folders'])}, found none"
-        )
+        raise TrainError(f"expected a complete run in {', '.join(options['folders'])}, found none")
     for experiment in experiments:
         print("\n" + format_experiment(experiment, markdown=False))
     print(

@@ -97,9 +97,7 @@ def _numbers(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(","))
 
 
-def _option(
-    group: str, help: str, metavar: str, parse: Callable[[str], Any] | None = str
-) -> Any:
+def _option(group: str, help: str, metavar: str, parse: Callable[[str], Any] | None = str) -> Any:
     """A field that is a command-line option; ``parse`` None makes it a switch (--x, --no-x)."""
     return dataclasses.field(
         metadata={"group": group, "help": help, "metavar": metavar, "parse": parse}
@@ -138,9 +136,7 @@ class TrainConfig:
         "(default: the paper's for the model on cifar10, cifar100 and imagenet, else dataset)",
         "NAME",
     )
-    fraction: float = _option(
-        "data", "share of every class that is used (default: 1)", "F", float
-    )
+    fraction: float = _option("data", "share of every class that is used (default: 1)", "F", float)
     workers: int = _option(
         "data", "processes that decode images, for imagenet (default: 4)", "N", int
     )
@@ -241,7 +237,9 @@ class TrainConfig:
         float,
     )
     fixed_lr: float = _option(
-        "averaging", "swa-fixed: the constant rate from the first step (default: 0.05)", "RATE",
+        "averaging",
+        "swa-fixed: the constant rate from the first step (default: 0.05)",
+        "RATE",
         float,
     )
     fixed_start: float = _option(
@@ -408,7 +406,13 @@ class TrainConfig:
             _expect(field, self, getattr(self, field) >= 1, "1 or more")
         _expect("workers", self, self.workers >= 0, "0 or more")
         for field in (
-            "lr", "swa_lr", "fixed_lr", "cycle_lr_max", "cycle_lr_min", "fge_lr_max", "fge_lr_min",
+            "lr",
+            "swa_lr",
+            "fixed_lr",
+            "cycle_lr_max",
+            "cycle_lr_min",
+            "fge_lr_max",
+            "fge_lr_min",
         ):
             value = getattr(self, field)
             _expect(field, self, math.isfinite(value) and value > 0, "a finite number above 0")
@@ -454,9 +458,7 @@ class TrainConfig:
                 f"--budgets: expected numbers in (0, 100], found "
                 f"{', '.join(str(b) for b in self.budgets) or 'nothing'}"
             )
-        _expect(
-            "budgets", self, list(self.budgets) == sorted(set(self.budgets)), "rising numbers"
-        )
+        _expect("budgets", self, list(self.budgets) == sorted(set(self.budgets)), "rising numbers")
         for field, method in (
             ("swa_start", "swa"),
             ("swa_start", "swa-cyclic"),

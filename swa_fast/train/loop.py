@@ -394,9 +394,7 @@ class Trainer:
                 with clock("eval" if isinstance(average, Ensemble) else "average"):
                     average.capture(run.model, self.probabilities)
 
-    def _evaluate_average(
-        self, average: Average, epoch: int, clock: _Clock
-    ) -> tuple[float, float]:
+    def _evaluate_average(self, average: Average, epoch: int, clock: _Clock) -> tuple[float, float]:
         if isinstance(average, Ensemble):
             with clock("eval"):
                 return self._evaluate_ensemble(average)

@@ -68,9 +68,7 @@ class Progress:
         self._epochs = epochs
         self._label = label
         if self._tqdm is not None:
-            self._bar = self._tqdm(
-                total=epochs * steps, initial=done, desc=label, unit="step"
-            )
+            self._bar = self._tqdm(total=epochs * steps, initial=done, desc=label, unit="step")
 
     def step(self) -> None:
         """Counts a finished step."""

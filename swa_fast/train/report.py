@@ -141,7 +141,8 @@ def format_table(summary: Sequence[Mapping[str, Any]]) -> str:
             )
         )
     return (
-        _align(lines) + "\nTime: training, with the averaging and the BatchNorm pass of the result; "
+        _align(lines)
+        + "\nTime: training, with the averaging and the BatchNorm pass of the result; "
         "no evaluation."
     )
 
@@ -180,7 +181,9 @@ def format_phases(results: Results) -> str:
             seconds = totals[t.name][phase]
             line.append(f"{seconds:.2f} s {100 * seconds / whole:5.1f} %")
         lines.append(line)
-    lines.append(["all", *(f"{sum(totals[t.name].values()):.2f} s {100.0:5.1f} %" for t in trajectories)])
+    lines.append(
+        ["all", *(f"{sum(totals[t.name].values()):.2f} s {100.0:5.1f} %" for t in trajectories)]
+    )
     shares = [
         f"{t.name} {100 * overhead(by_name[t.name], t.reported):.2f} %"
         for t in trajectories
@@ -276,8 +279,9 @@ def compare_runs(
                     "-" if key == base else _spread(iterates),
                     str(len(members)),
                     str(row["epochs"]),
-                    "-" if mean is None else f"{mean:.2f}"
-                    + ("" if deviation is None else f" ± {deviation:.2f}"),
+                    "-"
+                    if mean is None
+                    else f"{mean:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}"),
                 ]
             )
         title = f"{config['model']} (width {config['width']}) on {config['dataset']}"

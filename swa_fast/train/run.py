@@ -275,6 +275,12 @@ class _Session:
         progress, world = self.progress, self.world
         current = trainer.start(trajectory)
         self._restore(trainer, current)
+        listed = [r["epoch"] for r in results["records"] if r["trajectory"] == trajectory.name]
+        if listed and listed[-1] > current.epoch:
+            progress.say(
+                f"note: results.json lists {len(listed)} epochs of {trajectory.name}, and no "
+                f"checkpoint beyond epoch {current.epoch} is left; going on from there"
+            )
         results["records"] = finished + current.records
         steps = len(trainer.batches)
         progress.start(
@@ -283,16 +289,16 @@ class _Session:
             steps=steps,
             done=current.epoch * steps + current.step,
         )
-        board = Board(self.folder.tensorboard, trajectory.name, progress.say) if world.main else None
+        board = (
+            Board(self.folder.tensorboard, trajectory.name, progress.say) if world.main else None
+        )
         if board is not None:
             board.restart(current.records)
 
         def save() -> None:
             state = trainer.state(current)
             if world.main:
-                self.folder.save_checkpoint(
-                    trajectory.name, current.epoch, current.step, state
-                )
+                self.folder.save_checkpoint(trajectory.name, current.epoch, current.step, state)
             self.saved = time.monotonic()
 
         def between() -> None:
