@@ -503,16 +503,18 @@ def test_shake_in_evaluation_is_the_mean() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_shake_in_bfloat16_draws_the_same() -> None:
+def test_shake_draws_the_same_in_all_precisions() -> None:
     draws = []
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
         torch.manual_seed(3)
         y1 = torch.ones(50, 1, 1, 1, dtype=dtype, requires_grad=True)
         out = shake(y1, torch.zeros(50, 1, 1, 1, dtype=dtype), training=True)
         assert out.dtype is dtype
         out.sum().backward()
-        draws.append(torch.stack((out.detach(), y1.grad)).float())
-    torch.testing.assert_close(draws[1], draws[0], rtol=2**-8, atol=0)
+        assert y1.grad is not None and y1.grad.dtype is dtype
+        draws.append(torch.stack((out.detach(), y1.grad)).double())
+    torch.testing.assert_close(draws[1], draws[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(draws[2], draws[0], rtol=2**-8, atol=0)
 
 
 def test_shake_compiles() -> None:
