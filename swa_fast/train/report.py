@@ -25,7 +25,6 @@ Losses are mean cross-entropies in nats, accuracies percentages, times seconds.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
