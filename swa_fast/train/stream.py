@@ -324,22 +324,27 @@ class _Reader:
         self, batches: Iterator[tuple[Tensor, Tensor] | TrainError]
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches on the device; on CUDA the next one is copied while this one is worked on."""
-        if self._device.type != "cuda":
+        try:
+            if self._device.type != "cuda":
+                for batch in batches:
+                    yield _raised(batch)
+                return
+            side = torch.cuda.Stream(self._device)
+            ahead: tuple[Tensor, Tensor] | None = None
             for batch in batches:
-                yield _raised(batch)
-            return
-        side = torch.cuda.Stream(self._device)
-        ahead: tuple[Tensor, Tensor] | None = None
-        for batch in batches:
-            with torch.cuda.stream(side):
-                images, labels = (
-                    tensor.to(self._device, non_blocking=True) for tensor in _raised(batch)
-                )
+                with torch.cuda.stream(side):
+                    images, labels = (
+                        tensor.to(self._device, non_blocking=True) for tensor in _raised(batch)
+                    )
+                if ahead is not None:
+                    yield self._joined(ahead, side)
+                ahead = images, labels
             if ahead is not None:
                 yield self._joined(ahead, side)
-            ahead = images, labels
-        if ahead is not None:
-            yield self._joined(ahead, side)
+        finally:
+            # This ends the workers. An error's traceback would keep them until garbage is
+            # collected, and then they end only after a timeout of seconds.
+            del batches
 
     def _joined(
         self, batch: tuple[Tensor, Tensor], side: torch.cuda.Stream
