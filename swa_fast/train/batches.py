@@ -196,9 +196,11 @@ def check_labels(labels: Tensor, *, images: int, classes: int, what: str) -> Non
         what: the part, for messages.
 
     Raises:
-        TrainError: other numbers of images and labels, or a label that is no class; the message
+        TrainError: no images, another number of labels, or a label that is no class; the message
             names the first such.
     """
+    if images == 0:
+        raise TrainError(f"{what} images: expected 1 or more, found none")
     if labels.shape != (images,):
         raise TrainError(
             f"{what} labels: expected one for each of {images} images, found {labels.numel()}"

@@ -98,8 +98,6 @@ class Dataset:
             ("test", self.test_images, self.test_labels),
         ):
             check_labels(labels, images=len(images), classes=len(self.classes), what=what)
-            if not len(images):
-                raise TrainError(f"{what} images: expected 1 or more, found none")
         if self.train_images.shape[1:] != self.test_images.shape[1:]:
             raise TrainError(
                 f"test images: expected the shape of the training images, "
