@@ -317,7 +317,7 @@ def test_unfit_normalisation(name: str, channels: int, message: str) -> None:
 @pytest.mark.parametrize(
     ("train", "test", "message"),
     [
-        ([0, 1, 2, 0], [0], r"training labels: expected 0 to 1, found 2 at image 2 \(1 of 4 are"),
+        ([0, 1, 2, 3], [0], r"training labels: expected 0 to 1, found 2 at image 2 \(2 of 4 are"),
         ([0, 1, 1, 0], [-1], r"test labels: expected 0 to 1, found -1 at image 0 \(1 of 1"),
         ([0, 1, 1], [0], "training labels: expected one for each of 4 images, found 3"),
         ([0, 1, 1, 0], [0, 1], "test labels: expected one for each of 1 images, found 2"),
