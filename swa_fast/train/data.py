@@ -346,7 +346,7 @@ def load_torchvision(name: str, folder: str | Path) -> Dataset:
     parts = []
     try:
         with warnings.catch_warnings():
-            # CIFAR's files hold a form of dtypes that NumPy 2.4 deprecates.
+            # NumPy 2.4.0 to 2.4.4 warns of dtypes as old as those in CIFAR's files.
             warnings.filterwarnings("ignore", message=r"dtype\(\): align should be passed")
             parts = [make(str(folder), train=train, download=True) for train in (True, False)]
     # Network, archive, pickle and index errors have no common base.
