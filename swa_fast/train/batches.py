@@ -19,8 +19,10 @@ __all__ = [
     "Shares",
     "Statistics",
     "balanced_share",
+    "check_fraction",
     "check_labels",
     "check_normalise",
+    "check_rank",
     "named_statistics",
 ]
 
@@ -214,6 +216,12 @@ def check_labels(labels: Tensor, *, images: int, classes: int, what: str) -> Non
         )
 
 
+def check_fraction(fraction: float) -> None:
+    """Raises TrainError unless the fraction is in (0, 1]."""
+    if not 0 < fraction <= 1:
+        raise TrainError(f"--fraction: expected a number in (0, 1], found {fraction}")
+
+
 def balanced_share(labels: Tensor, fraction: float, min_per_class: int) -> Tensor:
     """Positions of a fraction of every class, always the same, in ascending order.
 
@@ -231,8 +239,7 @@ def balanced_share(labels: Tensor, fraction: float, min_per_class: int) -> Tenso
     Raises:
         TrainError: the fraction is not in (0, 1].
     """
-    if not 0 < fraction <= 1:
-        raise TrainError(f"--fraction: expected a number in (0, 1], found {fraction}")
+    check_fraction(fraction)
     if fraction == 1:
         return torch.arange(len(labels))
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))

@@ -27,6 +27,7 @@ from .batches import (
     Shares,
     Statistics,
     balanced_share,
+    check_fraction,
     check_labels,
     check_normalise,
     check_rank,
@@ -258,8 +259,7 @@ def load_dataset(
         raise TrainError(f"--dataset: expected one of {', '.join(DATASETS)}, found {name!r}")
     if image_size is not None and image_size < _MIN_SIZE:
         raise TrainError(f"--image-size: expected {_MIN_SIZE} or more pixels, found {image_size}")
-    if not 0 < fraction <= 1:
-        raise TrainError(f"--fraction: expected a number in (0, 1], found {fraction}")
+    check_fraction(fraction)
     if name in ("images", "imagenet") and data_dir is None:
         expected = "train/<class>/ and " + ("test" if name == "images" else "val") + "/<class>/"
         raise TrainError(
