@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import pickle
 import random
 from collections.abc import Iterator
@@ -253,6 +254,7 @@ def test_a_broken_file_is_named(folder: Path, workers: int) -> None:
     dataset = load_stream(folder, image_size=16)
     with pytest.raises(TrainError) as caught:
         list(training(dataset, workers=workers).epoch(0))
+    assert not multiprocessing.active_children()  # although the traceback is still held
     path = folder / "train/n2/3.png"
     assert str(caught.value).startswith(f"{path}: expected a readable image, found: ")
     assert "Traceback" not in str(caught.value)

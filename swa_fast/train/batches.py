@@ -19,8 +19,10 @@ __all__ = [
     "Shares",
     "Statistics",
     "balanced_share",
+    "check_fraction",
     "check_labels",
     "check_normalise",
+    "check_rank",
     "named_statistics",
 ]
 
@@ -196,9 +198,11 @@ def check_labels(labels: Tensor, *, images: int, classes: int, what: str) -> Non
         what: the part, for messages.
 
     Raises:
-        TrainError: other numbers of images and labels, or a label that is no class; the message
+        TrainError: no images, another number of labels, or a label that is no class; the message
             names the first such.
     """
+    if images == 0:
+        raise TrainError(f"{what} images: expected 1 or more, found none")
     if labels.shape != (images,):
         raise TrainError(
             f"{what} labels: expected one for each of {images} images, found {labels.numel()}"
@@ -210,6 +214,12 @@ def check_labels(labels: Tensor, *, images: int, classes: int, what: str) -> Non
             f"{what} labels: expected 0 to {classes - 1}, found {int(labels[first])} at image "
             f"{first} ({len(wrong)} of {len(labels)} are out of range)"
         )
+
+
+def check_fraction(fraction: float) -> None:
+    """Raises TrainError unless the fraction is in (0, 1]."""
+    if not 0 < fraction <= 1:
+        raise TrainError(f"--fraction: expected a number in (0, 1], found {fraction}")
 
 
 def balanced_share(labels: Tensor, fraction: float, min_per_class: int) -> Tensor:
@@ -229,8 +239,7 @@ def balanced_share(labels: Tensor, fraction: float, min_per_class: int) -> Tenso
     Raises:
         TrainError: the fraction is not in (0, 1].
     """
-    if not 0 < fraction <= 1:
-        raise TrainError(f"--fraction: expected a number in (0, 1], found {fraction}")
+    check_fraction(fraction)
     if fraction == 1:
         return torch.arange(len(labels))
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))

@@ -27,6 +27,7 @@ from .batches import (
     Shares,
     Statistics,
     balanced_share,
+    check_fraction,
     check_labels,
     check_normalise,
     check_rank,
@@ -98,8 +99,6 @@ class Dataset:
             ("test", self.test_images, self.test_labels),
         ):
             check_labels(labels, images=len(images), classes=len(self.classes), what=what)
-            if not len(images):
-                raise TrainError(f"{what} images: expected 1 or more, found none")
         if self.train_images.shape[1:] != self.test_images.shape[1:]:
             raise TrainError(
                 f"test images: expected the shape of the training images, "
@@ -260,8 +259,7 @@ def load_dataset(
         raise TrainError(f"--dataset: expected one of {', '.join(DATASETS)}, found {name!r}")
     if image_size is not None and image_size < _MIN_SIZE:
         raise TrainError(f"--image-size: expected {_MIN_SIZE} or more pixels, found {image_size}")
-    if not 0 < fraction <= 1:
-        raise TrainError(f"--fraction: expected a number in (0, 1], found {fraction}")
+    check_fraction(fraction)
     if name in ("images", "imagenet") and data_dir is None:
         expected = "train/<class>/ and " + ("test" if name == "images" else "val") + "/<class>/"
         raise TrainError(
@@ -348,7 +346,7 @@ def load_torchvision(name: str, folder: str | Path) -> Dataset:
     parts = []
     try:
         with warnings.catch_warnings():
-            # CIFAR's files hold a form of dtypes that NumPy 2.4 deprecates.
+            # NumPy 2.4.0 to 2.4.4 warns of dtypes as old as those in CIFAR's files.
             warnings.filterwarnings("ignore", message=r"dtype\(\): align should be passed")
             parts = [make(str(folder), train=train, download=True) for train in (True, False)]
     # Network, archive, pickle and index errors have no common base.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -65,7 +66,8 @@ class StreamedDataset:
         skipped_files: always 0, as with datasets that are no image folders.
 
     Raises:
-        TrainError: numbers of images and labels differ, or a label is not in 0..len(classes) - 1.
+        TrainError: numbers of images and labels differ, a part is empty, or a label is not in
+            0..len(classes) - 1.
     """
 
     root: Path
@@ -161,7 +163,7 @@ def load_stream(
         TrainError: torchvision is not installed, a folder is missing or has no images of a class,
             the classes of train and val differ, or archives are incomplete.
     """
-    root = Path(folder)
+    root = Path(folder).expanduser().absolute()
     check_normalise(normalise, channels=3)
     datasets = import_extra("torchvision.datasets")
     official = (root / "meta.bin").exists() or any(root.glob("ILSVRC2012_*.tar*"))
@@ -186,28 +188,23 @@ def load_stream(
                 f"{' '.join(str(error).split())}"
             ) from error
 
-    # The names of folders, in sorted order: labels are positions among them.
-    classes = {
-        part: tuple(
-            sorted(
-                {Path(path).relative_to(root / part).parts[0] for path, _ in found[part].samples}
-            )
-        )
-        for part in found
-    }
+    # Of the official classes the synset identifiers: two are named "crane", and two "maillot".
+    classes = {part: getattr(found[part], "wnids", found[part].classes) for part in found}
     check_same_classes(root, classes)
     files: dict[str, tuple[str, ...]] = {}
     labels: dict[str, Tensor] = {}
     for part, listing in found.items():
         all_labels = torch.tensor(listing.targets, dtype=torch.int64)
         kept = balanced_share(all_labels, fraction, min_per_class)
+        # Not by way of Path, which takes ten seconds for the paths of ImageNet.
         files[part] = tuple(
-            Path(listing.samples[i][0]).relative_to(root).as_posix() for i in kept.tolist()
+            listing.samples[i][0].removeprefix(f"{root}{os.sep}").replace(os.sep, "/")
+            for i in kept.tolist()
         )
         labels[part] = all_labels[kept]
     return StreamedDataset(
         root=root,
-        classes=classes["train"],
+        classes=tuple(classes["train"]),
         train_files=files["train"],
         train_labels=labels["train"],
         test_files=files["val"],
@@ -324,32 +321,47 @@ class _Reader:
         self, batches: Iterator[tuple[Tensor, Tensor] | TrainError]
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches on the device; on CUDA the next one is copied while this one is worked on."""
-        if self._device.type != "cuda":
+        try:
+            if self._device.type != "cuda":
+                for batch in batches:
+                    yield _raised(batch)
+                return
+            side = torch.cuda.Stream(self._device)
+            ahead: _Copied | None = None
             for batch in batches:
-                yield _raised(batch)
-            return
-        side = torch.cuda.Stream(self._device)
-        ahead: tuple[Tensor, Tensor] | None = None
-        for batch in batches:
-            with torch.cuda.stream(side):
-                images, labels = (
-                    tensor.to(self._device, non_blocking=True) for tensor in _raised(batch)
-                )
+                images, labels = _raised(batch)
+                with torch.cuda.stream(side):
+                    copied = _Copied(
+                        images.to(self._device, non_blocking=True),
+                        labels.to(self._device, non_blocking=True),
+                        side.record_event(),
+                    )
+                if ahead is not None:
+                    yield ahead.joined()
+                ahead = copied
             if ahead is not None:
-                yield self._joined(ahead, side)
-            ahead = images, labels
-        if ahead is not None:
-            yield self._joined(ahead, side)
+                yield ahead.joined()
+        finally:
+            # This ends the workers. An error's traceback would keep them until garbage is
+            # collected, and then they end only after a timeout of seconds.
+            del batches
 
-    def _joined(
-        self, batch: tuple[Tensor, Tensor], side: torch.cuda.Stream
-    ) -> tuple[Tensor, Tensor]:
-        """A batch copied on the side stream, for use on the current one."""
-        current = torch.cuda.current_stream(self._device)
-        current.wait_stream(side)
-        for tensor in batch:
+
+@dataclass(frozen=True)
+class _Copied:
+    """A batch that a side stream copies to the device."""
+
+    images: Tensor
+    labels: Tensor
+    done: torch.cuda.Event
+
+    def joined(self) -> tuple[Tensor, Tensor]:
+        """The batch, for use on the current stream, which waits for this copy and no later one."""
+        current = torch.cuda.current_stream(self.images.device)
+        current.wait_event(self.done)
+        for tensor in (self.images, self.labels):
             tensor.record_stream(current)
-        return batch
+        return self.images, self.labels
 
 
 def _raised(batch: tuple[Tensor, Tensor] | TrainError) -> tuple[Tensor, Tensor]:
