@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,7 +139,10 @@ class TrainConfig:
     )
     fraction: float = _option("data", "share of every class that is used (default: 1)", "F", float)
     workers: int = _option(
-        "data", "processes that decode images, for imagenet (default: 4)", "N", int
+        "data",
+        "processes that decode images, for imagenet (default: as many as cores, 4 at most)",
+        "N",
+        int,
     )
     model: str = _option("recipe", f"one of {', '.join(MODELS)} (default: by dataset)", "NAME")
     width: int = _option(
@@ -188,7 +192,7 @@ class TrainConfig:
     swa_every: int = _option("averaging", "swa: epochs between captures (default: 1)", "N", int)
     swa_from: str = _option(
         "averaging",
-        "swa: scratch (a run of its own that decays to --swa-lr, as the authors' code) or sgd (goes "
+        "swa: scratch (its own run, which decays to --swa-lr, as in the authors' code) or sgd (goes "
         "on from the conventional run, as the paper words it) (default: scratch)",
         "NAME",
     )
@@ -306,7 +310,7 @@ class TrainConfig:
             "image_size": None,
             "normalise": spec.normalise if dataset in _NAMED_NORMALISATION else "dataset",
             "fraction": 1.0,
-            "workers": 4,
+            "workers": min(4, os.cpu_count() or 1),
             "width": spec.width,
             "pretrained": None,
             "methods": ("sgd", "swa"),

@@ -15,8 +15,8 @@ __all__ = ["World"]
 class World:
     """All processes of a run. With one process every method does nothing.
 
-    Started by ``torchrun``, which sets RANK, WORLD_SIZE and LOCAL_RANK, the processes join with nccl
-    on CUDA devices and with gloo on the CPU; call :meth:`close` at the end.
+    Started by ``torchrun``, which sets RANK, WORLD_SIZE and LOCAL_RANK, the processes join with
+    nccl on CUDA devices and with gloo on the CPU; call :meth:`close` at the end.
 
     Args:
         cuda: whether the run is on CUDA devices, one per process.

@@ -17,8 +17,8 @@ fge, swa-cyclic and, on demand, swa go on from the conventional run after some o
 its momentum.
 
 Sources: Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization",
-UAI 2018, arXiv 1803.05407; Garipov et al., "Loss Surfaces, Mode Connectivity, and Fast Ensembling of
-DNNs", NeurIPS 2018, arXiv 1802.10026.
+UAI 2018, arXiv 1803.05407; Garipov et al., "Loss Surfaces, Mode Connectivity, and Fast Ensembling
+of DNNs", NeurIPS 2018, arXiv 1802.10026.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 ``results.json`` is one object:
 
 * ``schema`` ("swa_fast.train.results"), ``schema_version`` (2; a later version may add keys
-  without changing it), ``status`` ("running" or "complete"), ``preset`` (its name, or null) and ``scale`` (1 for none);
+  without changing it), ``status`` ("running" or "complete"), ``preset`` (its name, or null) and
+  ``scale`` (1 for none);
 * ``config``: the settings, by the names of the command-line options with underscores;
 * ``environment``: versions of swa_fast, torch, cuda (null on the CPU) and python, ``device`` name,
   ``threads``, ``processes``, ``git_commit`` (null for an installed package), ``averaging_backend``;
@@ -311,7 +312,7 @@ def format_experiment(experiment: Mapping[str, Any], *, markdown: bool) -> str:
     """An experiment's table, as Markdown or aligned text."""
     header, rows = experiment["header"], experiment["rows"]
     if not markdown:
-        return experiment["title"] + "\n" + _align([header, *rows])
+        return f"{experiment['title']}\n{_align([header, *rows])}"
     lines = [
         f"**{experiment['title']}**",
         "",
@@ -374,7 +375,7 @@ def draw_curves(runs: Results | Sequence[Results], path: Path) -> None:
         name = trajectory.name
         color = _COLORS[name]
         iterate: dict[int, list[float]] = {}
-        averages: dict[str, dict[int, list[float]]] = {m: {} for m in trajectory.captures}
+        averaged: dict[str, dict[int, list[float]]] = {m: {} for m in trajectory.captures}
         for results in several:
             for record in results["records"]:
                 if record["trajectory"] != name:
@@ -384,15 +385,15 @@ def draw_curves(runs: Results | Sequence[Results], path: Path) -> None:
                     iterate.setdefault(epoch, []).append(record["test_accuracy"])
                 for method, average in record["averages"].items():
                     if average["test_accuracy"] is not None:
-                        points = averages[method].setdefault(epoch, [])
+                        points = averaged[method].setdefault(epoch, [])
                         points.append(average["test_accuracy"])
         if name == "sgd":
             curve(iterate, METHODS["sgd"], color=color, linewidth=1.6)
         else:
             style = {"color": color, "linewidth": 1.0, "linestyle": "--", "alpha": 0.8}
             curve(iterate, f"{METHODS[name]}, iterate", **style)
-        for method, points in averages.items():
-            curve(points, METHODS[method], color=_COLORS[method], linewidth=2.2)
+        for method, curves in averaged.items():
+            curve(curves, METHODS[method], color=_COLORS[method], linewidth=2.2)
         steps = 50  # per epoch, enough for the eye
         grid = [divmod(i, steps) for i in range(trajectory.begin * steps, trajectory.end * steps)]
         bottom.plot(

@@ -181,6 +181,8 @@ class _Session:
         self.interrupts = interrupts
         self.checkpoint_seconds = 600.0
         self.saved = time.monotonic()
+        #: The last epoch of each trajectory that results.json listed.
+        self.listed: dict[str, int] = {}
 
     def run(
         self, previous: dict[str, Any] | None, preset: str | None, scale: float
@@ -201,6 +203,7 @@ class _Session:
         }
         if previous is not None:
             self._compare(previous, results)
+            self.listed = {r["trajectory"]: r["epoch"] for r in previous["records"]}
             for key in ("preset", "scale", "environment", "initial", "records"):
                 results[key] = previous[key]
         progress.say(
@@ -274,10 +277,9 @@ class _Session:
         progress, world = self.progress, self.world
         current = trainer.start(trajectory)
         self._restore(trainer, current)
-        listed = [r["epoch"] for r in results["records"] if r["trajectory"] == trajectory.name]
-        if listed and listed[-1] > current.epoch:
+        if (listed := self.listed.get(trajectory.name, 0)) > current.epoch:
             progress.say(
-                f"note: results.json lists {len(listed)} epochs of {trajectory.name}, and no "
+                f"note: results.json lists {trajectory.name} up to epoch {listed}, and no "
                 f"checkpoint beyond epoch {current.epoch} is left; going on from there"
             )
         results["records"] = finished + current.records

@@ -214,8 +214,8 @@ class RunFolder:
     def load_checkpoint(
         self, trajectory: str, device: torch.device, warn: Callable[[str], object]
     ) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint of a trajectory that can be read, its tensors on ``device``; None if
-        there is none.
+        """The newest checkpoint of a trajectory that can be read, its tensors on ``device``; None
+        if there is none.
 
         Only tensors and plain values are read, no code is run.
 
