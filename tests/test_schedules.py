@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch.optim.swa_utils
@@ -10,7 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import swa_fast
-from swa_fast.schedules import first_capture, paper_lr, paper_swa_lr
+from swa_fast.schedules import (
+    cosine_cycle_lr,
+    cosine_lr,
+    cyclic_lr,
+    fge_lr,
+    fge_member,
+    first_capture,
+    paper_lr,
+    paper_swa_lr,
+    step_lr,
+)
 
 # lr, total epochs, {epoch: rate}: the conventional runs.
 CONVENTIONAL = {
@@ -132,6 +144,8 @@ def test_rates_fall_from_the_first_to_the_last(lr: float, share: float, total: i
         (1, 0.75, 1),
         (100, 0.29, 30),  # 0.29 * 100 is 28.999999999999996
         (10, 1.0, 11),
+        (10, 0.0, 1),
+        (150, 199 / 150, 200),
     ],
 )
 def test_first_capture(epochs: int, fraction: float, expected: int) -> None:
@@ -152,10 +166,94 @@ def test_bad_rates(arguments: dict[str, float], name: str) -> None:
         paper_lr(**{"epoch": 1, "lr": 0.1, "total": 10, "final_lr": 0.01, **arguments})
 
 
-@pytest.mark.parametrize(("epochs", "fraction"), [(0, 0.5), (10, 0.0), (10, 1.5)])
+@pytest.mark.parametrize(("epochs", "fraction"), [(0, 0.5), (10, -0.1), (10, float("nan"))])
 def test_bad_first_capture(epochs: int, fraction: float) -> None:
     with pytest.raises(ValueError, match=r"^(epochs|fraction): expected .* found"):
         first_capture(epochs, fraction)
+
+
+@pytest.mark.parametrize(
+    ("lr_max", "lr_min", "cycle", "rates"),
+    [
+        (0.05, 0.001, 4, {1: 0.03775, 2: 0.0255, 3: 0.01325, 4: 0.001, 5: 0.03775}),
+        (
+            0.05,
+            0.001,
+            1173,
+            {1: 0.04995822677, 2: 0.04991645354, 1172: 0.00104177323, 1173: 0.001,
+             1174: 0.04995822677},
+        ),
+        (
+            0.05,
+            0.0005,
+            1955,
+            {1: 0.04997468031, 2: 0.04994936061, 1954: 0.00052531969, 1955: 0.0005,
+             1956: 0.04997468031},
+        ),
+        (
+            1e-3,
+            1e-5,
+            5005,
+            {1: 9.998021978e-4, 2: 9.996043956e-4, 5004: 1.019780220e-5, 5005: 1e-5,
+             5006: 9.998021978e-4},
+        ),
+    ],
+)  # fmt: skip
+def test_cyclic_rates(lr_max: float, lr_min: float, cycle: int, rates: dict[int, float]) -> None:
+    for iteration, rate in rates.items():
+        found = cyclic_lr(iteration, lr_max=lr_max, lr_min=lr_min, cycle=cycle)
+        assert found == pytest.approx(rate, rel=0, abs=5.1e-12)  # the digits that are given
+    assert cyclic_lr(3 * cycle, lr_max=lr_max, lr_min=lr_min, cycle=cycle) == lr_min
+
+
+def test_cycles_of_one_iteration_use_the_least_rate() -> None:
+    assert cyclic_lr(7, lr_max=0.1, lr_min=0.01, cycle=1) == 0.01
+
+
+def test_fge_rates() -> None:
+    for epoch, rate in ((0, 0.05), (0.5, 0.02525), (1, 0.0005), (1.5, 0.02525), (2, 0.05)):
+        found = fge_lr(epoch, lr_max=0.05, lr_min=5e-4, cycle=2)
+        assert found == pytest.approx(rate, rel=1e-12)
+    assert [e for e in range(1, 9) if fge_member(e, cycle=4)] == [2, 6]
+    assert [e for e in range(1, 6) if fge_member(e, cycle=2)] == [1, 3, 5]
+
+
+def test_cosine_rates() -> None:
+    assert cosine_lr(0, lr=0.2, total=1800) == 0.2
+    assert cosine_lr(900, lr=0.2, total=1800) == pytest.approx(0.1)
+    assert cosine_lr(1800, lr=0.2, total=1800) == pytest.approx(0, abs=1e-17)
+    for epoch, rate in ((0, 0.0060307), (50, 0.0034074), (99, 0.0015497), (100, 0.0060307)):
+        found = cosine_cycle_lr(epoch, lr=0.2, total=1800, cycle=100)
+        assert found == pytest.approx(rate, rel=1e-4)
+
+
+def test_step_rates() -> None:
+    rates = [step_lr(e, lr=0.5, total=300) for e in (0, 149, 150, 224, 225, 400)]
+    assert rates == pytest.approx([0.5, 0.5, 0.05, 0.05, 0.005, 0.005])
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "name"),
+    [
+        (cyclic_lr, {"iteration": 0, "lr_max": 1, "lr_min": 1, "cycle": 1}, "iteration"),
+        (cyclic_lr, {"iteration": 1, "lr_max": 1, "lr_min": 1, "cycle": 0}, "cycle"),
+        (cyclic_lr, {"iteration": 1, "lr_max": 1, "lr_min": 2, "cycle": 1}, "lr_min"),
+        (cyclic_lr, {"iteration": 1, "lr_max": 0, "lr_min": 0, "cycle": 1}, "lr_max"),
+        (fge_lr, {"epoch": 0, "lr_max": 1, "lr_min": 1, "cycle": 3}, "cycle"),
+        (fge_lr, {"epoch": -1, "lr_max": 1, "lr_min": 1, "cycle": 2}, "epoch"),
+        (cosine_lr, {"epoch": 11, "lr": 1, "total": 10}, "epoch"),
+        (cosine_lr, {"epoch": 1, "lr": 0, "total": 10}, "lr"),
+        (cosine_cycle_lr, {"epoch": 0, "lr": 1, "total": 10, "cycle": 6}, "cycle"),
+        (cosine_cycle_lr, {"epoch": -1, "lr": 1, "total": 10, "cycle": 2}, "epoch"),
+        (step_lr, {"epoch": -1, "lr": 1, "total": 10}, "epoch"),
+        (step_lr, {"epoch": 0, "lr": 1, "total": 0}, "total"),
+    ],
+)
+def test_bad_arguments_of_other_schedules(
+    function: Callable[..., float], arguments: dict[str, Any], name: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: expected .* found"):
+        function(**arguments)
 
 
 def test_swalr_is_torchs() -> None:

@@ -192,7 +192,7 @@ class TrainConfig:
     swa_every: int = _option("averaging", "swa: epochs between captures (default: 1)", "N", int)
     swa_from: str = _option(
         "averaging",
-        "swa: scratch (its own run, which decays to --swa-lr, as in the authors' code) or sgd (goes "
+        "swa: scratch (its own run, which decays to --swa-lr, as the authors' code) or sgd (goes "
         "on from the conventional run, as the paper words it) (default: scratch)",
         "NAME",
     )
