@@ -1054,13 +1054,40 @@ def test_module_command(tmp_path: Path) -> None:
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("amp", ["none", "fp16"])
 def test_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, amp: str) -> None:
-    monkeypatch.undo()
-    argv = arguments(tmp_path, width=4, epochs=2, batch_size=512)
-    options = ["--device", "cuda", "--backend", backend, "--amp", amp]
-    assert cli.main([*argv, *options]) == 0
+    """All methods, stopped in the middle of an epoch and continued."""
+    options = {**ALL, "width": 4, "epochs": 2, "cycle_epochs": 1, "backend": backend, "amp": amp}
+    argv = ["train", *words(options), "--device", "cuda", "--out", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        kill_after(STEPS + 1, patch, 1)
+        assert cli.main(argv) == 130
+    assert cli.main(["train", "--resume", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["config"]["device"] == "cuda:0"
-    assert results["summary"][1]["captures"] == 1
     assert results["environment"]["averaging_backend"] == backend
-    average = load(tmp_path / "model_swa.pt")
-    assert all(torch.isfinite(tensor).all() for tensor in average.values())
+    captures = {row["name"]: row["captures"] for row in results["summary"]}
+    assert (captures["EMA"], captures["SWA, 1.5 budgets"], captures["FGE"]) == (4, 2, 1)
+    for path in tmp_path.glob("model_*.pt"):
+        assert all(torch.isfinite(tensor).all() for tensor in load(path).values()), path
+
+
+@pytest.mark.gpu
+def test_steps_do_not_wait_for_the_gpu() -> None:
+    """An epoch of twice as many steps has no more waits; averaging after every step included.
+
+    Skipped on a real GPU, which does not count them.
+    """
+    gpusim = pytest.importorskip("gpusim")
+    if not gpusim.active():
+        pytest.skip("this GPU is real")
+    waits = []
+    for batch_size in (32, 8):
+        options = {**OPTIONS, "methods": ("ema",), "batch_size": batch_size, "device": "cuda"}
+        config = TrainConfig.from_options({**options, "eval_every": EPOCHS})
+        trainer = Trainer(config, small_digits(), World())
+        run = trainer.start(plan(config)[0])
+        trainer.train_epoch(run)
+        gpusim.reset()
+        trainer.train_epoch(run)
+        waits.append(gpusim.counters()["total"]["host_syncs"])
+        assert len(trainer.batches) == 64 // batch_size
+    assert waits[0] == waits[1]
