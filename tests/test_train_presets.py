@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 
 from swa_fast.train import cli, presets
+from swa_fast.train.config import TrainConfig
 from swa_fast.train.report import compare_runs, find_runs
 from swa_fast.train.state import RunFolder
 
+TINY = ["--model", "preresnet8"]
 SMALL = ["--dataset", "synthetic", "--fraction", "0.02", "--threads", "1", "--quiet"]
 
 
@@ -22,7 +24,7 @@ SMALL = ["--dataset", "synthetic", "--fraction", "0.02", "--threads", "1", "--qu
 def repeated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All methods with two seeds, at the smallest scale."""
     folder = tmp_path_factory.mktemp("runs") / "small"
-    argv = ["run", "cifar10-preresnet20", "--scale", "0.01", "--seeds", "2", *SMALL]
+    argv = ["run", "cifar10-preresnet20", "--scale", "0.01", "--seeds", "2", *SMALL, *TINY]
     with torch.random.fork_rng():
         assert cli.main([*argv, "--out", str(folder)]) == 0
     return folder
@@ -72,7 +74,7 @@ def test_report(repeated: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_run_again_goes_on(repeated: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["run", "cifar10-preresnet20", "--scale", "0.01", *SMALL, "--out", str(repeated)]
+    argv = ["run", "cifar10-preresnet20", "--scale", "0.01", *SMALL, *TINY, "--out", str(repeated)]
     assert cli.main([*argv, "--seeds", "2"]) == 0
     assert capsys.readouterr().out.count("is already complete") == 2
     path = repeated / "seed2/results.json"
@@ -114,17 +116,20 @@ def test_published_results_stand_beside_measured_ones(
 ) -> None:
     """Three made-up runs of a preset at full scale."""
     folder = _made_up(tmp_path)
-    assert cli.main(["report", str(folder), "--markdown", str(tmp_path / "x/report.md")]) == 0
+    assert cli.main(["report", str(folder), "--out", str(tmp_path / "x")]) == 0
     out = capsys.readouterr().out
     sgd = r"^SGD +94\.00 ± 1\.00 +- +- +3 +150 +95\.28 ± 0\.10$"
     swa = r"^SWA, 1\.5 budgets +96\.00 ± 1\.00 +\+2\.00 ± 0\.00 +90\.00 ± 0\.00 +3 +225 +95\.83 ± 0"
     assert re.search(sgd, out, re.MULTILINE), out
     assert re.search(swa, out, re.MULTILINE), out
     assert "| 95.83 ± 0.03 |" in (tmp_path / "x/report.md").read_text()
+    with Image.open(tmp_path / "x/curves.png") as figure:
+        figure.load()
 
 
 def _made_up(folder: Path) -> Path:
-    config = {"model": "preresnet164", "width": 16, "dataset": "cifar10"}
+    preset = presets.PRESETS["cifar10-preresnet164"]
+    config = TrainConfig.from_options(preset.options).to_json()
     for seed, accuracy in ((1, 93.0), (2, 94.0), (3, 95.0)):
         rows = [
             {"name": name, "method": method, "budget": budget, "epochs": epochs, "captures": 1,

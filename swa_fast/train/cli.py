@@ -102,15 +102,15 @@ def build_parser() -> argparse.ArgumentParser:
         "report",
         help="compare finished runs with each other and with the paper",
         description="Reads all runs in folders and below them, takes those together that differ in "
-        "the seed only, and prints mean and standard deviation, paired gains, and the published "
-        "results.",
+        "the seed only, prints mean and standard deviation, paired gains, and the published "
+        "results, and leaves report.md and the curves.",
     )
     report.add_argument("folders", nargs="+", metavar="DIR", help="folder of runs")
-    report.add_argument("--markdown", metavar="FILE", help="write the tables as Markdown, too")
     report.add_argument(
-        "--figure",
-        metavar="FILE",
-        help="draw the curves as PNG, with several experiments as FILE-1, FILE-2, ...",
+        "--out",
+        metavar="DIR",
+        help="folder for report.md and curves.png, or curves-1.png, ... of several experiments "
+        "(default: the first folder of runs)",
     )
     return parser
 
@@ -324,13 +324,7 @@ def _run(options: dict[str, Any], command: list[str]) -> int:
             return code
     if World.count() > 1 and not World.is_main():
         return 0
-    return _report(
-        {
-            "folders": [str(parent)],
-            "markdown": str(parent / "report.md"),
-            "figure": str(parent / "curves.png"),
-        }
-    )
+    return _report({"folders": [str(parent)], "out": None})
 
 
 def _presets(options: dict[str, Any]) -> int:
@@ -393,16 +387,17 @@ def _report(options: dict[str, Any]) -> int:
         "\n± is the sample standard deviation over n seeds; gains are paired by seed, against SGD "
         "or the pretrained network."
     )
-    if options["markdown"]:
-        text = "\n\n".join(format_experiment(e, markdown=True) for e in experiments) + "\n"
-        path = Path(options["markdown"])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda file: file.write(text.encode()))
-    if options["figure"]:
+    folder = Path(options["out"] or options["folders"][0])
+    text = "\n\n".join(format_experiment(e, markdown=True) for e in experiments) + "\n"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "report.md", lambda file: file.write(text.encode()))
         for number, experiment in enumerate(experiments, 1):
-            path = Path(options["figure"])
-            if len(experiments) > 1:
-                path = path.with_name(f"{path.stem}-{number}{path.suffix or '.png'}")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            draw_curves(experiment["runs"], path)
+            name = "curves.png" if len(experiments) == 1 else f"curves-{number}.png"
+            draw_curves(experiment["runs"], folder / name)
+    except OSError as error:
+        raise TrainError(
+            f"--out: expected a folder that can be written, found {folder} ({error})"
+        ) from error
+    print(f"\nreport.md and the curves are in {folder}")
     return 0

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -395,13 +396,17 @@ def flop(config: TrainConfig) -> float:
     side = config.image_size or spec.image_size
     classes = {"cifar100": 100, "imagenet": 1000}.get(config.dataset, 10)
     channels = 1 if config.dataset in ("digits", "fashion-mnist") else 3
-    with torch.device("meta"):
-        model = build_model(
-            config.model, in_channels=channels, num_classes=classes, width=config.width
-        )
+    macs = _macs(config.model, config.width, channels, classes, side)
     images = _IMAGES.get(config.dataset, _CIFAR_IMAGES) * config.fraction
     epochs = sum(trajectory.end - trajectory.begin for trajectory in plan(config))
-    return 6.0 * forward_macs(model, (channels, side, side)) * images * epochs
+    return 6.0 * macs * images * epochs
+
+
+@cache
+def _macs(name: str, width: int, channels: int, classes: int, side: int) -> int:
+    with torch.device("meta"):
+        model = build_model(name, in_channels=channels, num_classes=classes, width=width)
+    return forward_macs(model, (channels, side, side))
 
 
 def measure_speed(device: str = "auto", amp: str = "none") -> float:

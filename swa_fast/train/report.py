@@ -413,6 +413,7 @@ def draw_curves(runs: Results | Sequence[Results], path: Path) -> None:
         low = plotted[len(plotted) // 5]
         margin = max(0.08 * (plotted[-1] - low), 0.2)
         top.set_ylim(low - margin, plotted[-1] + margin)
+        top.legend(loc="lower right", framealpha=0.9, fontsize=8)
     config = several[0]["config"]
     seeds = ", ".join(str(results["config"]["seed"]) for results in several)
     top.set_title(
@@ -421,7 +422,6 @@ def draw_curves(runs: Results | Sequence[Results], path: Path) -> None:
         fontsize=11,
     )
     top.set_ylabel("test accuracy (%)")
-    top.legend(loc="lower right", framealpha=0.9, fontsize=8)
     bottom.set_ylabel("learning rate")
     bottom.set_xlabel("epoch")
     bottom.set_ylim(bottom=0)
