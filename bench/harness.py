@@ -48,6 +48,7 @@ __all__ = [
     "Suite",
     "Work",
     "close",
+    "dtype_name",
     "main",
     "pytest_cases",
     "quartiles",
@@ -404,7 +405,8 @@ def measure(case: Case, settings: Settings) -> list[Row]:
                     found.append(Row(**base[name], mode=mode, status="ok", **columns))
         del ready
         gc.collect()
-    return found
+    order = list(case.contenders)
+    return sorted(found, key=lambda r: (modes.index(r.mode), order.index(r.contender)))
 
 
 def _bytes(work: Work | None, size: Size) -> int | None:
