@@ -56,8 +56,10 @@ def check_variance(variance: Tensor, x: Tensor) -> None:
 def swa_fast_layer(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], object]:
     batch = torch.empty((4, x.shape[1]), dtype=torch.float64, device=x.device)
 
+    tickets = _ops.batch_norm_tickets(x.device, x.shape[1])
+
     def layer() -> Tensor | None:
-        return _ops.batch_norm_collect(x, weight, bias, EPS, batch)
+        return _ops.batch_norm_collect(x, weight, bias, EPS, batch, tickets=tickets)
 
     y = layer()
     assert y is not None
@@ -69,8 +71,10 @@ def swa_fast_layer(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], obje
 def swa_fast_statistics(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], object]:
     batch = torch.empty((4, x.shape[1]), dtype=torch.float64, device=x.device)
 
+    tickets = _ops.batch_norm_tickets(x.device, x.shape[1])
+
     def statistics() -> None:
-        _ops.batch_norm_collect(x, weight, bias, EPS, batch, normalise=False)
+        _ops.batch_norm_collect(x, weight, bias, EPS, batch, normalise=False, tickets=tickets)
 
     statistics()
     check_variance(batch[3] / batch[0], x)
@@ -175,6 +179,7 @@ def cases(device: torch.device) -> list[Case]:
             functools.partial(size, times),
             {name: _contender(name, side) for name, side in sides.items()},
             quick=shape in QUICK and layout == "channels_last" and dtype == torch.float32,
+            modes=("warm", "graph", "graph cold"),
         )
         for op, (times, sides) in OPS.items()
         for shape in SHAPES

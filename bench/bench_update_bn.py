@@ -285,7 +285,7 @@ def _contender(name: str) -> Contender:
             return update(given, model)
 
         def check(run: Run, done: int) -> None:
-            run()
+            # ``run`` was the last one to write the statistics.
             layers = dict(model.named_modules())
             for layer, (mean, variance) in exact.get(estimator, {}).items():
                 module: Any = layers[layer]

@@ -57,6 +57,7 @@ __all__ = [
 
 LONG = 0.1  # s: a run that takes longer is not preceded by one that is not timed
 TURN_BYTES = 8e9  # contenders of more memory than this take turns in groups, each with the limit
+BUSY = 0.05  # share of the CPU's time from which on other work is mentioned
 MODES = {"cpu": ("warm", "cold"), "cuda": ("warm", "cold", "graph", "graph cold")}
 CHECKED_RUNS = 3  # calls of ``run`` in a check
 Run = Callable[[], object]
@@ -210,6 +211,33 @@ class _Timer:
         return self._events[0].elapsed_time(self._events[1]) / 1e3
 
 
+class OtherWork:
+    """The share of all CPU time that other processes use from here on; None where it is not known.
+    Timings beside other work say little."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float, float] | None:
+        try:
+            line = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0]
+        except OSError:
+            return None
+        # user, nice, system, idle, waiting for disks, interrupts, ...
+        ticks = [int(text) for text in line.split()[1:9]]
+        used = sum(ticks) - ticks[3] - ticks[4]
+        return used / os.sysconf("SC_CLK_TCK"), time.process_time(), time.perf_counter()
+
+    def share(self) -> float | None:
+        now = self._now()
+        if now is None or self._start is None:
+            return None
+        used, own, wall = (b - a for a, b in zip(self._start, now, strict=True))
+        cores = os.cpu_count() or 1
+        return min(1.0, max(0.0, (used - own) / (wall * cores))) if wall > 0 else None
+
+
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
     enabled = gc.isenabled()
@@ -227,7 +255,8 @@ def interleaved(
     least: int, most: int,
 ) -> dict[str, list[float]]:  # fmt: skip
     """Seconds of each run in every round: as many rounds as fit into ``seconds``, at least
-    ``least`` and at most ``most``. ``flush`` fills the caches before each timed run."""
+    ``least``, or three where that would take five times as long, and at most ``most``. ``flush``
+    fills the caches before each timed run."""
     once = {name: timer(run) for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     order = list(runs)
@@ -242,7 +271,8 @@ def interleaved(
                 if flush is not None:
                     flush()
                 times[name].append(timer(run))
-            if number + 1 >= least and time.perf_counter() - start > seconds:
+            passed = time.perf_counter() - start
+            if passed > (seconds if number + 1 >= least else 5 * seconds) and number + 1 >= 3:
                 break
     return times
 
@@ -393,15 +423,18 @@ def measure(case: Case, settings: Settings) -> list[Row]:
                     found.append(Row(**base[name], mode=mode, status=status, reason=reason))
             if timer is None or not runs:
                 continue
+            beside = OtherWork()
             times = interleaved(
                 runs, timer, timer.flush if "cold" in mode else None,
                 seconds=settings.seconds * len(runs) / len(case.contenders),
                 least=settings.least, most=settings.most,
             )  # fmt: skip
+            others = beside.share()
             limit = next((n for n in runs if ready[n].side == "limit"), None)
             moved = {n: _bytes(ready[n].work, size) for n in runs}
             for name, columns in summarise(times, limit, moved).items():
                 if name in new:
+                    columns["others"] = others
                     found.append(Row(**base[name], mode=mode, status="ok", **columns))
         del ready
         gc.collect()
@@ -460,6 +493,9 @@ def show(rows: Sequence[Row]) -> None:
             entry = by.get((name, mode))
             if entry is not None and entry.reason and (mode == modes[0] or row.median is not None):
                 print(f"    {mode}: {entry.status}: {entry.reason}")
+    others = max((r.others or 0.0 for r in rows), default=0.0)
+    if others > BUSY:
+        print(f"  beside other work, which used {100 * others:.0f} % of the CPU's time")
     sys.stdout.flush()
 
 

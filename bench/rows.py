@@ -44,6 +44,7 @@ class Row:
     limit_q1: float | None = None
     limit_median: float | None = None
     limit_q3: float | None = None
+    others: float | None = None  # share of the CPU's time that other processes used meanwhile
 
     @property
     def gigabytes_per_second(self) -> float | None:
@@ -68,7 +69,7 @@ FIELDS = [field.name for field in dataclasses.fields(Row)]
 # Written for whoever reads the file; computed again when it is read.
 DERIVED = {"GB/s": "gigabytes_per_second", "% of limit": "percent_of_limit"}
 _INTEGERS = {"parameters", "tensors", "threads", "rounds", "bytes"}
-_FLOATS = {"q1", "median", "q3", "limit_q1", "limit_median", "limit_q3"}
+_FLOATS = {"q1", "median", "q3", "limit_q1", "limit_median", "limit_q3", "others"}
 
 
 def _text(value: object) -> str:
