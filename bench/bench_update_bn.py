@@ -313,8 +313,8 @@ def cases(device: torch.device) -> list[Case]:
         )
         for model, batch, count in (
             ("preresnet20", 64, 2),
-            ("preresnet164", 128, 2),
-            ("resnet50", 16, 2),
+            ("preresnet164", 32, 2),
+            ("resnet50", 4, 2),
         )
     ]  # fmt: skip
 

@@ -84,7 +84,7 @@ def predicted_seconds(
 
 
 def profiler_counts(run: Run) -> dict[str, int]:
-    """From torch.profiler. A pageable copy to or from the device counts as a wait too."""
+    """From torch.profiler and the allocator's statistics."""
     from torch.profiler import ProfilerActivity, profile
 
     run()  # the profiler's own start would be counted with the first
@@ -98,15 +98,13 @@ def profiler_counts(run: Run) -> dict[str, int]:
 
 
 def count_events(events: Sequence[Any]) -> dict[str, int]:
-    """Launches, copies and waits among a profiler's events, without the synchronisation that ends
-    the profile."""
+    """Launches, copies and waits among a profiler's events, without the synchronisation of the
+    device that ends the profile. Torch's blocking copies wait for their stream."""
     launches = copies = waits = 0
     for event in events:
         if event.device_type == torch.autograd.DeviceType.CUDA:
             if event.name.startswith(("Memcpy", "Memset")):
                 copies += 1
-                if "Pageable" in event.name:
-                    waits += 1
             else:
                 launches += 1
         elif event.name in ("cudaStreamSynchronize", "cudaEventSynchronize"):

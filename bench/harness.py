@@ -185,10 +185,11 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 class _Timer:
-    """Seconds of one run on a device."""
+    """Seconds of one run on a device. ``clock`` is ``wall`` or ``cpu``, for the CPU."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, clock: str) -> None:
         self._cuda = device.type == "cuda"
+        self._now = time.process_time if clock == "cpu" else time.perf_counter
         # Larger than any cache it is to fill: 128 MiB for a CPU, 512 MiB for a GPU.
         elements = (128 if self._cuda else 32) << 20
         self._other = torch.zeros(elements, device=device)
@@ -200,9 +201,9 @@ class _Timer:
 
     def __call__(self, run: Run) -> float:
         if not self._cuda:
-            start = time.perf_counter()
+            start = self._now()
             run()
-            return time.perf_counter() - start
+            return self._now() - start
         torch.cuda.synchronize()
         self._events[0].record()
         run()
@@ -378,6 +379,7 @@ class Settings:
     least: int = 7
     most: int = 200
     check_only: bool = False
+    clock: str = "wall"
 
 
 def measure(case: Case, settings: Settings) -> list[Row]:
@@ -387,7 +389,7 @@ def measure(case: Case, settings: Settings) -> list[Row]:
     shared = case.make()
     size = case.size(shared)
     modes = [m for m in settings.modes if m in case.modes and m in MODES[device.type]]
-    timer = None if settings.check_only else _Timer(device)
+    timer = None if settings.check_only else _Timer(device, settings.clock)
     try:
         dtype_bytes = getattr(torch, case.dtype).itemsize
     except AttributeError:
@@ -403,7 +405,7 @@ def measure(case: Case, settings: Settings) -> list[Row]:
             name: {
                 "op": case.op, "contender": name, "side": r.side, "model": case.model,
                 "parameters": size.parameters, "tensors": size.tensors, "dtype": case.dtype,
-                **facts(device),
+                "clock": "events" if device.type == "cuda" else settings.clock, **facts(device),
             }
             for name, r in ready.items()
         }  # fmt: skip
@@ -467,7 +469,8 @@ def show(rows: Sequence[Row]) -> None:
     mine = next((r for r in rows if r.side == OURS and r.mode == modes[0] and r.median), None)
     print(
         f"\n{first.op}: {first.model}, {first.dtype}, {first.parameters:,} elements in "
-        f"{first.tensors:,} tensors; {first.device}, {first.threads} threads, torch {first.torch}"
+        f"{first.tensors:,} tensors; {first.device}, {first.threads} threads, {first.clock} clock, "
+        f"torch {first.torch}"
     )
     ratio = f"x {mine.contender}"[:22] if mine else ""
     head = "".join(f"{mode + ', ms':>15}" for mode in modes)
@@ -494,7 +497,7 @@ def show(rows: Sequence[Row]) -> None:
             if entry is not None and entry.reason and (mode == modes[0] or row.median is not None):
                 print(f"    {mode}: {entry.status}: {entry.reason}")
     others = max((r.others or 0.0 for r in rows), default=0.0)
-    if others > BUSY:
+    if others > BUSY and first.clock == "wall":
         print(f"  beside other work, which used {100 * others:.0f} % of the CPU's time")
     sys.stdout.flush()
 
@@ -528,6 +531,10 @@ def main(suites: Sequence[Suite], description: str, arguments: Sequence[str] | N
         help="auto: the CPU, then the CUDA device if there is one",
     )  # fmt: skip
     parser.add_argument("--threads", type=int, help="of torch on the CPU (default: its own choice)")
+    parser.add_argument(
+        "--clock", choices=["wall", "cpu"], default="wall",
+        help="cpu: the CPU time of the process, for a machine that is shared; with --threads 1",
+    )  # fmt: skip
     parser.add_argument("--seconds", type=float, help="of rounds for a case and mode (default 4)")
     parser.add_argument("--out", type=Path, metavar="FILE.csv", help="write the rows to this file")
     parser.add_argument("--append", action="store_true", help="add to FILE.csv")
@@ -537,6 +544,9 @@ def main(suites: Sequence[Suite], description: str, arguments: Sequence[str] | N
         help="check the contenders, time nothing; all that can be done on a simulated GPU",
     )  # fmt: skip
     options = parser.parse_args(arguments)
+    if options.clock == "cpu" and options.threads != 1:
+        # Threads that wait for each other would count as work.
+        parser.error("--clock cpu needs --threads 1")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     kinds = ["cpu", "cuda"] if options.device == "auto" else [options.device]
@@ -554,6 +564,7 @@ def main(suites: Sequence[Suite], description: str, arguments: Sequence[str] | N
     for kind in kinds:
         device = torch.device(kind)
         settings = Settings(device, tuple(options.modes), check_only=options.check_only)
+        settings.clock = options.clock
         if options.quick:
             settings.seconds, settings.least, settings.most = 0.6, 5, 60
         if options.seconds is not None:

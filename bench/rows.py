@@ -31,6 +31,7 @@ class Row:
     mode: str  # "warm", "cold" (caches flushed), "graph" (CUDA graph), "graph cold"
     device: str
     threads: int
+    clock: str  # "wall", "cpu" (of the process: not disturbed by other work), "events" (CUDA)
     torch: str
     commit: str
     date: str
@@ -61,7 +62,7 @@ class Row:
         """What a row of another run has in common with this one."""
         return (
             self.op, self.contender, self.model, self.dtype, self.mode, self.device,
-            str(self.threads),
+            str(self.threads), self.clock,
         )  # fmt: skip
 
 
