@@ -146,9 +146,7 @@ QUICK = ((128, 64, 32, 32), (16, 256, 56, 56))
 Inputs = tuple[Tensor, Tensor, Tensor]
 
 
-def inputs(
-    shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: torch.device
-) -> Inputs:
+def inputs(shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: torch.device) -> Inputs:
     generator = torch.Generator().manual_seed(0)
     x = (1 + 2 * torch.randn(shape, generator=generator)).to(device, dtype)
     weight, bias = torch.rand((2, shape[1]), generator=generator).to(device)

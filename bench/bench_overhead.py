@@ -46,7 +46,9 @@ COLUMNS = [
 class Trainer:
     """One network, its optimiser and its average, with either library."""
 
-    def __init__(self, model: nn.Module, library: Any, every_step: bool, clock: Callable[[], float]):
+    def __init__(
+        self, model: nn.Module, library: Any, every_step: bool, clock: Callable[[], float]
+    ) -> None:
         self.model = copy.deepcopy(model)
         self.optimiser = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
         function = library.get_ema_multi_avg_fn(DECAY) if every_step else None

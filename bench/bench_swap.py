@@ -14,8 +14,19 @@ from typing import Any
 
 import torch
 from competitors import AVERAGERS, Averaged, averager, lerp_flat
-from harness import CHECKED_RUNS, Case, Contender, NotServed, Run, Size, Suite, Work, close
-from harness import main, pytest_cases
+from harness import (
+    CHECKED_RUNS,
+    Case,
+    Contender,
+    NotServed,
+    Run,
+    Size,
+    Suite,
+    Work,
+    close,
+    main,
+    pytest_cases,
+)
 from models import make_model
 from rows import OURS
 from torch import nn
@@ -93,7 +104,9 @@ def _swapping(side: str, make: Callable[[nn.Module], Averaged]) -> Contender:
 def _size(model: nn.Module) -> Size:
     parameters = list(model.parameters())
     elements = sum(p.numel() for p in parameters)
-    return Size(elements, len(parameters), 8 * sum(p.numel() * p.element_size() for p in parameters))
+    return Size(
+        elements, len(parameters), 8 * sum(p.numel() * p.element_size() for p in parameters)
+    )
 
 
 def contenders(device: torch.device) -> dict[str, Contender]:

@@ -301,7 +301,7 @@ def _contender(name: str) -> Contender:
 
 def cases(device: torch.device) -> list[Case]:
     def size(shared: Shared) -> Size:
-        model, batches, exact = shared
+        _, batches, exact = shared
         return Size(sum(x.numel() for x in batches), len(exact["torch"]), None)
 
     return [

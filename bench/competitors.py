@@ -21,7 +21,7 @@ from torch.optim import swa_utils
 import swa_fast
 from swa_fast import EMA, SWA, Averager
 
-__all__ = ["DECAY", "AVERAGERS", "Averaged", "averaging", "check_average", "lerp_flat"]
+__all__ = ["AVERAGERS", "DECAY", "Averaged", "averaging", "check_average", "lerp_flat"]
 
 DECAY = 0.999
 
@@ -171,7 +171,7 @@ def check_average(
     should be.
     """
     assert len(STEPS) == CHECKED_RUNS
-    parameters = {k: p for k, p in model.named_parameters(remove_duplicate=True)}
+    parameters = dict(model.named_parameters())
     before = None
     if done > 1:
         averages = found.averages()

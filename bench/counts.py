@@ -79,10 +79,6 @@ def predicted_seconds(
     return max((moved or 0) / bandwidth, (counts.launches + counts.copies) * launch_cost)
 
 
-
-
-
-
 def profiler_counts(run: Run) -> dict[str, int]:
     """From torch.profiler and the allocator's statistics."""
     from torch.profiler import ProfilerActivity, profile

@@ -569,9 +569,7 @@ def main(suites: Sequence[Suite], description: str, arguments: Sequence[str] | N
             settings.seconds, settings.least, settings.most = 0.6, 5, 60
         if options.seconds is not None:
             settings.seconds = options.seconds
-        cases = select(
-            suites, device, quick=options.quick, ops=options.ops, models=options.models
-        )
+        cases = select(suites, device, quick=options.quick, ops=options.ops, models=options.models)
         if not cases:
             parser.error("no case is selected; --list shows all")
         for case in cases:

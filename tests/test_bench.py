@@ -125,6 +125,7 @@ def test_rows_survive_a_file_and_name_what_is_missing(bench: Any, tmp_path: Path
 
 def measured(bench: Any, contenders: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
     """The rows of a case on a small network, checked and not timed."""
+
     def make() -> nn.Module:
         return nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64)).to(dtype)
 
@@ -205,7 +206,7 @@ def noisy(bench: Any, seed: int, slower: float = 1.0, machine: float = 1.0, **co
 
     def times(middle: float) -> list[float]:
         return [
-            middle * machine * generator.gauss(1, 0.05) * (10 if generator.random() < 0.1 else 1)
+            middle * machine * generator.gauss(1, 0.05) * (10 if generator.random() < 0.05 else 1)
             for _ in range(30)
         ]
 
@@ -303,7 +304,7 @@ def test_report_fills_the_readme_and_check_finds_a_stale_one(
 
 def test_report_refuses_what_it_has_no_rows_for(bench: Any, results: Path) -> None:
     data = bench.report.Data(results)
-    for place in ("bench:times op=\"swap\"", "bench:nothing"):
+    for place in ('bench:times op="swap"', "bench:nothing"):
         with pytest.raises(ValueError):
             bench.report.fill(f"<!-- {place} -->\n<!-- /bench -->\n", data)
 
