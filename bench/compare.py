@@ -10,8 +10,9 @@ compared. A row became slower if both hold
   machine that is slower as a whole out of account:
 
 the middle halves do not overlap (the new first quartile is above the old third one), and the new
-median is above the old one by more than a minimum, 10 % unless given otherwise. Faster: the same
-with the sides exchanged. A single difference of medians is never enough: it is there in every
+median is above the old one by more than a minimum: 10 % unless given otherwise, or the share of the
+CPU's time that other processes used meanwhile in either run, where that is more. Caches and memory
+are shared even where CPU time is not. Faster: the same with the sides exchanged. A single difference of medians is never enough: it is there in every
 pair of runs. Competitors that changed are listed, but are no failure.
 """
 
@@ -67,9 +68,10 @@ def changes(old: Sequence[Row], new: Sequence[Row], minimum: float = 0.1) -> lis
         if was is None or row.median is None:
             continue
         pairs = list(zip(_views(was), _views(row), strict=False))
-        if all(_beyond(a, b, minimum) for a, b in pairs):
+        least = max(minimum, was.others or 0.0, row.others or 0.0)
+        if all(_beyond(a, b, least) for a, b in pairs):
             found.append(Change(was, row, True))
-        elif all(_beyond(b, a, minimum) for a, b in pairs):
+        elif all(_beyond(b, a, least) for a, b in pairs):
             found.append(Change(was, row, False))
     return sorted(found, key=lambda c: -max(c.ratio, 1 / c.ratio))
 

@@ -234,6 +234,13 @@ def test_a_slower_machine_is_no_regression(bench: Any) -> None:
         assert bench.compare.changes([old], [new]) == []
 
 
+def test_a_busy_machine_raises_the_bar(bench: Any) -> None:
+    old, new = noisy(bench, 0, others=0.5), noisy(bench, 1, slower=1.4)
+    assert bench.compare.changes([old], [new]) == []
+    (change,) = bench.compare.changes([old], [noisy(bench, 1, slower=1.8)])
+    assert change.slower
+
+
 def test_compare_exits_by_our_rows_alone(
     bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
