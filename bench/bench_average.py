@@ -14,7 +14,7 @@ from torch import nn
 
 __all__ = ["SUITE"]
 
-QUICK = ("PreResNet-164", "ResNet-50", "10,000 tiny tensors")
+QUICK = ("PreResNet-164", "ResNet-50")
 # Backends besides the one that a device gets by itself.
 BACKENDS = {"cpu": (), "cuda": ("triton",)}
 

@@ -12,8 +12,9 @@ compared. A row became slower if both hold
 the middle halves do not overlap (the new first quartile is above the old third one), and the new
 median is above the old one by more than a minimum: 10 % unless given otherwise, or the share of the
 CPU's time that other processes used meanwhile in either run, where that is more. Caches and memory
-are shared even where CPU time is not. Faster: the same with the sides exchanged. A single difference of medians is never enough: it is there in every
-pair of runs. Competitors that changed are listed, but are no failure.
+are shared even where CPU time is not. Faster: the same with the sides exchanged. A single
+difference of medians is never enough: it is there in every pair of runs. Competitors that changed
+are listed, but are no failure.
 """
 
 from __future__ import annotations

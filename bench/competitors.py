@@ -24,6 +24,9 @@ from swa_fast import EMA, SWA, Averager
 __all__ = ["AVERAGERS", "DECAY", "Averaged", "averaging", "check_average", "lerp_flat"]
 
 DECAY = 0.999
+PIECE = (
+    1 << 22
+)  # elements that are compared at a time: fp64 copies of large models are larger still
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +152,8 @@ def lerp_flat(model: nn.Module) -> Work:
     def check(run: Run, done: int) -> None:
         average.zero_()
         run()
-        close(average, source.double() * weight, 1e-6, "lerp_flat")
+        for found, expected in zip(average.split(PIECE), source.split(PIECE), strict=True):
+            close(found, expected.double() * weight, 1e-6, "lerp_flat")
         for _ in range(CHECKED_RUNS - 1):
             run()
 
@@ -183,19 +187,21 @@ def check_average(
     moved = expected = 0.0
     coarse = False
     for name, parameter in parameters.items():
-        value = averages[name]
-        source = parameter.double()
-        # After its first update every average equals the weights.
-        start = source if before is None else before[name].double()
-        exact, scale = start, 1.0
-        for number, factor in enumerate(STEPS, done):
-            scale *= factor
-            exact = torch.lerp(exact, source * scale, 1 / (number + 1) if equal else 1 - decay)
-        close(value, exact, 8 * torch.finfo(value.dtype).eps, f"the average of {name}")
-        if torch.finfo(value.dtype).bits < 32:
-            coarse = True
+        value = averages[name].detach().flatten()
+        begin = None if before is None else before[name].flatten().split(PIECE)
+        coarse |= torch.finfo(value.dtype).bits < 32
+        pieces = zip(value.split(PIECE), parameter.flatten().split(PIECE), strict=True)
+        for number, (found_piece, piece) in enumerate(pieces):
+            source = piece.double()
+            # After its first update every average equals the weights.
+            start = source if begin is None else begin[number].double()
+            exact, scale = start, 1.0
+            for n, factor in enumerate(STEPS, done):
+                scale *= factor
+                exact = torch.lerp(exact, source * scale, 1 / (n + 1) if equal else 1 - decay)
+            close(found_piece, exact, 8 * torch.finfo(value.dtype).eps, f"the average of {name}")
             step = exact - start
-            moved += float((step * (value.double() - start)).sum())
+            moved += float((step * (found_piece.double() - start)).sum())
             expected += float((step * step).sum())
     if coarse:
         share = moved / expected

@@ -56,7 +56,7 @@ __all__ = [
 ]
 
 LONG = 0.1  # s: a run that takes longer is not preceded by one that is not timed
-TURN_BYTES = 8e9  # contenders of more memory than this take turns in groups, each with the limit
+TURN_BYTES = 4e9  # contenders of more memory than this take turns in groups, each with the limit
 BUSY = 0.05  # share of the CPU's time from which on other work is mentioned
 MODES = {"cpu": ("warm", "cold"), "cuda": ("warm", "cold", "graph", "graph cold")}
 CHECKED_RUNS = 3  # calls of ``run`` in a check
@@ -566,7 +566,7 @@ def main(suites: Sequence[Suite], description: str, arguments: Sequence[str] | N
         settings = Settings(device, tuple(options.modes), check_only=options.check_only)
         settings.clock = options.clock
         if options.quick:
-            settings.seconds, settings.least, settings.most = 0.6, 5, 60
+            settings.seconds, settings.least, settings.most = 0.4, 5, 60
         if options.seconds is not None:
             settings.seconds = options.seconds
         cases = select(suites, device, quick=options.quick, ops=options.ops, models=options.models)
