@@ -209,7 +209,8 @@ def check_average(
     for name, buffer in model.named_buffers():
         # They do not change here, so that copying and averaging agree.
         if name in averages and buffer.is_floating_point():
-            close(averages[name], buffer.double(), 1e-6, f"the buffer {name}")
+            tolerance = 8 * torch.finfo(averages[name].dtype).eps
+            close(averages[name], buffer.double(), tolerance, f"the buffer {name}")
 
 
 def averaging(
