@@ -5,16 +5,19 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 
-.PHONY: help demo test lint types bench wheel clean
+.PHONY: help demo test lint types bench bench-quick bench-record bench-report wheel clean
 
 help:
 	@echo "make demo   install and train with SGD and SWA on a small real dataset (RUN=folder)"
 	@echo "make test   install with the test extras and run the tests"
 	@echo "make lint   ruff, clang-format"
 	@echo "make types  mypy --strict"
-	@echo "make bench  time the updates and the BatchNorm pass against their competitors"
 	@echo "make wheel  build the wheel into dist/ and check it"
 	@echo "make clean  remove everything that was built, but not $(VENV)"
+	@echo "make bench-quick   two minutes: the main operations beside their competitors and the limit"
+	@echo "make bench         everything that is timed, rows into OUT (runs/bench.csv)"
+	@echo "make bench-record  the rows in bench/results again, then README and charts from them"
+	@echo "make bench-report  README and charts from the rows in bench/results"
 
 # torch comes first and the build is not isolated, so that torch is fetched once.
 $(VENV)/.torch: pyproject.toml
@@ -38,13 +41,29 @@ test: $(VENV)/.test
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python bench/report.py --check
 	$(BIN)/clang-format --dry-run --Werror csrc/*
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
+OUT ?= runs/bench.csv
 bench: $(VENV)/.bench
-	$(BIN)/pytest bench/bench_*.py --benchmark-sort=mean --benchmark-columns=median,iqr,min,max,rounds
+	$(BIN)/python bench/run.py --out $(OUT)
+	$(BIN)/python bench/bench_overhead.py
+
+bench-quick: $(VENV)/.bench
+	$(BIN)/python bench/run.py --quick
+
+# BENCH_OPTIONS="--threads 1 --clock cpu" for a machine that has other work.
+BENCH_OPTIONS ?=
+bench-record: $(VENV)/.bench
+	$(BIN)/python bench/run.py --device cpu $(BENCH_OPTIONS) --out bench/results/rows_cpu.csv
+	$(BIN)/python bench/bench_overhead.py $(BENCH_OPTIONS) --out bench/results/overhead_cpu.csv
+	$(BIN)/python bench/report.py
+
+bench-report: $(VENV)/.bench
+	$(BIN)/python bench/report.py
 
 # setuptools packs whatever lies in build/, so files renamed since would be in the wheel too.
 wheel: $(VENV)/.dev

@@ -1,6 +1,6 @@
 """One BatchNorm layer that hands out its statistics, against torch's layer in training mode.
 
-    make bench
+    python bench/bench_batch_norm.py
 
 ``torch_layer`` is aten::native_batch_norm, ``torch_var_mean`` reads the input for the statistics
 alone, and ``copy`` is what the machine's memory allows: one read and one write. Every contender's
@@ -9,11 +9,15 @@ result is checked before it is timed.
 
 from __future__ import annotations
 
+import functools
 import math
+import sys
 from collections.abc import Callable
 
 import pytest
 import torch
+from harness import Case, Contender, Size, Suite, Work, dtype_name, main
+from rows import OURS
 from torch import Tensor
 
 from swa_fast import _ops
@@ -50,10 +54,12 @@ def check_variance(variance: Tensor, x: Tensor) -> None:
 
 
 def swa_fast_layer(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], object]:
-    batch = torch.empty((4, x.shape[1]), dtype=torch.float64)
+    batch = torch.empty((4, x.shape[1]), dtype=torch.float64, device=x.device)
+
+    tickets = _ops.batch_norm_tickets(x.device, x.shape[1])
 
     def layer() -> Tensor | None:
-        return _ops.batch_norm_collect(x, weight, bias, EPS, batch)
+        return _ops.batch_norm_collect(x, weight, bias, EPS, batch, tickets=tickets)
 
     y = layer()
     assert y is not None
@@ -63,10 +69,12 @@ def swa_fast_layer(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], obje
 
 
 def swa_fast_statistics(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], object]:
-    batch = torch.empty((4, x.shape[1]), dtype=torch.float64)
+    batch = torch.empty((4, x.shape[1]), dtype=torch.float64, device=x.device)
+
+    tickets = _ops.batch_norm_tickets(x.device, x.shape[1])
 
     def statistics() -> None:
-        _ops.batch_norm_collect(x, weight, bias, EPS, batch, normalise=False)
+        _ops.batch_norm_collect(x, weight, bias, EPS, batch, normalise=False, tickets=tickets)
 
     statistics()
     check_variance(batch[3] / batch[0], x)
@@ -74,7 +82,7 @@ def swa_fast_statistics(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[],
 
 
 def torch_layer(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], object]:
-    mean, variance = torch.zeros(x.shape[1]), torch.ones(x.shape[1])
+    mean, variance = torch.zeros_like(weight), torch.ones_like(weight)
 
     def layer() -> Tensor:
         y: Tensor = torch.native_batch_norm(x, weight, bias, mean, variance, True, 0.1, EPS)[0]
@@ -122,3 +130,63 @@ def test_layer(
     benchmark.pedantic(
         CONTENDERS[contender](x, weight, bias), rounds=20, warmup_rounds=3, iterations=1
     )
+
+
+# ------------------------------------------------------------------ in rounds (bench/harness.py)
+
+# op: (times it reads or writes the input, its contenders and their sides).
+OPS = {
+    "BN layer": (3, {"copy": "limit", "swa_fast": OURS, "torch_layer": "competitor"}),
+    "BN statistics": (
+        1,
+        {"copy": "limit", "swa_fast_statistics": OURS, "torch_var_mean": "competitor"},
+    ),
+}
+QUICK = ((128, 64, 32, 32), (16, 256, 56, 56))
+Inputs = tuple[Tensor, Tensor, Tensor]
+
+
+def inputs(shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: torch.device) -> Inputs:
+    generator = torch.Generator().manual_seed(0)
+    x = (1 + 2 * torch.randn(shape, generator=generator)).to(device, dtype)
+    weight, bias = torch.rand((2, shape[1]), generator=generator).to(device)
+    return x.contiguous(memory_format=LAYOUTS[layout]), weight, bias
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def _contender(name: str, side: str) -> Contender:
+    def work(shared: Inputs) -> Work:
+        # The functions above check what they return.
+        run = CONTENDERS[name](*shared)
+        return Work(run, bytes=2 * _bytes(shared[0]) if side == "limit" else None)
+
+    return Contender(side, work)
+
+
+def cases(device: torch.device) -> list[Case]:
+    def size(times: int, shared: Inputs) -> Size:
+        return Size(shared[0].numel(), 1, times * _bytes(shared[0]))
+
+    return [
+        Case(
+            op, f"{'x'.join(map(str, shape))} {layout}", dtype_name(dtype),
+            functools.partial(inputs, shape, layout, dtype, device),
+            functools.partial(size, times),
+            {name: _contender(name, side) for name, side in sides.items()},
+            quick=shape in QUICK and layout == "channels_last" and dtype == torch.float32,
+            modes=("warm", "graph", "graph cold"),
+        )
+        for op, (times, sides) in OPS.items()
+        for shape in SHAPES
+        for layout in LAYOUTS
+        for dtype in (torch.float32, torch.bfloat16)
+    ]  # fmt: skip
+
+
+SUITE = Suite("BatchNorm layer and statistics", cases)
+
+if __name__ == "__main__":
+    sys.exit(main([SUITE], str(__doc__)))

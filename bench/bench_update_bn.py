@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import functools
 import json
 import platform
 import statistics
@@ -25,6 +26,9 @@ from typing import Any
 
 import pytest
 import torch
+from harness import Case, Contender, Run, Size, Suite, Work
+from precise_bn_reference import update_bn_stats
+from rows import OURS
 from torch import Tensor, nn
 from torch.optim import swa_utils
 
@@ -192,6 +196,130 @@ def trained(arguments: argparse.Namespace) -> dict[str, Any]:
             f"{statistics.mean(differences):+18.2f}{max(differences, key=abs):+9.2f}"
         )
     return rows
+
+
+# ------------------------------------------------------------------- in rounds (bench/harness.py)
+
+LIMIT = "forward, layers in eval mode"
+
+
+def _by_fvcore(batches: list[Tensor], model: nn.Module) -> None:
+    update_bn_stats(model, batches, len(batches))
+
+
+def _forward(batches: list[Tensor], model: nn.Module) -> None:
+    model.eval()
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    model.train()
+
+
+def _pooled(batches: list[Tensor], model: nn.Module) -> Any:
+    return swa_fast.update_bn(batches, model, estimator="pooled")
+
+
+# name: (pass, channels-last batches, estimator, side).
+PASSES: dict[str, tuple[Pass, bool, str, str]] = {
+    LIMIT: (_forward, False, "none", "limit"),
+    **{
+        name: (update, last, "torch", OURS if name.startswith("swa_fast") else "competitor")
+        for name, (update, last) in CONTENDERS.items()
+    },
+    "swa_fast, pooled": (_pooled, False, "pooled", OURS),
+    "fvcore-style PreciseBN": (_by_fvcore, False, "biased", "competitor"),
+}
+Shared = tuple[nn.Module, list[Tensor], dict[str, dict[str, tuple[Tensor, Tensor]]]]
+
+
+@torch.no_grad()
+def exact_statistics(
+    model: nn.Module, batches: list[Tensor]
+) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
+    """Mean and variance of every layer in fp64 for each estimator: estimator, layer."""
+    network = copy.deepcopy(model).double().train()
+    seen: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
+
+    def remember(name: str, inputs: tuple[Tensor]) -> None:
+        x = inputs[0].movedim(1, 0).flatten(1)
+        variance, mean = torch.var_mean(x, 1, correction=0)
+        seen.setdefault(name, []).append((x.shape[1], mean, variance))
+
+    for name, module in network.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_pre_hook(
+                lambda _, inputs, name=name: remember(name, inputs)  # type: ignore[misc]
+            )
+    for batch in batches:
+        network(batch.double())
+    exact: dict[str, dict[str, tuple[Tensor, Tensor]]] = {"torch": {}, "pooled": {}, "biased": {}}
+    for name, values in seen.items():
+        count = sum(m for m, _, _ in values)
+        mean = sum(m * mu for m, mu, _ in values) / count
+        biased = sum(m * (v + (mu - mean) ** 2) for m, mu, v in values) / count
+        exact["biased"][name] = (mean, biased)
+        exact["pooled"][name] = (mean, biased * count / (count - 1))
+        exact["torch"][name] = (
+            sum(mu for _, mu, _ in values) / len(values),
+            sum(v * m / (m - 1) for m, _, v in values) / len(values),
+        )
+    return exact
+
+
+def _shared(model: str, batch: int, count: int, device: torch.device) -> Shared:
+    network, batches = make(model, batch, count)
+    network, batches = network.to(device), [x.to(device) for x in batches]
+    return network, batches, exact_statistics(network, batches)
+
+
+def _contender(name: str) -> Contender:
+    update, last, estimator, side = PASSES[name]
+    # Errors add up over the layers: of a few thousand fp32 roundings, and of bf16's own 2**-8.
+    tolerance = 0.1 if "bf16" in name else 1e-3
+
+    def work(shared: Shared) -> Work:
+        model, batches, exact = shared
+        given = channels_last(batches) if last else batches
+
+        def run() -> Any:
+            return update(given, model)
+
+        def check(run: Run, done: int) -> None:
+            # ``run`` was the last one to write the statistics.
+            layers = dict(model.named_modules())
+            for layer, (mean, variance) in exact.get(estimator, {}).items():
+                module: Any = layers[layer]
+                deviation = (module.running_mean - mean).abs() / (variance + module.eps).sqrt()
+                ratio = (module.running_var - variance).abs() / (variance + module.eps)
+                error = max(float(deviation.max()), float(ratio.max()))
+                assert error <= tolerance, f"{layer} is off by {error:.2g}, allowed {tolerance:g}"
+
+        return Work(run, check, graph=False)
+
+    return Contender(side, work)
+
+
+def cases(device: torch.device) -> list[Case]:
+    def size(shared: Shared) -> Size:
+        _, batches, exact = shared
+        return Size(sum(x.numel() for x in batches), len(exact["torch"]), None)
+
+    return [
+        Case(
+            "update_bn", f"{model}, {count} x {batch}", "float32",
+            functools.partial(_shared, model, batch, count, device), size,
+            {n: _contender(n) for n in PASSES if device.type == "cpu" or "bf16" not in n},
+            quick=model == "preresnet20", copies=0, modes=("warm",),
+        )
+        for model, batch, count in (
+            ("preresnet20", 64, 2),
+            ("preresnet164", 32, 2),
+            ("resnet50", 4, 2),
+        )
+    ]  # fmt: skip
+
+
+SUITE = Suite("BatchNorm pass", cases)
 
 
 def main() -> None:

@@ -1,0 +1,238 @@
+"""What one steady-state update and one BatchNorm batch cost a CUDA device: counted, not timed.
+
+    python bench/counts.py                                     on whatever CUDA device is there
+    python bench/counts.py --out bench/results/counts.csv
+    python bench/counts.py --source MODULE:FUNCTION            counts from somewhere else
+
+For every contender and model: kernel launches, waits of the host, allocations, copies and, where
+the source knows them, the bytes that kernels moved. Contenders are checked against fp64 first.
+
+On a real device the counts come from torch.profiler and from the allocator's statistics, and no
+bytes are known. Where the device is simulated by a gpusim that can be imported, they come from its
+counters, which count one operator of torch as one launch. ``--source`` (or the variable
+SWA_FAST_COUNTS) names a function that is called with a function without arguments, runs it, and
+returns a mapping with ``launches``, ``host_syncs``, ``allocations``, ``copies`` and, if known,
+``bytes``.
+
+The predicted time is no measurement: max(bytes / bandwidth, (launches + copies) * launch cost),
+with the bytes counted or, where they are not known, those that the operation has to move at least.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import importlib
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import bench_average
+import bench_batch_norm
+import bench_k_averages
+import bench_low_precision
+import torch
+from harness import Case, Run, Size, _Ready, facts, select, simulated
+
+__all__ = ["Counts", "main", "predicted_seconds", "profiler_counts", "simulator_counts"]
+
+# Peak bandwidth of the memory in GB/s by the vendor's data sheets.
+BANDWIDTH = {"H200": 4800.0, "H100": 3350.0, "A100": 2039.0, "B200": 8000.0}
+SUITES = [
+    bench_average.SUITE,
+    bench_k_averages.SUITE,
+    bench_low_precision.SUITE,
+    bench_batch_norm.SUITE,
+]
+MODELS = ("PreResNet-20", "PreResNet-164", "128x64x8x8 contiguous", "128x64x8x8 channels_last")
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    launches: int
+    host_syncs: int
+    allocations: int
+    copies: int
+    bytes: int | None = None  # by kernels; None: not known
+
+    @classmethod
+    def of(cls, found: Mapping[str, Any]) -> Counts:
+        """Raises ValueError where a source leaves out what it has to say."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        missing = [name for name in names if name not in found and name != "bytes"]
+        if missing:
+            raise ValueError(f"the source of counts returned no {', '.join(missing)}")
+        return cls(**{name: found.get(name) for name in names})  # type: ignore[arg-type]
+
+
+Source = Callable[[Run], Mapping[str, Any]]
+
+
+def predicted_seconds(
+    counts: Counts, least_bytes: int | None, bandwidth: float, launch_cost: float
+) -> float:
+    """A prediction. ``bandwidth`` in bytes a second, ``launch_cost`` in seconds."""
+    moved = least_bytes if counts.bytes is None else counts.bytes
+    return max((moved or 0) / bandwidth, (counts.launches + counts.copies) * launch_cost)
+
+
+def profiler_counts(run: Run) -> dict[str, int]:
+    """From torch.profiler and the allocator's statistics."""
+    from torch.profiler import ProfilerActivity, profile
+
+    run()  # the profiler's own start would be counted with the first
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        run()
+        after = torch.cuda.memory_stats()["allocation.all.allocated"]
+        torch.cuda.synchronize()
+    return count_events(profiled.events() or []) | {"allocations": after - before}
+
+
+def count_events(events: Sequence[Any]) -> dict[str, int]:
+    """Launches, copies and waits among a profiler's events, without the synchronisation of the
+    device that ends the profile. Torch's blocking copies wait for their stream."""
+    launches = copies = waits = 0
+    for event in events:
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            if event.name.startswith(("Memcpy", "Memset")):
+                copies += 1
+            else:
+                launches += 1
+        elif event.name in ("cudaStreamSynchronize", "cudaEventSynchronize"):
+            waits += 1
+    return {"launches": launches, "copies": copies, "host_syncs": waits}
+
+
+def simulator_counts(run: Run) -> dict[str, int | None]:
+    """From the counters of gpusim. Operators of torch move bytes that it does not count, so bytes
+    are known only where our own kernels did all the work."""
+    gpusim = importlib.import_module("gpusim")
+    torch.cuda.synchronize()
+    gpusim.reset()
+    run()
+    counters = gpusim.counters()
+    total = counters["total"]
+    operators = total.get("aten_ops", 0)
+    copies = sum(total.get(f"memcpy_{kind}", 0) for kind in ("DtoD", "DtoH", "HtoD"))
+    copies += total.get("memset", 0)
+    kernels = counters["kernels"].values()
+    moved = sum(k["ld_bytes"] + k["st_bytes"] for k in kernels)
+    return {
+        "launches": total.get("kernel_launches", 0) + operators,
+        "host_syncs": total.get("host_syncs", 0),
+        "allocations": total.get("cudaMalloc", 0),
+        "copies": copies,
+        "bytes": None if operators or copies else moved,
+    }
+
+
+def source_named(name: str) -> Source:
+    module, _, function = name.partition(":")
+    if not function:
+        raise ValueError(f"--source: expected MODULE:FUNCTION, found {name!r}")
+    found: Source = getattr(importlib.import_module(module), function)
+    return found
+
+
+def bandwidth_of(device: str) -> float | None:
+    return next((value for name, value in BANDWIDTH.items() if name in device), None)
+
+
+COLUMNS = [
+    "op", "contender", "model", "dtype", "device", "counted by", "torch", "commit", "date",
+    "launches", "host syncs", "allocations", "copies", "bytes counted", "bytes at least",
+    "predicted us",
+]  # fmt: skip
+
+
+def count_case(
+    case: Case, source: Source, by: str, bandwidth: float, launch_cost: float
+) -> list[dict[str, Any]]:
+    shared = case.make()
+    size: Size = case.size(shared)
+    found = []
+    about = facts(torch.device("cuda"))
+    if by == "simulator":
+        about["device"] = "simulated"
+    for name, contender in case.contenders.items():
+        ready = _Ready(contender, shared, graph=False)
+        if ready.work is None:
+            print(f"  {name:34}{ready.status}: {ready.reason}")
+            continue
+        ready.work.run()
+        counts = Counts.of(source(ready.work.run))
+        least = size.bytes if ready.work.bytes is None else ready.work.bytes
+        seconds = predicted_seconds(counts, least, bandwidth, launch_cost)
+        print(
+            f"  {name:34}{counts.launches:9}{counts.host_syncs:8}{counts.allocations:8}"
+            f"{counts.copies:8}{'-' if counts.bytes is None else f'{counts.bytes:,}':>16}"
+            f"{least or 0:16,}{1e6 * seconds:15.1f}"
+        )
+        found.append(
+            {
+                "op": case.op, "contender": name, "model": case.model, "dtype": case.dtype,
+                **{k: about[k] for k in ("device", "torch", "commit", "date")}, "counted by": by,
+                "launches": counts.launches, "host syncs": counts.host_syncs,
+                "allocations": counts.allocations, "copies": counts.copies,
+                "bytes counted": "" if counts.bytes is None else counts.bytes,
+                "bytes at least": least, "predicted us": f"{1e6 * seconds:.3g}",
+            }
+        )  # fmt: skip
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", default=MODELS, help="as bench/run.py --list names")
+    parser.add_argument("--ops", nargs="+", help="only these operations")
+    parser.add_argument("--source", default=os.environ.get("SWA_FAST_COUNTS"))
+    parser.add_argument(
+        "--bandwidth", type=float, metavar="GB/s",
+        help="of the device's memory, for the prediction (default: the data sheet's peak)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--launch-cost", type=float, default=2.5, metavar="us",
+        help="of a launch or copy, for the prediction (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="FILE.csv")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        parser.error("there is no CUDA device, real or simulated")
+    source, by = profiler_counts, "torch.profiler"
+    if options.source:
+        source, by = source_named(options.source), options.source
+    elif simulated():
+        source, by = simulator_counts, "simulator"
+    name = torch.cuda.get_device_name()
+    bandwidth = options.bandwidth or bandwidth_of(name)
+    if bandwidth is None:
+        parser.error(f"--bandwidth: {name} is not in the table of this script")
+    cases = select(
+        SUITES, torch.device("cuda"), quick=False, ops=options.ops, models=options.models
+    )
+    head = "launches   syncs  allocs  copies   bytes counted  bytes at least  PREDICTED, us"
+    print(
+        f"counted by {by}; predicted with {bandwidth:g} GB/s and {options.launch_cost:g} us a "
+        f"launch, not measured"
+    )
+    found = []
+    for case in cases:
+        print(f"\n{case.op}: {case.model}, {case.dtype}\n  {'':34}{head}", flush=True)
+        found += count_case(case, source, by, 1e9 * bandwidth, 1e-6 * options.launch_cost)
+    if options.out is not None:
+        with options.out.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(found)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

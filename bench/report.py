@@ -1,0 +1,407 @@
+"""The README's figures and the charts, made from the committed rows.
+
+    python bench/report.py                  fills the README's marked places and draws the charts
+    python bench/report.py --check          exits with 1 where README or charts are not of the rows
+    python bench/report.py FILE.csv ...     prints tables of any rows as Markdown
+
+The rows are bench/results/rows_*.csv, counts_*.csv and overhead_*.csv. A place in the README begins
+with ``<!-- bench:KIND option="value" ... -->`` and ends with ``<!-- /bench -->``. Kinds:
+
+* ``machine``: what the rows were measured on;
+* ``times``: median ms, contenders by models (``op``, ``mode``; ``models`` with | between them);
+* ``limit``: the same in percent of the limit;
+* ``ratios``: how many times longer the others take than ours (``of``);
+* ``layers``: another contender's time over ours, least, median and most over the shapes, by type
+  and layout (``op``, ``ours``, ``other``);
+* ``counts``: launches, waits, allocations and copies counted (``op``, ``model``);
+* ``overhead``: SWA's share in training.
+
+Charts: bench/results/growth.svg and update.svg. Drawing needs matplotlib, all else nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import re
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rows import OURS, Row, digest, read
+
+__all__ = ["fill", "main", "significant"]
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+RESULTS = ROOT / "bench" / "results"
+PLACE = re.compile(
+    r"(?P<begin><!-- bench:(?P<kind>\w+)(?P<options>[^>]*?) -->\n).*?(?P<end><!-- /bench -->)",
+    re.DOTALL,
+)
+CHARTS = ("growth.svg", "update.svg")
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """With so many significant digits, and never an exponent."""
+    if value == 0:
+        return "0"
+    decimals = digits - 1 - math.floor(math.log10(abs(value)))
+    rounded = round(value, decimals)
+    # Rounding up may have added a digit: 0.9996 is 1.00.
+    decimals = digits - 1 - math.floor(math.log10(abs(rounded)))
+    return f"{rounded:,.{max(0, decimals)}f}"
+
+
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    table = [head, ["---"] * len(head), *lines]
+    return "".join("| " + " | ".join(line) + " |\n" for line in table)
+
+
+class Data:
+    """All committed results."""
+
+    def __init__(self, folder: Path) -> None:
+        self.rows = read(sorted(folder.glob("rows_*.csv")))
+        self.counts = self._plain(folder, "counts_*.csv")
+        self.overhead = self._plain(folder, "overhead_*.csv")
+
+    @staticmethod
+    def _plain(folder: Path, pattern: str) -> list[dict[str, str]]:
+        found: list[dict[str, str]] = []
+        for path in sorted(folder.glob(pattern)):
+            with path.open(encoding="utf-8", newline="") as file:
+                found += csv.DictReader(file)
+        return found
+
+    def selected(self, options: dict[str, str]) -> list[Row]:
+        wanted = options.get("models", "").split("|") if "models" in options else None
+        rows = [
+            r
+            for r in self.rows
+            if r.op == options.get("op", r.op)
+            and r.mode == options.get("mode", "warm")
+            and options.get("device", "") in r.device
+            and options.get("clock", r.clock) == r.clock
+            and (wanted is None or r.model in wanted)
+        ]
+        if not rows:
+            raise ValueError(f"no row for {options}")
+        devices = sorted({(r.device, r.threads, r.clock) for r in rows})
+        if len(devices) > 1:
+            raise ValueError(f"rows of several devices, choose with device=, clock=: {devices}")
+        if wanted is not None:
+            rows.sort(key=lambda r: wanted.index(r.model))
+        return rows
+
+
+def _unique(values: Any) -> list[Any]:
+    return list(dict.fromkeys(values))
+
+
+def _by_model(rows: Sequence[Row], cell: Callable[[Row], str], names: Sequence[str]) -> str:
+    models = _unique((r.model, r.dtype) for r in rows)
+    by = {(r.contender, (r.model, r.dtype)): r for r in rows}
+    several = len({dtype for _, dtype in models}) > 1
+    head = ["", *(f"{m}, {d}" if several else m for m, d in models)]
+    lines = []
+    for name in names:
+        cells = []
+        for model in models:
+            row = by.get((name, model))
+            cells.append("" if row is None else cell(row) if row.median else row.status)
+        lines.append([name, *cells])
+    return markdown(head, lines)
+
+
+def times(data: Data, options: dict[str, str]) -> str:
+    rows = data.selected(options)
+
+    def cell(row: Row) -> str:
+        return significant(1e3 * (row.median or 0))
+
+    return _by_model(rows, cell, _unique(r.contender for r in rows))
+
+
+def limit(data: Data, options: dict[str, str]) -> str:
+    rows = data.selected(options)
+
+    def cell(row: Row) -> str:
+        return "" if row.percent_of_limit is None else f"{row.percent_of_limit:.0f} %"
+
+    return _by_model(rows, cell, _unique(r.contender for r in rows))
+
+
+def ratios(data: Data, options: dict[str, str]) -> str:
+    rows = data.selected(options)
+    ours = {(r.model, r.dtype): r.median for r in rows if r.contender == options["of"]}
+
+    def cell(row: Row) -> str:
+        base = ours.get((row.model, row.dtype))
+        return significant(row.median / base, 2) if base and row.median else ""
+
+    names = _unique(r.contender for r in rows if r.side == "competitor")
+    return _by_model(rows, cell, names)
+
+
+def layers(data: Data, options: dict[str, str]) -> str:
+    """Models are named ``shape layout``."""
+    found: dict[tuple[str, str], list[float]] = {}
+    rows = data.selected(options)
+    by = {(r.contender, r.model, r.dtype): r for r in rows}
+    for row in rows:
+        if row.contender == options["ours"] and row.median:
+            other = by[options["other"], row.model, row.dtype].median
+            layout = row.model.split()[1].replace("_", "-")
+            if other:
+                found.setdefault((layout, row.dtype), []).append(other / row.median)
+    dtypes = _unique(dtype for _, dtype in found)
+    lines = []
+    for layout in _unique(layout for layout, _ in found):
+        cells = []
+        for dtype in dtypes:
+            v = found[layout, dtype]
+            cells.append(f"{min(v):.1f}, {statistics.median(v):.1f}, {max(v):.1f}")
+        lines.append([layout, *cells])
+    return markdown(["", *dtypes], lines)
+
+
+def counts(data: Data, options: dict[str, str]) -> str:
+    rows = [
+        r for r in data.counts
+        if r["op"] == options["op"] and r["model"] == options["model"]
+        and r["dtype"] == options.get("dtype", "float32")
+    ]  # fmt: skip
+    if not rows:
+        raise ValueError(f"no counts for {options}")
+    columns = ["launches", "host syncs", "allocations", "copies", "bytes counted"]
+    lines = []
+    for row in rows:
+        cells = [row["contender"], *(f"{int(row[c]):,}" if row[c] else "" for c in columns)]
+        lines.append([*cells, significant(float(row["predicted us"]))])
+    return markdown(["", *columns, "predicted, us"], lines)
+
+
+def overhead(data: Data, options: dict[str, str]) -> str:
+    if not data.overhead:
+        raise ValueError("there is no overhead_*.csv")
+    phases = [c for c in data.overhead[0] if c.endswith(", s") and c != "epoch, s"]
+    lines = []
+    for row in data.overhead:
+        cells = [row["model"], row["rule"], row["library"]]
+        cells += [significant(1e3 * float(row[phase])) for phase in phases]
+        lines.append([*cells, f"{float(row['overhead, %']):.1f} %"])
+    head = ["network", "rule", "library", *(f"{p.removesuffix(', s')}, ms" for p in phases)]
+    return markdown([*head, "overhead"], lines)
+
+
+def machine(data: Data, options: dict[str, str]) -> str:
+    lines = []
+    clocks = {"wall": "", "cpu": ", CPU time of the process", "events": ", CUDA events"}
+    for device, threads, clock in _unique((r.device, r.threads, r.clock) for r in data.rows):
+        rows = [r for r in data.rows if (r.device, r.threads, r.clock) == (device, threads, clock)]
+        busy = [r.others for r in rows if r.others is not None]
+        dates = sorted({r.date for r in rows})
+        text = (
+            f"{device}, {threads} thread{'s' if threads > 1 else ''}{clocks[clock]}, torch "
+            f"{rows[0].torch}, "
+            f"{dates[0]}{f' to {dates[-1]}' if len(dates) > 1 else ''}; medians of interleaved "
+            f"rounds."
+        )
+        if busy and max(busy) > 0.05:
+            text += (
+                f" Other work used {100 * statistics.median(busy):.0f} % of the machine's time "
+                f"meanwhile (median; at most {100 * max(busy):.0f} %)."
+            )
+        lines.append(text)
+    return "\n\n".join(lines) + "\n"
+
+
+KINDS: dict[str, Callable[[Data, dict[str, str]], str]] = {
+    "machine": machine,
+    "times": times,
+    "limit": limit,
+    "ratios": ratios,
+    "layers": layers,
+    "counts": counts,
+    "overhead": overhead,
+}
+
+
+def fill(text: str, data: Data) -> str:
+    """The text with all marked places filled.
+
+    Raises:
+        ValueError: an unknown kind, or a place that the rows have nothing for.
+    """
+
+    def place(match: re.Match[str]) -> str:
+        kind = match["kind"]
+        if kind not in KINDS:
+            raise ValueError(f"bench:{kind}: expected one of {', '.join(KINDS)}")
+        options = dict(re.findall(r'(\w+)="([^"]*)"', match["options"]))
+        return f"{match['begin']}\n{KINDS[kind](data, options)}\n{match['end']}"
+
+    return PLACE.sub(place, text)
+
+
+# --------------------------------------------------------------------------------------- charts
+
+_OURS_COLOURS = ("#c0392b", "#e67e22", "#8e44ad", "#d35400")
+
+
+def _style(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    styles: dict[str, dict[str, Any]] = {}
+    others = iter(["#2c3e50", "#2980b9", "#16a085", "#7f8c8d", "#27ae60", "#34495e", "#1abc9c"])
+    ours = iter(_OURS_COLOURS)
+    for row in rows:
+        if row.contender in styles:
+            continue
+        if row.side == "limit":
+            styles[row.contender] = {"color": "black", "linestyle": "--"}
+        elif row.side == OURS:
+            styles[row.contender] = {"color": next(ours, "#e74c3c"), "linewidth": 2}
+        else:
+            styles[row.contender] = {"color": next(others, "#95a5a6"), "linewidth": 1}
+    return styles
+
+
+def _save(figure: Any, path: Path, rows: Sequence[Row]) -> None:
+    # Without a date, and with what --check looks for.
+    figure.savefig(
+        path, format="svg", bbox_inches="tight",
+        metadata={"Date": None, "Description": f"rows {digest(rows)}"},
+    )  # fmt: skip
+
+
+def growth_rows(data: Data) -> list[Row]:
+    """One tensor, and the models."""
+    return [
+        r for r in data.rows
+        if r.mode == "warm" and r.median and "reference" not in r.contender
+        and ((r.op == "growth" and r.model.endswith("in 1 tensor")) or r.op == "update")
+    ]  # fmt: skip
+
+
+def update_rows(data: Data) -> list[Row]:
+    return [
+        r for r in data.rows
+        if r.op == "update" and r.mode == "warm" and r.median and "reference" not in r.contender
+    ]  # fmt: skip
+
+
+def draw(data: Data, folder: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"svg.hashsalt": "swa_fast", "font.size": 9})
+    rows = growth_rows(data)
+    styles = _style(rows)
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for name, style in styles.items():
+        line = sorted(
+            (r.parameters, 1e3 * (r.median or 0))
+            for r in rows if r.contender == name and r.op == "growth"
+        )  # fmt: skip
+        axes.plot(*zip(*line, strict=True), label=name, marker=".", **style) if line else None
+        points = [(r.parameters, 1e3 * (r.median or 0)) for r in rows
+                  if r.contender == name and r.op == "update"]  # fmt: skip
+        if points and name != "lerp_flat":
+            axes.scatter(*zip(*points, strict=True), color=style["color"], marker="x", s=18)
+    axes.set(
+        xscale="log", yscale="log", xlabel="parameters", ylabel="time of an update, ms",
+        title=f"lines: one tensor; crosses: models of many tensors ({rows[0].device}, fp32)",
+    )  # fmt: skip
+    axes.grid(True, which="major", alpha=0.3)
+    axes.legend(fontsize=7, loc="upper left")
+    _save(figure, folder / CHARTS[0], rows)
+    plt.close(figure)
+
+    rows = update_rows(data)
+    styles = _style(rows)
+    models = _unique(r.model for r in rows)
+    figure, axes = plt.subplots(figsize=(10, 5))
+    width = 0.85 / len(styles)
+    for index, (name, style) in enumerate(styles.items()):
+        values = {r.model: r for r in rows if r.contender == name}
+        places = [i + index * width for i, m in enumerate(models) if m in values]
+        shown = [values[m] for m in models if m in values]
+        heights = [1e3 * (r.median or 0) for r in shown]
+        errors = [
+            [1e3 * ((r.median or 0) - (r.q1 or 0)) for r in shown],
+            [1e3 * ((r.q3 or 0) - (r.median or 0)) for r in shown],
+        ]
+        axes.bar(
+            places, heights, width, yerr=errors, label=name, color=style["color"],
+            error_kw={"linewidth": 0.5}, hatch="//" if name == "lerp_flat" else None,
+        )  # fmt: skip
+    axes.set_xticks([i + 0.42 for i in range(len(models))], models, fontsize=8)
+    axes.set(
+        yscale="log", ylabel="time of an update, ms",
+        title=f"averaging update, fp32, medians and quartiles ({rows[0].device})",
+    )  # fmt: skip
+    axes.grid(True, axis="y", alpha=0.3)
+    axes.legend(fontsize=7, ncols=2)
+    _save(figure, folder / CHARTS[1], rows)
+    plt.close(figure)
+
+
+def stale(readme: Path, folder: Path) -> list[str]:
+    """What is not as the rows say."""
+    data = Data(folder)
+    text = readme.read_text(encoding="utf-8")
+    problems = []
+    if fill(text, data) != text:
+        problems.append(readme.name)
+    for name, rows in zip(CHARTS, (growth_rows(data), update_rows(data)), strict=True):
+        path = folder / name
+        if not path.exists() or f"rows {digest(rows)}" not in path.read_text(encoding="utf-8"):
+            problems.append(name)
+    return problems
+
+
+def tables(paths: Sequence[Path]) -> str:
+    rows = read(paths)
+    parts = []
+    for device in _unique(r.device for r in rows):
+        for op, mode in _unique((r.op, r.mode) for r in rows if r.device == device):
+            some = [r for r in rows if (r.device, r.op, r.mode) == (device, op, mode)]
+            parts.append(f"### {op}, {mode}, {device}: ms\n\n" + _by_model(
+                some, lambda r: significant(1e3 * (r.median or 0)),
+                _unique(r.contender for r in some),
+            ))  # fmt: skip
+    return "\n".join(parts)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", nargs="*", type=Path, help="print tables of these rows")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
+    options = parser.parse_args(arguments)
+    if options.files:
+        print(tables(options.files))
+        return 0
+    if options.check:
+        problems = stale(options.readme, options.results)
+        for name in problems:
+            print(f"{name} is not made from the rows in {options.results}: run bench/report.py")
+        return 1 if problems else 0
+    data = Data(options.results)
+    text = options.readme.read_text(encoding="utf-8")
+    options.readme.write_text(fill(text, data), encoding="utf-8")
+    draw(data, options.results)
+    print(f"{options.readme.name} and {', '.join(CHARTS)}: {len(data.rows)} rows")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

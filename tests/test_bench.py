@@ -1,0 +1,418 @@
+"""The benchmarks' own arithmetic: statistics, comparison, reports, counts, kernel limits. Nothing
+here measures time."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+if not (BENCH / "harness.py").exists():
+    pytest.skip("the benchmarks are not beside these tests", allow_module_level=True)
+NAMES = (
+    "rows", "harness", "models", "competitors", "compare", "report", "counts", "kernel_facts",
+    "bench_average", "bench_overhead", "precise_bn_reference", "bench_low_precision",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[Any]:
+    """The benchmarks' modules, which are found through sys.path only while this file is tested."""
+    sys.path.insert(0, str(BENCH))
+    before = set(sys.modules)
+    try:
+        modules: dict[str, ModuleType] = {name: importlib.import_module(name) for name in NAMES}
+        yield SimpleNamespace(**modules)
+    finally:
+        sys.path.remove(str(BENCH))
+        for name in set(sys.modules) - before:
+            if str(BENCH) in str(getattr(sys.modules[name], "__file__", "")):
+                del sys.modules[name]
+
+
+def row(bench: Any, times: list[float], limit: list[float] | None = None, **columns: Any) -> Any:
+    """A row of ``update`` with the times of one contender beside those of the limit."""
+    summary = bench.harness.summarise(
+        {"ours": times, **({} if limit is None else {"limit": limit})},
+        None if limit is None else "limit",
+        {"ours": 1200, "limit": 1200},
+    )["ours"]
+    base = {
+        "op": "update", "contender": "ours", "side": bench.rows.OURS, "model": "m",
+        "parameters": 100, "tensors": 2, "dtype": "float32", "mode": "warm", "device": "d",
+        "threads": 1, "clock": "wall", "torch": "2", "commit": "c", "date": "2026-01-01",
+        "status": "ok",
+    }  # fmt: skip
+    return bench.rows.Row(**{**base, **summary, **columns})
+
+
+# ------------------------------------------------------------------------------------ statistics
+
+
+def test_quartiles(bench: Any) -> None:
+    assert bench.harness.quartiles([5.0, 1.0, 2.0, 4.0, 3.0]) == (2.0, 3.0, 4.0)
+    assert bench.harness.quartiles([7.0]) == (7.0, 7.0, 7.0)
+
+
+def test_the_ratio_to_the_limit_is_per_byte_and_of_the_same_round(bench: Any) -> None:
+    # The machine becomes ten times slower in the second round: the ratio does not notice.
+    times = {"ours": [2.0, 20.0, 2.0], "limit": [1.0, 10.0, 1.0]}
+    found = bench.harness.summarise(times, "limit", {"ours": 400, "limit": 100})
+    assert found["ours"]["limit_median"] == pytest.approx(0.5)  # twice the time, 4 times the bytes
+    assert found["ours"]["limit_q1"] == found["ours"]["limit_q3"]
+    assert found["limit"]["limit_median"] == 1.0
+    unknown = bench.harness.summarise(times, "limit", {"ours": None, "limit": 100})
+    assert unknown["ours"]["limit_median"] == pytest.approx(2.0)
+
+
+def test_rounds_are_interleaved_and_begin_with_each_in_turn(bench: Any) -> None:
+    seen: list[str] = []
+    runs = {name: (lambda name=name: seen.append(name)) for name in "abc"}
+
+    def timer(run: Any) -> float:
+        run()
+        return 1.0  # so long that no run precedes the timed one
+
+    times = bench.harness.interleaved(runs, timer, None, seconds=0, least=3, most=9)
+    assert "".join(seen) == "abc" + "abc" + "bca" + "cab"
+    assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_a_short_run_is_preceded_by_one_that_is_not_timed(bench: Any) -> None:
+    seen: list[str] = []
+
+    def timer(run: Any) -> float:
+        seen.append("timed")
+        run()
+        return 0.001
+
+    bench.harness.interleaved(
+        {"a": lambda: seen.append("run")}, timer, lambda: seen.append("flush"),
+        seconds=0, least=3, most=3,
+    )  # fmt: skip
+    assert seen == ["timed", "run"] + 3 * ["run", "flush", "timed", "run"]
+
+
+def test_rows_survive_a_file_and_name_what_is_missing(bench: Any, tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    first = row(bench, [1.0, 2.0, 3.0], [1.0, 1.0, 1.0])
+    wrong = dataclasses.replace(
+        row(bench, [1.0]), contender="other", status="wrong", reason="off, by 1", q1=None,
+        median=None, q3=None, rounds=0,
+    )  # fmt: skip
+    bench.rows.write(file, [first])
+    bench.rows.write(file, [wrong], append=True)
+    assert bench.rows.read([file]) == [first, wrong]
+    assert first.gigabytes_per_second == pytest.approx(1200 / 2 / 1e9)
+    assert first.percent_of_limit == pytest.approx(50)
+    (tmp_path / "bad.csv").write_text("op,model\nupdate,m\n")
+    with pytest.raises(ValueError, match="median"):
+        bench.rows.read([tmp_path / "bad.csv"])
+
+
+# ---------------------------------------------------------------------------------------- checks
+
+
+def measured(bench: Any, contenders: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
+    """The rows of a case on a small network, checked and not timed."""
+
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64)).to(dtype)
+
+    case = bench.harness.Case(
+        "update", "m", bench.harness.dtype_name(dtype), make, bench.bench_average.size_of,
+        contenders, modes=("warm",),
+    )  # fmt: skip
+    settings = bench.harness.Settings(torch.device("cpu"), ("warm",), check_only=True)
+    return {r.contender: r for r in bench.harness.measure(case, settings)}
+
+
+def test_contenders_are_checked_against_fp64(bench: Any) -> None:
+    ours = bench.competitors.averager
+
+    def drops_an_update(model: nn.Module) -> Any:
+        found = ours(model)
+        count = iter(range(100))
+        return dataclasses.replace(found, update=lambda: next(count) == 2 or found.update())
+
+    def is_absent(model: nn.Module) -> Any:
+        raise ModuleNotFoundError("No module named 'absent'")
+
+    make = bench.competitors.averaging
+    found = measured(
+        bench,
+        {
+            "lerp_flat": bench.harness.Contender("limit", bench.competitors.lerp_flat),
+            "right": make(ours, True, "swa_fast"),
+            "another rule": make(ours, False, "swa_fast"),
+            "dropped": make(drops_an_update, True, "competitor"),
+            "absent": make(is_absent, True, "competitor"),
+        },
+    )
+    assert {name: r.status for name, r in found.items()} == {
+        "lerp_flat": "ok", "right": "ok", "another rule": "wrong", "dropped": "wrong",
+        "absent": "not installed",
+    }  # fmt: skip
+    assert "is off by" in found["dropped"].reason
+    assert all(r.median is None for r in found.values())
+
+
+def test_an_average_that_rounding_holds_still_is_wrong(bench: Any) -> None:
+    def lerp_in_bf16(model: nn.Module) -> Any:
+        averages = {k: p.detach().clone() for k, p in model.named_parameters()}
+
+        def update() -> None:
+            for k, p in model.named_parameters():
+                averages[k].lerp_(p.detach(), 0.001)
+
+        return bench.competitors.Averaged(update, lambda: averages)
+
+    found = measured(
+        bench, {"still": bench.competitors.averaging(lerp_in_bf16, False, "competitor")},
+        torch.bfloat16,
+    )  # fmt: skip
+    assert found["still"].status == "wrong"
+    assert "moved 0 % of its way" in found["still"].reason
+
+
+def test_the_reference_of_precise_bn_is_pooled_and_biased(bench: Any) -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    batches = [torch.randn(4, 3, 5, 5) + 1, 2 * torch.randn(2, 3, 5, 5)]
+    bench.precise_bn_reference.update_bn_stats(model, batches, 2)
+    values = torch.cat([x.movedim(1, 0).flatten(1) for x in batches], 1).double()
+    layer: Any = model[0]
+    torch.testing.assert_close(layer.running_mean.double(), values.mean(1), rtol=1e-5, atol=1e-6)
+    variance = values.var(1, correction=0)
+    torch.testing.assert_close(layer.running_var.double(), variance, rtol=1e-5, atol=0)
+    assert layer.momentum == 0.1
+
+
+# ------------------------------------------------------------------------------------ comparison
+
+
+def noisy(bench: Any, seed: int, slower: float = 1.0, machine: float = 1.0, **columns: Any) -> Any:
+    """30 rounds with 5 % noise; sometimes a round of ten times the time, as under other work."""
+    generator = random.Random(seed)
+
+    def times(middle: float) -> list[float]:
+        return [
+            middle * machine * generator.gauss(1, 0.05) * (10 if generator.random() < 0.05 else 1)
+            for _ in range(30)
+        ]
+
+    return row(bench, times(0.02 * slower), times(0.01), **columns)
+
+
+def test_noise_is_no_regression(bench: Any) -> None:
+    for seed in range(200):
+        old, new = noisy(bench, seed), noisy(bench, seed + 1000)
+        assert not [c for c in bench.compare.changes([old], [new]) if c.slower], seed
+
+
+def test_a_slow_down_is_a_regression(bench: Any) -> None:
+    for seed in range(50):
+        old, new = noisy(bench, seed), noisy(bench, seed + 1000, slower=1.4)
+        (change,) = bench.compare.changes([old], [new])
+        assert change.slower and change.ratio > 1.1
+        (change,) = bench.compare.changes([new], [old])
+        assert not change.slower
+
+
+def test_a_slower_machine_is_no_regression(bench: Any) -> None:
+    for seed in range(50):
+        old, new = noisy(bench, seed), noisy(bench, seed + 1000, machine=1.5)
+        assert bench.compare.changes([old], [new]) == []
+
+
+def test_a_busy_machine_raises_the_bar(bench: Any) -> None:
+    old, new = noisy(bench, 0, others=0.5), noisy(bench, 1, slower=1.4)
+    assert bench.compare.changes([old], [new]) == []
+    (change,) = bench.compare.changes([old], [noisy(bench, 1, slower=1.8)])
+    assert change.slower
+
+
+def test_compare_exits_by_our_rows_alone(
+    bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = tmp_path / "old.csv", tmp_path / "new.csv"
+    theirs = {"contender": "theirs", "side": "competitor"}
+    bench.rows.write(old, [noisy(bench, 0), noisy(bench, 1, **theirs)])
+
+    bench.rows.write(new, [noisy(bench, 2), noisy(bench, 3, slower=2, **theirs)])
+    assert bench.compare.main([str(old), str(new)]) == 0
+    assert "not ours" in capsys.readouterr().out
+    bench.rows.write(new, [noisy(bench, 2, slower=2), noisy(bench, 3, **theirs)])
+    assert bench.compare.main([str(old), str(new)]) == 1
+    assert "SLOWER" in capsys.readouterr().out
+    gone = dataclasses.replace(noisy(bench, 2), status="wrong", q1=None, median=None, q3=None)
+    bench.rows.write(new, [gone])
+    assert bench.compare.main([str(old), str(new)]) == 1
+    bench.rows.write(new, [noisy(bench, 2, device="another")])
+    assert bench.compare.main([str(old), str(new)]) == 2
+
+
+# --------------------------------------------------------------------------------------- reports
+
+
+@pytest.fixture
+def results(bench: Any, tmp_path: Path) -> Path:
+    rows = [
+        row(bench, [0.001, 0.001, 0.001], [0.001] * 3, op=op, model=model, contender=name, side=s)
+        for op, models in (("update", ("a", "b")), ("growth", ("10^3 in 1 tensor",)))
+        for model in models
+        for name, s in (("lerp_flat", "limit"), ("ours", bench.rows.OURS))
+    ]
+    bench.rows.write(tmp_path / "rows_1.csv", rows)
+    return tmp_path
+
+
+README = """# Title
+
+<!-- bench:times op="update" mode="warm" models="b|a" -->
+old
+<!-- /bench -->
+text
+"""
+
+
+def test_report_fills_the_readme_and_check_finds_a_stale_one(
+    bench: Any, results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = results / "README.md"
+    readme.write_text(README)
+    options = ["--readme", str(readme), "--results", str(results)]
+    assert bench.report.main([*options, "--check"]) == 1
+    assert bench.report.main(options) == 0
+    text = readme.read_text()
+    assert "|  | b | a |" in text and "| ours | 1.00 | 1.00 |" in text
+    assert "old" not in text and text.endswith("<!-- /bench -->\ntext\n")
+    assert bench.report.main([*options, "--check"]) == 0
+
+    readme.write_text(text.replace("1.00", "0.90"))
+    assert bench.report.main([*options, "--check"]) == 1
+    readme.write_text(text)
+    # A row that no table shows, but a chart.
+    extra = row(bench, [2.0], [1.0], op="growth", model="10^4 in 1 tensor", contender="ours")
+    bench.rows.write(results / "rows_1.csv", [extra], append=True)
+    capsys.readouterr()
+    assert bench.report.main([*options, "--check"]) == 1
+    assert "growth.svg" in capsys.readouterr().out
+
+
+def test_report_refuses_what_it_has_no_rows_for(bench: Any, results: Path) -> None:
+    data = bench.report.Data(results)
+    for place in ('bench:times op="swap"', "bench:nothing"):
+        with pytest.raises(ValueError):
+            bench.report.fill(f"<!-- {place} -->\n<!-- /bench -->\n", data)
+
+
+def test_the_committed_readme_is_made_from_the_committed_rows(bench: Any) -> None:
+    assert bench.report.main(["--check"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0"), (0.16491, "0.165"), (0.9996, "1.00"), (10.93, "10.9"), (1234.5, "1,230")],
+)
+def test_significant_digits(bench: Any, value: float, text: str) -> None:
+    assert bench.report.significant(value) == text
+
+
+# ---------------------------------------------------------------------------------------- counts
+
+
+def test_the_prediction_is_the_larger_of_both_costs(bench: Any) -> None:
+    counts = bench.counts.Counts(launches=2, host_syncs=0, allocations=0, copies=1)
+    predicted = bench.counts.predicted_seconds
+    assert predicted(counts, 10**9, 1e12, 1e-6) == pytest.approx(1e-3)
+    assert predicted(counts, 10, 1e12, 1e-6) == pytest.approx(3e-6)
+    # Bytes that were counted take the place of the least that is needed.
+    counted = dataclasses.replace(counts, bytes=2 * 10**9)
+    assert predicted(counted, 10**9, 1e12, 1e-6) == pytest.approx(2e-3)
+
+
+def test_profiler_events_are_told_apart(bench: Any) -> None:
+    cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    events = [
+        SimpleNamespace(name=name, device_type=kind)
+        for name, kind in (
+            ("update_kernel", cuda), ("Memcpy DtoD (Device -> Device)", cuda),
+            ("Memcpy DtoH (Device -> Pageable)", cuda), ("Memset (Device)", cuda),
+            ("cudaLaunchKernel", cpu), ("cudaStreamSynchronize", cpu),
+            ("cudaDeviceSynchronize", cpu), ("aten::add_", cpu),
+        )
+    ]  # fmt: skip
+    assert bench.counts.count_events(events) == {"launches": 1, "copies": 3, "host_syncs": 1}
+
+
+def test_a_source_of_counts_has_to_be_complete(bench: Any) -> None:
+    with pytest.raises(ValueError, match="allocations"):
+        bench.counts.Counts.of({"launches": 1, "host_syncs": 0, "copies": 0})
+    with pytest.raises(ValueError, match="MODULE:FUNCTION"):
+        bench.counts.source_named("module")
+
+
+# ---------------------------------------------------------------------------------- kernel facts
+
+
+def test_kernels_over_their_limits_are_found(bench: Any) -> None:
+    facts = bench.kernel_facts
+    limit = facts.Facts(40, 0, 0, 32, True, True)
+    limits = {"cuda sm_90 k": limit}
+
+    def problems(same: bool = True, **changed: Any) -> list[str]:
+        found: list[str] = facts.check(
+            {"cuda sm_90 k": dataclasses.replace(limit, **changed)}, limits, {"cuda": same}
+        )
+        return found
+
+    assert problems() == [] and problems(registers=38, shared=0) == []
+    assert problems(registers=41) and not problems(same=False, registers=41)
+    for changed in ({"stack": 8}, {"local": 1}, {"shared": 64}, {"wide_loads": False}):
+        assert problems(**changed) and problems(same=False, **changed)
+    (gone,) = facts.check({"cuda sm_90 other": limit}, {}, {"cuda": True})
+    assert "no limits" in gone
+    assert any("is gone" in p for p in facts.check({"cuda sm_90 other": limit}, limits, {}))
+    # What was not looked at is not missed.
+    assert facts.check({}, limits, {}) == []
+
+
+def test_limits_survive_their_file(bench: Any, tmp_path: Path) -> None:
+    found = {"triton sm_80 k[fp32]": bench.kernel_facts.Facts(40, 8, 2, 32, True, False)}
+    bench.kernel_facts.save({"triton": "3"}, found, tmp_path / "limits.json")
+    assert bench.kernel_facts.load(tmp_path / "limits.json") == ({"triton": "3"}, found)
+
+
+# -------------------------------------------------------------------------------------- overhead
+
+
+def test_both_libraries_train_the_same_average(bench: Any) -> None:
+    overhead = bench.bench_overhead
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 2))
+    batches = [(torch.randn(5, 3, 8, 8), torch.randint(2, (5,))) for _ in range(3)]
+    for every_step in (True, False):
+        trainers = []
+        for library in overhead.LIBRARIES.values():
+            trainer = overhead.Trainer(model, library, every_step, lambda: 0.0)
+            for _ in range(2):
+                trainer.epoch(batches, lambda: None)
+            assert int(trainer.averaged.n_averaged) == (6 if every_step else 2)
+            trainers.append(trainer)
+        theirs, ours = (trainer.averaged.module for trainer in trainers)
+        assert overhead.largest_difference(ours, theirs) < 1e-5
+        torch.testing.assert_close(ours[1].running_var, theirs[1].running_var)
+
+
+def test_overhead_is_relative_to_training_alone(bench: Any) -> None:
+    medians = {"forward/backward": 7.0, "optimiser": 1.0, "averaging": 0.4, "BN pass": 2.0}
+    assert bench.bench_overhead.overhead(medians) == pytest.approx(30)
