@@ -25,6 +25,13 @@
 #define SWA_FAST_AVX512 \
   __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")))
 #endif
+#if defined(__clang__)
+#define SWA_FAST_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__)
+#define SWA_FAST_UNROLL _Pragma("GCC unroll 8")
+#else
+#define SWA_FAST_UNROLL
+#endif
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -338,11 +345,12 @@ struct Layer {
 };
 
 // Where column i of `columns` is among pivots, sums and coefficients: in every whole block of
-// `interleaved` columns the even ones come first.
+// `interleaved` columns, a power of two, the even ones come first.
 inline int64_t place(int64_t i, int64_t columns, int64_t interleaved) {
-  if (interleaved == 1 || i >= columns - columns % interleaved) return i;
-  const int64_t within = i % interleaved;
-  return i - within + within % 2 * (interleaved / 2) + within / 2;
+  const int64_t mask = interleaved - 1;
+  if (mask == 0 || i >= (columns & ~mask)) return i;
+  const int64_t within = i & mask;
+  return i - within + (within & 1) * (interleaved / 2) + within / 2;
 }
 
 // Bytes that are fetched before their turn from rows of this many. From a cache, and in memory that
@@ -359,7 +367,8 @@ template <typename T>
 void collect_short_runs(const Input<T>& input, const Layer& layer, T* y) {
   using Math = statistics_t<T>;
   const Activations& shape = input.shape;
-  const int64_t order = SWA_FAST_CALL(interleaved<T>);
+  // With whole blocks in a channel their order does not matter.
+  const bool paired = shape.s % SWA_FAST_CALL(interleaved<T>) == 0;
   // Whole vectors, if possible.
   int64_t tile = std::max<int64_t>(1, kTileColumns / shape.s);
   if (tile > 4) tile -= tile % (tile > 16 ? 16 : 4);
@@ -374,29 +383,21 @@ void collect_short_runs(const Input<T>& input, const Layer& layer, T* y) {
       const int64_t columns = channels * shape.s;
       const T* const x = input.x + channel * shape.s;
       for (int64_t i = 0; i < channels; ++i) {
-        const double pivot = input.pivot(channel + i);
-        for (int64_t j = i * shape.s; j < (i + 1) * shape.s; ++j) {
-          pivots[place(j, columns, order)] = pivot;
-        }
+        std::fill_n(pivots.data() + i * shape.s, shape.s, input.pivot(channel + i));
       }
-      SWA_FAST_CALL(sum_columns, x, shape.n, columns, stride, ahead, pivots.data(), sums.data());
+      SWA_FAST_CALL(sum_columns, x, shape.n, columns, stride, ahead, paired, pivots.data(),
+                    sums.data());
       for (int64_t i = 0; i < channels; ++i) {
-        Sums total[4] = {};  // additions take longer than loads
-        for (int64_t j = 0; j < shape.s; ++j) {
-          const double* const column = sums.data() + place(i * shape.s + j, columns, order);
-          total[j % 4].add(Sums{column[0], column[columns]});
-        }
-        for (int k = 1; k < 4; ++k) total[0].add(total[k]);
-        const auto one = layer.finish<Math>(channel + i, shape, total[0], input.pivot(channel + i));
-        for (int64_t j = i * shape.s; y != nullptr && j < (i + 1) * shape.s; ++j) {
-          Math* const column = c.data() + place(j, columns, order);
-          column[0] = one.centre;
-          column[columns] = one.scale;
-          column[2 * columns] = one.offset;
-        }
+        const double* const first = sums.data() + i * shape.s;
+        const Sums total{SWA_FAST_CALL(sum_of, first, shape.s),
+                         SWA_FAST_CALL(sum_of, first + columns, shape.s)};
+        const auto one = layer.finish<Math>(channel + i, shape, total, pivots[i * shape.s]);
+        std::fill_n(c.data() + i * shape.s, shape.s, one.centre);
+        std::fill_n(c.data() + columns + i * shape.s, shape.s, one.scale);
+        std::fill_n(c.data() + 2 * columns + i * shape.s, shape.s, one.offset);
       }
       if (y != nullptr) {
-        SWA_FAST_CALL(normalise_columns, x, y + channel * shape.s, shape.n, columns, stride,
+        SWA_FAST_CALL(normalise_columns, x, y + channel * shape.s, shape.n, columns, stride, paired,
                       c.data(), layer.relu, layer.stream);
       }
     }
@@ -511,7 +512,7 @@ void collect_rows(const Input<T>& input, const Layer& layer, T* y) {
   torch::stable::parallel_for(0, blocks, grain, [&](int64_t from, int64_t to) {
     for (int64_t b = from; b < to; ++b) {
       SWA_FAST_CALL(sum_columns, input.x + b * block * columns, rows_of(b), columns, columns, ahead,
-                    pivots.data(), sums.data() + b * 2 * columns);
+                    true, pivots.data(), sums.data() + b * 2 * columns);
     }
   });
   std::vector<Math> c(3 * columns);
@@ -545,8 +546,8 @@ void collect_rows(const Input<T>& input, const Layer& layer, T* y) {
     // Backwards: what was read last may still be in a cache.
     for (int64_t b = to - 1; b >= from; --b) {
       const int64_t at = b * block * columns;
-      SWA_FAST_CALL(normalise_columns, input.x + at, y + at, rows_of(b), columns, columns, c.data(),
-                    layer.relu, layer.stream);
+      SWA_FAST_CALL(normalise_columns, input.x + at, y + at, rows_of(b), columns, columns, true,
+                    c.data(), layer.relu, layer.stream);
     }
     end_of_stream(layer.stream);
   });

@@ -255,10 +255,12 @@ SWA_FAST_TARGET inline void sum_panel(const T* x, int64_t rows, int64_t stride, 
   load(0, pivot);
   for (int64_t row = 1; row < first_rows; ++row) {
     load(row, value);
+    SWA_FAST_UNROLL
     for (int i = 0; i < kRegisters; ++i) pivot[i] = V::add(pivot[i], value[i]);
   }
   const Register share =
       V::broadcast(typename V::Scalar(1) / static_cast<typename V::Scalar>(first_rows));
+  SWA_FAST_UNROLL
   for (int i = 0; i < kRegisters; ++i) {
     pivot[i] = V::mul(pivot[i], share);
     s1[i] = s2[i] = V::broadcast(0);
@@ -266,6 +268,7 @@ SWA_FAST_TARGET inline void sum_panel(const T* x, int64_t rows, int64_t stride, 
   for (int64_t row = 0; row < rows; ++row) {
     load(row, value);
     for (int i = 0; i < kBlocks; ++i) prefetch(x + row * stride + i * B::kValues, ahead);
+    SWA_FAST_UNROLL
     for (int i = 0; i < kRegisters; ++i) {
       const Register d = V::sub(value[i], pivot[i]);
       s1[i] = V::add(s1[i], d);
@@ -273,7 +276,9 @@ SWA_FAST_TARGET inline void sum_panel(const T* x, int64_t rows, int64_t stride, 
     }
   }
   const auto k = D::broadcast(static_cast<double>(rows));
+  SWA_FAST_UNROLL
   for (int i = 0; i < kRegisters; ++i) {
+    SWA_FAST_UNROLL
     for (int part = 0; part < V::kParts; ++part) {
       const int64_t j = i * V::kCount + D::kCount * part;
       auto f = D::load(first + j), s = D::load(second + j);
@@ -285,19 +290,12 @@ SWA_FAST_TARGET inline void sum_panel(const T* x, int64_t rows, int64_t stride, 
   }
 }
 
-// The sums of every column of `rows` rows, `stride` elements apart: first sums of all columns, then
-// second ones, which are overwritten. Pivots and sums are in the order of place(). `ahead`: bytes
-// of the input that are fetched before their turn.
-template <typename T>
-SWA_FAST_TARGET void sum_columns(const T* x, int64_t rows, int64_t columns, int64_t stride,
-                                 int64_t ahead, const double* pivots, double* sums) {
-  using Math = statistics_t<T>;
-  using Wide = WideBlock<T>;
+template <typename Wide, typename T>
+SWA_FAST_TARGET inline void sum_column_blocks(const T* x, int64_t rows, int64_t columns,
+                                              int64_t stride, int64_t ahead, const double* pivots,
+                                              double* first, double* second) {
   using Narrow = Block<T, 1>;
-  constexpr int kBlocks = std::max(1, Vec<Math>::kPanel / Wide::kCount);
-  double* const first = sums;
-  double* const second = sums + columns;
-  std::fill(first, second + columns, 0.0);
+  constexpr int kBlocks = std::max(1, Wide::V::kPanel / Wide::kCount);
   for (int64_t group = 0; group < rows; group += kGroup) {
     const T* const at = x + group * stride;
     const int64_t now = std::min<int64_t>(kGroup, rows - group);
@@ -314,7 +312,24 @@ SWA_FAST_TARGET void sum_columns(const T* x, int64_t rows, int64_t columns, int6
       }
     }
   }
-  const int64_t full = columns - columns % Narrow::kValues;
+}
+
+// The sums of every column of `rows` rows, `stride` elements apart: first sums of all columns, then
+// second ones, which are overwritten. Pivots and sums are in the order of place() if `paired`.
+// `ahead`: bytes of the input that are fetched before their turn.
+template <typename T>
+SWA_FAST_TARGET void sum_columns(const T* x, int64_t rows, int64_t columns, int64_t stride,
+                                 int64_t ahead, bool paired, const double* pivots, double* sums) {
+  using Math = statistics_t<T>;
+  double* const first = sums;
+  double* const second = sums + columns;
+  std::fill(first, second + columns, 0.0);
+  if (paired) {
+    sum_column_blocks<WideBlock<T>>(x, rows, columns, stride, ahead, pivots, first, second);
+  } else {
+    sum_column_blocks<Block<T, 1>>(x, rows, columns, stride, ahead, pivots, first, second);
+  }
+  const int64_t full = columns - columns % Vec<Math>::kCount;
   for (int64_t row = 0; full < columns && row < rows; ++row) {
     for (int64_t i = full; i < columns; ++i) {
       const double d = static_cast<double>(static_cast<Math>(x[row * stride + i])) - pivots[i];
@@ -322,6 +337,22 @@ SWA_FAST_TARGET void sum_columns(const T* x, int64_t rows, int64_t columns, int6
       second[i] += d * d;
     }
   }
+}
+
+SWA_FAST_TARGET inline double sum_of(const double* x, int64_t count) {
+  using D = Vec<double>;
+  auto a = D::broadcast(0.0), b = a;
+  int64_t i = 0;
+  for (; i + 2 * D::kCount <= count; i += 2 * D::kCount) {
+    a = D::add(a, D::load(x + i));
+    b = D::add(b, D::load(x + i + D::kCount));
+  }
+  double lanes[D::kCount];
+  D::store(lanes, D::add(a, b));
+  double sum = 0.0;
+  for (int k = 0; k < D::kCount; ++k) sum += lanes[k];
+  for (; i < count; ++i) sum += x[i];
+  return sum;
 }
 
 // kBlocks neighbouring blocks of columns in every row.
@@ -345,11 +376,10 @@ SWA_FAST_TARGET inline void normalise_panel(const T* x, T* y, int64_t rows, int6
   }
 }
 
-template <bool kStream, typename T>
+template <typename Wide, bool kStream, typename T>
 SWA_FAST_TARGET inline void normalise_column_blocks(const T* x, T* y, int64_t rows, int64_t columns,
                                                     int64_t stride, const statistics_t<T>* c,
                                                     bool relu) {
-  using Wide = WideBlock<T>;
   using Narrow = Block<T, 1>;
   constexpr int kBlocks = std::max(1, Vec<statistics_t<T>>::kPanel / Wide::kCount);
   if (columns == kBlocks * Wide::kValues) {
@@ -376,18 +406,30 @@ SWA_FAST_TARGET inline void normalise_column_blocks(const T* x, T* y, int64_t ro
   }
 }
 
-// `c` holds the centres of all columns, then the scales, then the offsets, in the order of place().
+template <typename Wide, typename T>
+SWA_FAST_TARGET inline void normalise_columns_by(const T* x, T* y, int64_t rows, int64_t columns,
+                                                 int64_t stride, const statistics_t<T>* c,
+                                                 bool relu, bool stream) {
+  if (stream && can_stream(y) && can_stream(y + stride)) {
+    relu ? normalise_column_blocks<Wide, true>(x, y, rows, columns, stride, c, true)
+         : normalise_column_blocks<Wide, true>(x, y, rows, columns, stride, c, false);
+  } else {
+    relu ? normalise_column_blocks<Wide, false>(x, y, rows, columns, stride, c, true)
+         : normalise_column_blocks<Wide, false>(x, y, rows, columns, stride, c, false);
+  }
+}
+
+// `c` holds the centres of all columns, then the scales, then the offsets, in the order of place()
+// if `paired`.
 template <typename T>
 SWA_FAST_TARGET void normalise_columns(const T* x, T* y, int64_t rows, int64_t columns,
-                                       int64_t stride, const statistics_t<T>* c, bool relu,
-                                       bool stream) {
+                                       int64_t stride, bool paired, const statistics_t<T>* c,
+                                       bool relu, bool stream) {
   using Math = statistics_t<T>;
-  if (stream && can_stream(y) && can_stream(y + stride)) {
-    relu ? normalise_column_blocks<true>(x, y, rows, columns, stride, c, true)
-         : normalise_column_blocks<true>(x, y, rows, columns, stride, c, false);
+  if (paired) {
+    normalise_columns_by<WideBlock<T>>(x, y, rows, columns, stride, c, relu, stream);
   } else {
-    relu ? normalise_column_blocks<false>(x, y, rows, columns, stride, c, true)
-         : normalise_column_blocks<false>(x, y, rows, columns, stride, c, false);
+    normalise_columns_by<Block<T, 1>>(x, y, rows, columns, stride, c, relu, stream);
   }
   const int64_t full = columns - columns % Vec<Math>::kCount;
   for (int64_t row = 0; full < columns && row < rows; ++row) {
