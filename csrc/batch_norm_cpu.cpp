@@ -353,11 +353,13 @@ inline int64_t place(int64_t i, int64_t columns, int64_t interleaved) {
   return i - within + (within & 1) * (interleaved / 2) + within / 2;
 }
 
-// Bytes that are fetched before their turn from rows of this many. From a cache, and in memory that
-// is read in its order, the hardware is as fast.
-int64_t rows_ahead(const Layer& layer, int64_t row_bytes) {
-  constexpr int64_t kRowsAhead = 4;
-  return layer.stream ? kRowsAhead * row_bytes : 0;
+// Bytes that are fetched before their turn from rows `stride` elements apart, of which `columns`
+// are read. From a cache, and in memory that is read in its order, the hardware is as fast.
+template <typename T>
+int64_t rows_ahead(const Layer& layer, int64_t columns, int64_t stride) {
+  constexpr int64_t kRowsAhead = 8;
+  const bool in_order = columns == stride && columns <= kColumns;
+  return layer.stream && !in_order ? kRowsAhead * stride * static_cast<int64_t>(sizeof(T)) : 0;
 }
 
 // Contiguous, with many short runs: tiles of channels, each small enough for the second-level
@@ -373,7 +375,7 @@ void collect_short_runs(const Input<T>& input, const Layer& layer, T* y) {
   int64_t tile = std::max<int64_t>(1, kTileColumns / shape.s);
   if (tile > 4) tile -= tile % (tile > 16 ? 16 : 4);
   const int64_t stride = shape.c * shape.s;
-  const int64_t ahead = rows_ahead(layer, stride * static_cast<int64_t>(sizeof(T)));
+  const int64_t ahead = rows_ahead<T>(layer, tile * shape.s, stride);
   const int64_t grain = std::max<int64_t>(1, kGrain / (tile * shape.values()));
   torch::stable::parallel_for(0, ceil_div(shape.c, tile), grain, [&](int64_t from, int64_t to) {
     std::vector<double> pivots(tile * shape.s), sums(2 * tile * shape.s);
@@ -501,7 +503,7 @@ void collect_rows(const Input<T>& input, const Layer& layer, T* y) {
       std::max<int64_t>(kGroup, ceil_div(kBlockElements / columns, kGroup) * kGroup);
   const int64_t blocks = ceil_div(rows, block);
   const int64_t grain = std::max<int64_t>(1, kGrain / (block * columns));
-  const int64_t ahead = rows_ahead(layer, columns * static_cast<int64_t>(sizeof(T)));
+  const int64_t ahead = rows_ahead<T>(layer, columns, columns);
   const auto rows_of = [&](int64_t b) { return std::min(block, rows - b * block); };
 
   std::vector<double> pivots(columns);
@@ -515,15 +517,19 @@ void collect_rows(const Input<T>& input, const Layer& layer, T* y) {
                     true, pivots.data(), sums.data() + b * 2 * columns);
     }
   });
+  const int64_t sum_grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, blocks));
+  torch::stable::parallel_for(0, 2 * columns, sum_grain, [&](int64_t from, int64_t to) {
+    for (int64_t b = 1; b < blocks; ++b) {
+      for (int64_t i = from; i < to; ++i) sums[i] += sums[b * 2 * columns + i];
+    }
+  });
   std::vector<Math> c(3 * columns);
   torch::stable::parallel_for(0, channels, kChannelGrain, [&](int64_t from, int64_t to) {
     for (int64_t channel = from; channel < to; ++channel) {
       Sums total{0.0, 0.0};
       for (int64_t i = channel; i < columns; i += channels) {
         const double* const column = sums.data() + place(i, columns, order);
-        for (int64_t b = 0; b < blocks; ++b) {
-          total.add(Sums{column[b * 2 * columns], column[b * 2 * columns + columns]});
-        }
+        total.add(Sums{column[0], column[columns]});
       }
       const double pivot = pivots[place(channel, columns, order)];
       for (int64_t i = channel; i < rest_values; i += channels) {

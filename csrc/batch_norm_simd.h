@@ -382,24 +382,29 @@ SWA_FAST_TARGET inline void normalise_column_blocks(const T* x, T* y, int64_t ro
                                                     bool relu) {
   using Narrow = Block<T, 1>;
   constexpr int kBlocks = std::max(1, Vec<statistics_t<T>>::kPanel / Wide::kCount);
-  if (columns == kBlocks * Wide::kValues) {
-    return normalise_panel<Wide, kBlocks, kStream>(x, y, rows, columns, stride, c, relu);
-  }
-  // As many columns at a time as have their coefficients in the first-level cache. Memory is read
-  // and written in its order, which the hardware follows best.
-  constexpr int64_t kColumns = 1024;
-  for (int64_t begin = 0; begin < columns; begin += kColumns) {
-    const int64_t end = std::min(columns, begin + kColumns);
-    for (int64_t row = 0; row < rows; ++row) {
+  // Past the caches memory is read and written in its order, which is fastest there, and in pieces
+  // of as many columns as have their coefficients in the first-level cache. In a cache coefficients
+  // stay in registers.
+  constexpr int64_t kPiece = 1024;
+  const bool in_order = kStream && columns != kBlocks * Wide::kValues;
+  const int64_t at_once = in_order ? 1 : rows;
+  for (int64_t begin = 0; begin < columns; begin += kPiece) {
+    const int64_t end = std::min(columns, begin + kPiece);
+    for (int64_t row = 0; row < rows; row += at_once) {
       const T* const from = x + row * stride;
       T* const to = y + row * stride;
       int64_t i = begin;
+      for (; !in_order && i + kBlocks * Wide::kValues <= end; i += kBlocks * Wide::kValues) {
+        normalise_panel<Wide, kBlocks, kStream>(from + i, to + i, at_once, columns, stride, c + i,
+                                                relu);
+      }
       for (; i + Wide::kValues <= end; i += Wide::kValues) {
-        normalise_panel<Wide, 1, kStream>(from + i, to + i, 1, columns, stride, c + i, relu);
+        normalise_panel<Wide, 1, kStream>(from + i, to + i, at_once, columns, stride, c + i, relu);
       }
       if constexpr (Wide::kCount > 1) {
         for (; i + Narrow::kValues <= end; i += Narrow::kValues) {
-          normalise_panel<Narrow, 1, kStream>(from + i, to + i, 1, columns, stride, c + i, relu);
+          normalise_panel<Narrow, 1, kStream>(from + i, to + i, at_once, columns, stride, c + i,
+                                              relu);
         }
       }
     }
