@@ -173,7 +173,13 @@ def faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
-def measure(shape: tuple[int, ...], layout: str, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+def measure(
+    shape: tuple[int, ...],
+    layout: str,
+    dtype: torch.dtype,
+    rounds: int,
+    clock: Callable[[], float],
+) -> dict[str, Any]:
     """Microseconds, and page faults of a call, of every contender; medians."""
     arguments = make(shape, layout, dtype)
     calls = {name: CONTENDERS[name](*arguments) for name in TIMED}
@@ -181,9 +187,9 @@ def measure(shape: tuple[int, ...], layout: str, dtype: torch.dtype, rounds: int
     faulted: dict[str, list[int]] = {name: [] for name in TIMED}
     for number in range(rounds + 2):
         for name, call in calls.items():
-            before, start = faults(), time.perf_counter()
+            before, start = faults(), clock()
             result = call()
-            elapsed = time.perf_counter() - start
+            elapsed = clock() - start
             count = faults() - before
             del result
             if number >= 2:
@@ -210,10 +216,18 @@ def main() -> None:
         help="ratios of the fastest rounds, for a machine that has other work beside",
     )
     parser.add_argument("--threads", type=int, help="torch's default otherwise")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="with --threads 1: the thread's own time, whatever else the machine does",
+    )
     parser.add_argument("--json", help="file for the figures")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    if arguments.cpu_time and torch.get_num_threads() != 1:
+        parser.error("--cpu-time: expected --threads 1, for it is the time of one thread")
+    clock = time.thread_time if arguments.cpu_time else time.perf_counter
     which = "best us" if arguments.best else "us"
     figures: dict[str, Any] = {}
     print(f"{torch.get_num_threads()} threads, {arguments.pages} pages, {which} and page faults")
@@ -223,7 +237,7 @@ def main() -> None:
                 ratios, ours, theirs = [], [], []
                 for shape in SHAPES:
                     name = f"{dtype_name} {layout} {'x'.join(map(str, shape))}"
-                    row = figures[name] = measure(shape, layout, dtype, arguments.rounds)
+                    row = figures[name] = measure(shape, layout, dtype, arguments.rounds, clock)
                     us = row[which]
                     limit = us["read"] + us["copy"]
                     ratios.append(us["torch_layer"] / us["swa_fast"])

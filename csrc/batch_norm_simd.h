@@ -355,6 +355,29 @@ SWA_FAST_TARGET inline double sum_of(const double* x, int64_t count) {
   return sum;
 }
 
+// Columns from `begin` to `end` of kRows rows, which share the loads of a column's coefficients, as
+// far as there are whole blocks. Returns where they end.
+template <typename B, int64_t kRows, bool kStream, typename T>
+SWA_FAST_TARGET inline int64_t normalise_piece(const T* x, T* y, int64_t columns, int64_t stride,
+                                               const statistics_t<T>* c, int64_t begin, int64_t end,
+                                               bool relu) {
+  using V = typename B::V;
+  int64_t i = begin;
+  for (; i + B::kValues <= end; i += B::kValues) {
+    typename B::Register centre[B::kCount], scale[B::kCount], offset[B::kCount];
+    for (int r = 0; r < B::kCount; ++r) {
+      centre[r] = V::load(c + i + r * V::kCount);
+      scale[r] = V::load(c + columns + i + r * V::kCount);
+      offset[r] = V::load(c + 2 * columns + i + r * V::kCount);
+    }
+    for (int64_t u = 0; u < kRows; ++u) {
+      normalise_block<B, kStream>(x + u * stride + i, y + u * stride + i, centre, scale, offset,
+                                  relu);
+    }
+  }
+  return i;
+}
+
 // kBlocks neighbouring blocks of columns in every row.
 template <typename B, int kBlocks, bool kStream, typename T>
 SWA_FAST_TARGET inline void normalise_panel(const T* x, T* y, int64_t rows, int64_t columns,
@@ -382,32 +405,27 @@ SWA_FAST_TARGET inline void normalise_column_blocks(const T* x, T* y, int64_t ro
                                                     bool relu) {
   using Narrow = Block<T, 1>;
   constexpr int kBlocks = std::max(1, Vec<statistics_t<T>>::kPanel / Wide::kCount);
-  // Past the caches memory is read and written in its order, which is fastest there, and in pieces
-  // of as many columns as have their coefficients in the first-level cache. In a cache coefficients
-  // stay in registers.
+  if (columns == kBlocks * Wide::kValues) {
+    return normalise_panel<Wide, kBlocks, kStream>(x, y, rows, columns, stride, c, relu);
+  }
+  // Memory is read and written nearly in its order, which is fastest, in pieces of as many columns
+  // as have their coefficients in the first-level cache.
   constexpr int64_t kPiece = 1024;
-  const bool in_order = kStream && columns != kBlocks * Wide::kValues;
-  const int64_t at_once = in_order ? 1 : rows;
+  constexpr int64_t kRows = kStream ? 1 : 2;
   for (int64_t begin = 0; begin < columns; begin += kPiece) {
     const int64_t end = std::min(columns, begin + kPiece);
-    for (int64_t row = 0; row < rows; row += at_once) {
+    const auto some = [&](int64_t row, auto count) SWA_FAST_TARGET {
       const T* const from = x + row * stride;
       T* const to = y + row * stride;
-      int64_t i = begin;
-      for (; !in_order && i + kBlocks * Wide::kValues <= end; i += kBlocks * Wide::kValues) {
-        normalise_panel<Wide, kBlocks, kStream>(from + i, to + i, at_once, columns, stride, c + i,
-                                                relu);
-      }
-      for (; i + Wide::kValues <= end; i += Wide::kValues) {
-        normalise_panel<Wide, 1, kStream>(from + i, to + i, at_once, columns, stride, c + i, relu);
-      }
+      const int64_t i =
+          normalise_piece<Wide, count, kStream>(from, to, columns, stride, c, begin, end, relu);
       if constexpr (Wide::kCount > 1) {
-        for (; i + Narrow::kValues <= end; i += Narrow::kValues) {
-          normalise_panel<Narrow, 1, kStream>(from + i, to + i, at_once, columns, stride, c + i,
-                                              relu);
-        }
+        normalise_piece<Narrow, count, kStream>(from, to, columns, stride, c, i, end, relu);
       }
-    }
+    };
+    int64_t row = 0;
+    for (; row + kRows <= rows; row += kRows) some(row, std::integral_constant<int64_t, kRows>{});
+    for (; row < rows; ++row) some(row, std::integral_constant<int64_t, 1>{});
   }
 }
 
