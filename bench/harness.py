@@ -106,6 +106,9 @@ class Case:
     quick: bool = False  # part of the short run
     copies: float = 1.5  # model-sized tensors that a contender holds, for grouping
     modes: tuple[str, ...] = ("warm", "cold", "graph", "graph cold")
+    around: Callable[[], contextlib.AbstractContextManager[object]] = (
+        contextlib.nullcontext
+    )  # all rounds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -576,7 +579,8 @@ def main(suites: Sequence[Suite], description: str, arguments: Sequence[str] | N
             if options.list:
                 print(f"{kind}: {case.op}: {case.model}, {case.dtype}")
                 continue
-            rows = measure(case, settings)
+            with case.around():
+                rows = measure(case, settings)
             show(rows)
             wrong_ours += sum(r.side == OURS and r.status == "wrong" for r in rows)
             found += rows

@@ -11,9 +11,11 @@
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC 12 warns of its own AVX-512 intrinsics (its bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
 #include <algorithm>
+#include <numeric>
 
 #include "batch_norm.h"
 #include "blend_cpu.h"
@@ -22,6 +24,13 @@
 // As SWA_FAST_AVX2, see blend_cpu.h: chosen at run time.
 #define SWA_FAST_AVX512 \
   __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")))
+#endif
+#if defined(__clang__)
+#define SWA_FAST_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__)
+#define SWA_FAST_UNROLL _Pragma("GCC unroll 8")
+#else
+#define SWA_FAST_UNROLL
 #endif
 #ifdef __linux__
 #include <sys/mman.h>
@@ -33,6 +42,11 @@ namespace {
 constexpr int64_t kGrain = 32768;          // elements below which a second thread does not pay
 constexpr int64_t kBlockValues = 131072;   // of one channel: 512 KB of fp32, the second-level cache
 constexpr int64_t kBlockElements = 65536;  // of a block of rows, about
+constexpr int64_t kColumns = 128;          // that a row is made to have at least
+constexpr int64_t kTileColumns = 1024;     // of a sample's part of a tile of short runs, about
+constexpr int64_t kShortRun = 512;         // values
+constexpr int64_t kManySamples = 8;        // from which on a column's sum pays
+constexpr int64_t kChannelGrain = 256;     // channels below which a second thread does not pay
 constexpr int64_t kTileBytes = 4096;       // neighbouring channels are read in runs of a page
 constexpr int64_t kMaxTile = 16;
 
@@ -62,7 +76,9 @@ Math clamp(Math y, bool relu) {
 
 // Vec<Math>: a register of the arithmetic type, for each instruction set. load and store take all
 // four storage types; stream is a store past the caches to an aligned address; part(a, i) is the
-// i-th of the kParts pieces of a register, as Vec<double>.
+// i-th of the kParts pieces of a register, as Vec<double>; sums of kPanel registers, with their
+// pivots, stay in registers. Where kPair<T>, load_pair and store_pair take two registers' worth of
+// T, the even values in one and the odd ones in the other.
 
 namespace portable {
 #define SWA_FAST_TARGET
@@ -73,6 +89,9 @@ struct Vec {
   using Scalar = Math;
   static constexpr int kCount = 1;
   static constexpr int kParts = 1;
+  static constexpr int kPanel = 4;
+  template <typename T>
+  static constexpr bool kPair = false;
 
   template <typename T>
   static inline Register load(const T* p) {
@@ -111,6 +130,9 @@ template <>
 struct Vec<double> : Lanes<double> {
   using Scalar = double;
   static constexpr int kParts = 1;
+  static constexpr int kPanel = 4;
+  template <typename T>
+  static constexpr bool kPair = false;
 
   SWA_FAST_AVX2 static inline void stream(double* p, Register v) { _mm256_stream_pd(p, v); }
   SWA_FAST_AVX2 static inline Register add(Register a, Register b) { return _mm256_add_pd(a, b); }
@@ -130,6 +152,9 @@ template <>
 struct Vec<float> : Lanes<float> {
   using Scalar = float;
   static constexpr int kParts = 2;
+  static constexpr int kPanel = 4;
+  template <typename T>
+  static constexpr bool kPair = false;
 
   SWA_FAST_AVX2 static inline void stream(float* p, Register v) { _mm256_stream_ps(p, v); }
   template <typename Narrow>
@@ -168,6 +193,9 @@ struct Vec<double> {
   using Scalar = double;
   static constexpr int kCount = 8;
   static constexpr int kParts = 1;
+  static constexpr int kPanel = 8;
+  template <typename T>
+  static constexpr bool kPair = false;
 
   SWA_FAST_AVX512 static inline Register load(const double* p) { return _mm512_loadu_pd(p); }
   SWA_FAST_AVX512 static inline void store(double* p, Register v) { _mm512_storeu_pd(p, v); }
@@ -191,6 +219,9 @@ struct Vec<float> {
   using Scalar = float;
   static constexpr int kCount = 16;
   static constexpr int kParts = 2;
+  static constexpr int kPanel = 8;
+  template <typename T>
+  static constexpr bool kPair = std::is_same_v<T, BFloat16>;
 
   SWA_FAST_AVX512 static inline Register load(const float* p) { return _mm512_loadu_ps(p); }
   SWA_FAST_AVX512 static inline Register load(const BFloat16* p) {
@@ -216,6 +247,24 @@ struct Vec<float> {
   // The instruction takes subnormal numbers, below 2^-126, for zero.
   SWA_FAST_AVX512 static inline __m256i narrow(const BFloat16*, Register v) {
     return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v));
+  }
+  SWA_FAST_AVX512 static inline void load_pair(const BFloat16* p, Register& even, Register& odd) {
+    const __m512i both = _mm512_loadu_si512(p);
+    even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+    odd = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(-65536)));
+  }
+  template <bool kStream>
+  SWA_FAST_AVX512 static inline void store_pair(BFloat16* p, Register even, Register odd) {
+    alignas(64) static constexpr uint16_t kInterleave[32] = {
+        0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even));
+    const __m512i both = _mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), halves);
+    if constexpr (kStream) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(p), both);
+    } else {
+      _mm512_storeu_si512(p, both);
+    }
   }
   SWA_FAST_AVX512 static inline __m256i narrow(const Half*, Register v) {
     return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -295,6 +344,69 @@ struct Layer {
   }
 };
 
+// Where column i of `columns` is among pivots, sums and coefficients: in every whole block of
+// `interleaved` columns, a power of two, the even ones come first.
+inline int64_t place(int64_t i, int64_t columns, int64_t interleaved) {
+  const int64_t mask = interleaved - 1;
+  if (mask == 0 || i >= (columns & ~mask)) return i;
+  const int64_t within = i & mask;
+  return i - within + (within & 1) * (interleaved / 2) + within / 2;
+}
+
+// Bytes that are fetched before their turn from rows `stride` elements apart, of which `columns`
+// are read. From a cache, and in memory that is read in its order, the hardware is as fast.
+template <typename T>
+int64_t rows_ahead(const Layer& layer, int64_t columns, int64_t stride) {
+  constexpr int64_t kRowsAhead = 8;
+  const bool in_order = columns == stride && columns <= kColumns;
+  return layer.stream && !in_order ? kRowsAhead * stride * static_cast<int64_t>(sizeof(T)) : 0;
+}
+
+// Contiguous, with many short runs: tiles of channels, each small enough for the second-level
+// cache. A sample's part of a tile is one piece of memory, so tiles are what rows are in
+// collect_rows, and a run's length does not matter.
+template <typename T>
+void collect_short_runs(const Input<T>& input, const Layer& layer, T* y) {
+  using Math = statistics_t<T>;
+  const Activations& shape = input.shape;
+  // With whole blocks in a channel their order does not matter.
+  const bool paired = shape.s % SWA_FAST_CALL(interleaved<T>) == 0;
+  // Whole vectors, if possible.
+  int64_t tile = std::max<int64_t>(1, kTileColumns / shape.s);
+  if (tile > 4) tile -= tile % (tile > 16 ? 16 : 4);
+  const int64_t stride = shape.c * shape.s;
+  const int64_t ahead = rows_ahead<T>(layer, tile * shape.s, stride);
+  const int64_t grain = std::max<int64_t>(1, kGrain / (tile * shape.values()));
+  torch::stable::parallel_for(0, ceil_div(shape.c, tile), grain, [&](int64_t from, int64_t to) {
+    std::vector<double> pivots(tile * shape.s), sums(2 * tile * shape.s);
+    std::vector<Math> c(3 * tile * shape.s);
+    for (int64_t t = from; t < to; ++t) {
+      const int64_t channel = t * tile, channels = std::min(tile, shape.c - channel);
+      const int64_t columns = channels * shape.s;
+      const T* const x = input.x + channel * shape.s;
+      for (int64_t i = 0; i < channels; ++i) {
+        std::fill_n(pivots.data() + i * shape.s, shape.s, input.pivot(channel + i));
+      }
+      SWA_FAST_CALL(sum_columns, x, shape.n, columns, stride, ahead, paired, pivots.data(),
+                    sums.data());
+      for (int64_t i = 0; i < channels; ++i) {
+        const double* const first = sums.data() + i * shape.s;
+        const Sums total{SWA_FAST_CALL(sum_of, first, shape.s),
+                         SWA_FAST_CALL(sum_of, first + columns, shape.s)};
+        const auto one = layer.finish<Math>(channel + i, shape, total, pivots[i * shape.s]);
+        std::fill_n(c.data() + i * shape.s, shape.s, one.centre);
+        std::fill_n(c.data() + columns + i * shape.s, shape.s, one.scale);
+        std::fill_n(c.data() + 2 * columns + i * shape.s, shape.s, one.offset);
+      }
+      if (y != nullptr) {
+        SWA_FAST_CALL(normalise_columns, x, y + channel * shape.s, shape.n, columns, stride, paired,
+                      c.data(), layer.relu, layer.stream);
+      }
+    }
+    end_of_stream(layer.stream);
+  });
+}
+
 // Contiguous: tiles of channels times blocks of samples, or of parts of a sample. `y` may be null.
 template <typename T>
 void collect_contiguous(const Input<T>& input, const Layer& layer, T* y) {
@@ -306,6 +418,9 @@ void collect_contiguous(const Input<T>& input, const Layer& layer, T* y) {
   const int64_t parts = ceil_div(shape.s, kBlockValues);  // of a sample's run
   const int64_t samples = std::max<int64_t>(1, kBlockValues / shape.s);
   const int64_t blocks = ceil_div(shape.n, samples) * parts;
+  if (blocks == 1 && shape.s <= kShortRun && shape.n >= kManySamples) {
+    return collect_short_runs(input, layer, y);
+  }
 
   // Calls f(first sample, samples, first value of the run, values) for block `b`.
   const auto with_block = [&](int64_t b, const auto& f) {
@@ -370,45 +485,75 @@ void collect_contiguous(const Input<T>& input, const Layer& layer, T* y) {
 }
 
 // Channels-last: blocks of rows. `y` may be null.
+//
+// Where a row is short, several make one, so that a column is one of their channels; what is left
+// over is summed in fp64 value by value.
 template <typename T>
 void collect_rows(const Input<T>& input, const Layer& layer, T* y) {
   using Math = statistics_t<T>;
   const Activations& shape = input.shape;
-  const int64_t channels = shape.c, rows = shape.values();
+  const int64_t channels = shape.c;
+  const int64_t fold = channels < kColumns ? kColumns / std::gcd(channels, kColumns) : 1;
+  const int64_t columns = fold * channels, rows = shape.values() / fold;
+  const T* const rest = input.x + rows * columns;
+  const int64_t rest_values = shape.values() * channels - rows * columns;
+  const int64_t order = SWA_FAST_CALL(interleaved<T>);
   // Whole groups, and enough of them that a block's sums are small beside its input.
   const int64_t block =
-      std::max<int64_t>(kGroup, ceil_div(kBlockElements / channels, kGroup) * kGroup);
+      std::max<int64_t>(kGroup, ceil_div(kBlockElements / columns, kGroup) * kGroup);
   const int64_t blocks = ceil_div(rows, block);
-  const int64_t grain = std::max<int64_t>(1, kGrain / (block * channels));
+  const int64_t grain = std::max<int64_t>(1, kGrain / (block * columns));
+  const int64_t ahead = rows_ahead<T>(layer, columns, columns);
   const auto rows_of = [&](int64_t b) { return std::min(block, rows - b * block); };
 
-  std::vector<double> channel_pivots(channels);
-  for (int64_t i = 0; i < channels; ++i) channel_pivots[i] = input.pivot(i);
-  std::vector<double> sums(blocks * 2 * channels);
+  std::vector<double> pivots(columns);
+  for (int64_t i = 0; i < columns; ++i) {
+    pivots[place(i, columns, order)] = input.pivot(i % channels);
+  }
+  std::vector<double> sums(std::max<int64_t>(blocks, 1) * 2 * columns);
   torch::stable::parallel_for(0, blocks, grain, [&](int64_t from, int64_t to) {
     for (int64_t b = from; b < to; ++b) {
-      SWA_FAST_CALL(sum_rows, input.x + b * block * channels, rows_of(b), channels,
-                    channel_pivots.data(), sums.data() + b * 2 * channels);
+      SWA_FAST_CALL(sum_columns, input.x + b * block * columns, rows_of(b), columns, columns, ahead,
+                    true, pivots.data(), sums.data() + b * 2 * columns);
     }
   });
-  for (int64_t b = 1; b < blocks; ++b) {
-    for (int64_t i = 0; i < 2 * channels; ++i) sums[i] += sums[b * 2 * channels + i];
-  }
-  std::vector<Math> c(3 * channels);
-  for (int64_t i = 0; i < channels; ++i) {
-    const auto [centre, scale, offset] =
-        layer.finish<Math>(i, shape, {sums[i], sums[channels + i]}, channel_pivots[i]);
-    c[i] = centre;
-    c[channels + i] = scale;
-    c[2 * channels + i] = offset;
-  }
+  const int64_t sum_grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, blocks));
+  torch::stable::parallel_for(0, 2 * columns, sum_grain, [&](int64_t from, int64_t to) {
+    for (int64_t b = 1; b < blocks; ++b) {
+      for (int64_t i = from; i < to; ++i) sums[i] += sums[b * 2 * columns + i];
+    }
+  });
+  std::vector<Math> c(3 * columns);
+  torch::stable::parallel_for(0, channels, kChannelGrain, [&](int64_t from, int64_t to) {
+    for (int64_t channel = from; channel < to; ++channel) {
+      Sums total{0.0, 0.0};
+      for (int64_t i = channel; i < columns; i += channels) {
+        const double* const column = sums.data() + place(i, columns, order);
+        total.add(Sums{column[0], column[columns]});
+      }
+      const double pivot = pivots[place(channel, columns, order)];
+      for (int64_t i = channel; i < rest_values; i += channels) {
+        total.add(static_cast<double>(static_cast<Math>(rest[i])) - pivot);
+      }
+      const auto one = layer.finish<Math>(channel, shape, total, pivot);
+      for (int64_t i = channel; i < columns; i += channels) {
+        Math* const column = c.data() + place(i, columns, order);
+        column[0] = one.centre;
+        column[columns] = one.scale;
+        column[2 * columns] = one.offset;
+      }
+      for (int64_t i = channel; y != nullptr && i < rest_values; i += channels) {
+        SWA_FAST_CALL(normalise_run, rest + i, y + rows * columns + i, 1, one, layer.relu, false);
+      }
+    }
+  });
   if (y == nullptr) return;
   torch::stable::parallel_for(0, blocks, grain, [&](int64_t from, int64_t to) {
     // Backwards: what was read last may still be in a cache.
     for (int64_t b = to - 1; b >= from; --b) {
-      const int64_t at = b * block * channels;
-      SWA_FAST_CALL(normalise_rows, input.x + at, y + at, rows_of(b), channels, c.data(),
-                    layer.relu, layer.stream);
+      const int64_t at = b * block * columns;
+      SWA_FAST_CALL(normalise_columns, input.x + at, y + at, rows_of(b), columns, columns, true,
+                    c.data(), layer.relu, layer.stream);
     }
     end_of_stream(layer.stream);
   });

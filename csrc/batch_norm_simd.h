@@ -13,6 +13,44 @@ SWA_FAST_TARGET inline void add_groups(Vec<double>::Register q, Vec<double>::Reg
   second = D::add(second, D::fma(q, D::add(kq, D::add(s1, s1)), s2));
 }
 
+// kRegisters neighbouring registers of values. Two of bfloat16 hold the even and the odd ones of a
+// 64-byte vector, which is twice as fast to widen and to narrow as to do it in order.
+template <typename T, int kRegisters>
+struct Block {
+  using V = Vec<statistics_t<T>>;
+  using Register = typename V::Register;
+  static constexpr int kCount = kRegisters;
+  static constexpr int64_t kValues = int64_t{kRegisters} * V::kCount;
+
+  SWA_FAST_TARGET static inline void load(const T* p, Register* r) {
+    if constexpr (kRegisters == 2) {
+      V::load_pair(p, r[0], r[1]);
+    } else {
+      r[0] = V::load(p);
+    }
+  }
+  // kStream: past the caches, to an address that is a multiple of 64 bytes.
+  template <bool kStream>
+  SWA_FAST_TARGET static inline void write(T* p, const Register* r) {
+    if constexpr (kRegisters == 2) {
+      V::template store_pair<kStream>(p, r[0], r[1]);
+    } else if constexpr (kStream) {
+      V::stream(p, r[0]);
+    } else {
+      V::store(p, r[0]);
+    }
+  }
+};
+
+template <typename T>
+using WideBlock = Block<T, Vec<statistics_t<T>>::template kPair<T> ? 2 : 1>;
+
+// Values of a wide block if their order in registers is that of place() below, else 1.
+template <typename T>
+int64_t interleaved() {
+  return WideBlock<T>::kCount == 2 ? WideBlock<T>::kValues : 1;
+}
+
 // One value, rounded as in a vector.
 template <typename T>
 SWA_FAST_TARGET inline T normalise_one(T x, const Coefficients<statistics_t<T>>& c, bool relu) {
@@ -88,9 +126,12 @@ class ChannelSums {
     const Register pivot = pivot_;
     int64_t i = 0;
     for (; i + 4 <= vectors; i += 4) {
+      Register value[4];
+      for (int u = 0; u < 4; u += WideBlock<T>::kCount) {
+        WideBlock<T>::load(x + (i + u) * V::kCount, value + u);
+      }
       for (int u = 0; u < 4; ++u) {
-        prefetch(x + (i + u) * V::kCount, kAhead);
-        const Register d = V::sub(V::load(x + (i + u) * V::kCount), pivot);
+        const Register d = V::sub(value[u], pivot);
         a[u] = V::add(a[u], d);
         b[u] = V::fma(d, d, b[u]);
       }
@@ -141,184 +182,284 @@ SWA_FAST_TARGET void sum_tile(const Input<T>& input, int64_t channel, int64_t ch
   for (int64_t i = 0; i < channels; ++i) sums[i] = tile[i].finish();
 }
 
-// kStream: past the caches, for vectors at multiples of their size.
-template <bool kStream, typename T>
-SWA_FAST_TARGET inline void write(T* y, typename Vec<statistics_t<T>>::Register value) {
-  if constexpr (kStream) {
-    Vec<statistics_t<T>>::stream(y, value);
-  } else {
-    Vec<statistics_t<T>>::store(y, value);
-  }
-}
-
 template <typename T>
 bool can_stream(const T* y) {
-  return reinterpret_cast<uintptr_t>(y) % (Vec<statistics_t<T>>::kCount * sizeof(T)) == 0;
+  return reinterpret_cast<uintptr_t>(y) % 64 == 0;
 }
 
-template <bool kStream, typename T>
-SWA_FAST_TARGET void normalise_vectors(const T* x, T* y, int64_t vectors,
-                                       const Coefficients<statistics_t<T>>& c, bool relu) {
-  using V = Vec<statistics_t<T>>;
-  const auto centre = V::broadcast(c.centre), scale = V::broadcast(c.scale),
-             offset = V::broadcast(c.offset);
-  for (int64_t i = 0; i < vectors * V::kCount; i += V::kCount) {
-    prefetch(x + i, kAhead);
-    const auto value = V::fma(V::sub(V::load(x + i), centre), scale, offset);
-    write<kStream>(y + i, relu ? V::relu(value) : value);
+template <typename B, bool kStream, typename T>
+SWA_FAST_TARGET inline void normalise_block(const T* x, T* y, const typename B::Register* centre,
+                                            const typename B::Register* scale,
+                                            const typename B::Register* offset, bool relu) {
+  using V = typename B::V;
+  typename B::Register value[B::kCount];
+  B::load(x, value);
+  for (int r = 0; r < B::kCount; ++r) {
+    value[r] = V::fma(V::sub(value[r], centre[r]), scale[r], offset[r]);
+    if (relu) value[r] = V::relu(value[r]);
+  }
+  B::template write<kStream>(y, value);
+}
+
+template <typename B, bool kStream, typename T>
+SWA_FAST_TARGET inline void normalise_blocks(const T* x, T* y, int64_t count,
+                                             const Coefficients<statistics_t<T>>& c, bool relu) {
+  using V = typename B::V;
+  typename B::Register centre[B::kCount], scale[B::kCount], offset[B::kCount];
+  for (int r = 0; r < B::kCount; ++r) {
+    centre[r] = V::broadcast(c.centre);
+    scale[r] = V::broadcast(c.scale);
+    offset[r] = V::broadcast(c.offset);
+  }
+  for (int64_t i = 0; i + B::kValues <= count; i += B::kValues) {
+    normalise_block<B, kStream>(x + i, y + i, centre, scale, offset, relu);
   }
 }
 
 template <typename T>
 SWA_FAST_TARGET void normalise_run(const T* x, T* y, int64_t count,
                                    const Coefficients<statistics_t<T>>& c, bool relu, bool stream) {
-  const int64_t vectors = count / Vec<statistics_t<T>>::kCount;
+  using Wide = WideBlock<T>;
+  using Narrow = Block<T, 1>;
   if (stream && can_stream(y)) {
-    normalise_vectors<true>(x, y, vectors, c, relu);
+    relu ? normalise_blocks<Wide, true>(x, y, count, c, true)
+         : normalise_blocks<Wide, true>(x, y, count, c, false);
   } else {
-    normalise_vectors<false>(x, y, vectors, c, relu);
+    relu ? normalise_blocks<Wide, false>(x, y, count, c, true)
+         : normalise_blocks<Wide, false>(x, y, count, c, false);
   }
-  for (int64_t i = vectors * Vec<statistics_t<T>>::kCount; i < count; ++i) {
-    y[i] = normalise_one(x[i], c, relu);
+  int64_t i = count - count % Wide::kValues;
+  if constexpr (Wide::kCount > 1) {
+    normalise_blocks<Narrow, false>(x + i, y + i, count - i, c, relu);
+    i = count - count % Narrow::kValues;
   }
+  for (; i < count; ++i) y[i] = normalise_one(x[i], c, relu);
 }
 
-// Adds to first and second of every whole vector of columns. Eight rows at a time share one load
-// and store of a column's sums, which live in the first-level cache; `work` holds 3 * channels.
-template <typename T>
-SWA_FAST_TARGET void sum_row_vectors(const T* x, int64_t rows, int64_t channels,
-                                     const double* channel_pivots, statistics_t<T>* work,
-                                     double* first, double* second) {
-  using V = Vec<statistics_t<T>>;
+// Adds one group, the first `rows` rows, to the sums of kBlocks neighbouring blocks of columns.
+template <typename B, int kBlocks, typename T>
+SWA_FAST_TARGET inline void sum_panel(const T* x, int64_t rows, int64_t stride, int64_t ahead,
+                                      const double* pivots, double* first, double* second) {
+  using V = typename B::V;
   using D = Vec<double>;
-  using Register = typename V::Register;
-  constexpr int64_t kRows = 8;
-  static_assert(kGroup % kRows == 0 && kPivot <= kRows);
-  const int64_t full = channels - channels % V::kCount;
-  const int64_t ahead = kRows * channels * static_cast<int64_t>(sizeof(T));
-  auto* const pivots = work;
-  auto* const s1 = pivots + channels;
-  auto* const s2 = s1 + channels;
-  for (int64_t group = 0; group < rows; group += kGroup) {
-    const int64_t in_group = std::min<int64_t>(kGroup, rows - group);
-    for (int64_t row = 0; row < in_group; row += kRows) {
-      const T* const at = x + (group + row) * channels;
-      const int64_t now = std::min(kRows, in_group - row);
-      for (int64_t i = 0; i < full; i += V::kCount) {
-        const Register zero = V::broadcast(0);
-        // Two chains each, because additions take longer than loads.
-        Register pivot, a[2] = {zero, zero}, b[2] = {zero, zero};
-        if (row == 0) {
-          pivot = mean_of_rows<V>(at + i, std::min<int64_t>(in_group, kPivot), channels);
-          V::store(pivots + i, pivot);
-        } else {
-          pivot = V::load(pivots + i);
-          a[0] = V::load(s1 + i);
-          b[0] = V::load(s2 + i);
-        }
-        if (now == kRows) {
-          for (int64_t u = 0; u < kRows; ++u) {
-            prefetch(at + u * channels + i, ahead);
-            const Register d = V::sub(V::load(at + u * channels + i), pivot);
-            a[u % 2] = V::add(a[u % 2], d);
-            b[u % 2] = V::fma(d, d, b[u % 2]);
-          }
-        } else {
-          for (int64_t u = 0; u < now; ++u) {
-            const Register d = V::sub(V::load(at + u * channels + i), pivot);
-            a[0] = V::add(a[0], d);
-            b[0] = V::fma(d, d, b[0]);
-          }
-        }
-        V::store(s1 + i, V::add(a[0], a[1]));
-        V::store(s2 + i, V::add(b[0], b[1]));
-      }
+  using Register = typename B::Register;
+  constexpr int kRegisters = kBlocks * B::kCount;
+  Register pivot[kRegisters], s1[kRegisters], s2[kRegisters], value[kRegisters];
+  const auto load = [&](int64_t row, Register* to) SWA_FAST_TARGET {
+    for (int i = 0; i < kBlocks; ++i)
+      B::load(x + row * stride + i * B::kValues, to + i * B::kCount);
+  };
+  // An eighth of the group, or a little more: see batch_norm.h.
+  int64_t first_rows = 1;
+  while (first_rows * (kGroup / kPivot) < rows) first_rows *= 2;
+  load(0, pivot);
+  for (int64_t row = 1; row < first_rows; ++row) {
+    load(row, value);
+    SWA_FAST_UNROLL
+    for (int i = 0; i < kRegisters; ++i) pivot[i] = V::add(pivot[i], value[i]);
+  }
+  const Register share =
+      V::broadcast(typename V::Scalar(1) / static_cast<typename V::Scalar>(first_rows));
+  SWA_FAST_UNROLL
+  for (int i = 0; i < kRegisters; ++i) {
+    pivot[i] = V::mul(pivot[i], share);
+    s1[i] = s2[i] = V::broadcast(0);
+  }
+  for (int64_t row = 0; row < rows; ++row) {
+    load(row, value);
+    for (int i = 0; i < kBlocks; ++i) prefetch(x + row * stride + i * B::kValues, ahead);
+    SWA_FAST_UNROLL
+    for (int i = 0; i < kRegisters; ++i) {
+      const Register d = V::sub(value[i], pivot[i]);
+      s1[i] = V::add(s1[i], d);
+      s2[i] = V::fma(d, d, s2[i]);
     }
-    const auto k = D::broadcast(static_cast<double>(in_group));
-    for (int64_t i = 0; i < full; i += V::kCount) {
-      const Register pivot = V::load(pivots + i), a = V::load(s1 + i), b = V::load(s2 + i);
-      for (int part = 0; part < V::kParts; ++part) {
-        const int64_t j = i + D::kCount * part;
-        auto f = D::load(first + j), s = D::load(second + j);
-        add_groups(D::sub(V::part(pivot, part), D::load(channel_pivots + j)), k, V::part(a, part),
-                   V::part(b, part), f, s);
-        D::store(first + j, f);
-        D::store(second + j, s);
+  }
+  const auto k = D::broadcast(static_cast<double>(rows));
+  SWA_FAST_UNROLL
+  for (int i = 0; i < kRegisters; ++i) {
+    SWA_FAST_UNROLL
+    for (int part = 0; part < V::kParts; ++part) {
+      const int64_t j = i * V::kCount + D::kCount * part;
+      auto f = D::load(first + j), s = D::load(second + j);
+      add_groups(D::sub(V::part(pivot[i], part), D::load(pivots + j)), k, V::part(s1[i], part),
+                 V::part(s2[i], part), f, s);
+      D::store(first + j, f);
+      D::store(second + j, s);
+    }
+  }
+}
+
+template <typename Wide, typename T>
+SWA_FAST_TARGET inline void sum_column_blocks(const T* x, int64_t rows, int64_t columns,
+                                              int64_t stride, int64_t ahead, const double* pivots,
+                                              double* first, double* second) {
+  using Narrow = Block<T, 1>;
+  constexpr int kBlocks = std::max(1, Wide::V::kPanel / Wide::kCount);
+  for (int64_t group = 0; group < rows; group += kGroup) {
+    const T* const at = x + group * stride;
+    const int64_t now = std::min<int64_t>(kGroup, rows - group);
+    int64_t i = 0;
+    for (; i + kBlocks * Wide::kValues <= columns; i += kBlocks * Wide::kValues) {
+      sum_panel<Wide, kBlocks>(at + i, now, stride, ahead, pivots + i, first + i, second + i);
+    }
+    for (; i + Wide::kValues <= columns; i += Wide::kValues) {
+      sum_panel<Wide, 1>(at + i, now, stride, ahead, pivots + i, first + i, second + i);
+    }
+    if constexpr (Wide::kCount > 1) {
+      for (; i + Narrow::kValues <= columns; i += Narrow::kValues) {
+        sum_panel<Narrow, 1>(at + i, now, stride, ahead, pivots + i, first + i, second + i);
       }
     }
   }
 }
 
-// The sums of every column of `rows` rows: first sums of all channels, then second ones, which are
-// overwritten.
+// The sums of every column of `rows` rows, `stride` elements apart: first sums of all columns, then
+// second ones, which are overwritten. Pivots and sums are in the order of place() if `paired`.
+// `ahead`: bytes of the input that are fetched before their turn.
 template <typename T>
-SWA_FAST_TARGET void sum_rows(const T* x, int64_t rows, int64_t channels,
-                              const double* channel_pivots, double* sums) {
+SWA_FAST_TARGET void sum_columns(const T* x, int64_t rows, int64_t columns, int64_t stride,
+                                 int64_t ahead, bool paired, const double* pivots, double* sums) {
   using Math = statistics_t<T>;
   double* const first = sums;
-  double* const second = sums + channels;
-  std::fill(first, second + channels, 0.0);
-  std::vector<Math> work(3 * channels);
-  sum_row_vectors(x, rows, channels, channel_pivots, work.data(), first, second);
-  const int64_t full = channels - channels % Vec<Math>::kCount;
-  for (int64_t row = 0; full < channels && row < rows; ++row) {
-    for (int64_t i = full; i < channels; ++i) {
-      const double d =
-          static_cast<double>(static_cast<Math>(x[row * channels + i])) - channel_pivots[i];
+  double* const second = sums + columns;
+  std::fill(first, second + columns, 0.0);
+  if (paired) {
+    sum_column_blocks<WideBlock<T>>(x, rows, columns, stride, ahead, pivots, first, second);
+  } else {
+    sum_column_blocks<Block<T, 1>>(x, rows, columns, stride, ahead, pivots, first, second);
+  }
+  const int64_t full = columns - columns % Vec<Math>::kCount;
+  for (int64_t row = 0; full < columns && row < rows; ++row) {
+    for (int64_t i = full; i < columns; ++i) {
+      const double d = static_cast<double>(static_cast<Math>(x[row * stride + i])) - pivots[i];
       first[i] += d;
       second[i] += d * d;
     }
   }
 }
 
-// kRows rows at a time share the loads of a column's coefficients.
-template <int64_t kRows, bool kStream, typename T>
-SWA_FAST_TARGET void normalise_row_vectors(const T* x, T* y, int64_t rows, int64_t channels,
-                                           const statistics_t<T>* c, bool relu) {
-  using V = Vec<statistics_t<T>>;
-  const int64_t full = channels - channels % V::kCount;
-  const int64_t ahead = kRows == 1 ? kAhead : kRows * channels * static_cast<int64_t>(sizeof(T));
-  for (int64_t row = 0; row < rows; row += kRows) {
-    const int64_t now = std::min(kRows, rows - row);
-    const T* const from = x + row * channels;
-    T* const to = y + row * channels;
-    for (int64_t i = 0; i < full; i += V::kCount) {
-      const auto centre = V::load(c + i), scale = V::load(c + channels + i),
-                 offset = V::load(c + 2 * channels + i);
-      const auto one = [&](int64_t u) SWA_FAST_TARGET {
-        prefetch(from + u * channels + i, ahead);
-        const auto value = V::fma(V::sub(V::load(from + u * channels + i), centre), scale, offset);
-        write<kStream>(to + u * channels + i, relu ? V::relu(value) : value);
-      };
-      if (now == kRows) {
-        for (int64_t u = 0; u < kRows; ++u) one(u);
-      } else {
-        for (int64_t u = 0; u < now; ++u) one(u);
-      }
+SWA_FAST_TARGET inline double sum_of(const double* x, int64_t count) {
+  using D = Vec<double>;
+  auto a = D::broadcast(0.0), b = a;
+  int64_t i = 0;
+  for (; i + 2 * D::kCount <= count; i += 2 * D::kCount) {
+    a = D::add(a, D::load(x + i));
+    b = D::add(b, D::load(x + i + D::kCount));
+  }
+  double lanes[D::kCount];
+  D::store(lanes, D::add(a, b));
+  double sum = 0.0;
+  for (int k = 0; k < D::kCount; ++k) sum += lanes[k];
+  for (; i < count; ++i) sum += x[i];
+  return sum;
+}
+
+// Columns from `begin` to `end` of kRows rows, which share the loads of a column's coefficients, as
+// far as there are whole blocks. Returns where they end.
+template <typename B, int64_t kRows, bool kStream, typename T>
+SWA_FAST_TARGET inline int64_t normalise_piece(const T* x, T* y, int64_t columns, int64_t stride,
+                                               const statistics_t<T>* c, int64_t begin, int64_t end,
+                                               bool relu) {
+  using V = typename B::V;
+  int64_t i = begin;
+  for (; i + B::kValues <= end; i += B::kValues) {
+    typename B::Register centre[B::kCount], scale[B::kCount], offset[B::kCount];
+    for (int r = 0; r < B::kCount; ++r) {
+      centre[r] = V::load(c + i + r * V::kCount);
+      scale[r] = V::load(c + columns + i + r * V::kCount);
+      offset[r] = V::load(c + 2 * columns + i + r * V::kCount);
+    }
+    for (int64_t u = 0; u < kRows; ++u) {
+      normalise_block<B, kStream>(x + u * stride + i, y + u * stride + i, centre, scale, offset,
+                                  relu);
+    }
+  }
+  return i;
+}
+
+// kBlocks neighbouring blocks of columns in every row.
+template <typename B, int kBlocks, bool kStream, typename T>
+SWA_FAST_TARGET inline void normalise_panel(const T* x, T* y, int64_t rows, int64_t columns,
+                                            int64_t stride, const statistics_t<T>* c, bool relu) {
+  using V = typename B::V;
+  constexpr int kRegisters = kBlocks * B::kCount;
+  typename B::Register centre[kRegisters], scale[kRegisters], offset[kRegisters];
+  for (int r = 0; r < kRegisters; ++r) {
+    centre[r] = V::load(c + r * V::kCount);
+    scale[r] = V::load(c + columns + r * V::kCount);
+    offset[r] = V::load(c + 2 * columns + r * V::kCount);
+  }
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int i = 0; i < kBlocks; ++i) {
+      const int64_t at = row * stride + i * B::kValues;
+      normalise_block<B, kStream>(x + at, y + at, centre + i * B::kCount, scale + i * B::kCount,
+                                  offset + i * B::kCount, relu);
     }
   }
 }
 
-// `c` holds the centres of all channels, then the scales, then the offsets.
-template <typename T>
-SWA_FAST_TARGET void normalise_rows(const T* x, T* y, int64_t rows, int64_t channels,
-                                    const statistics_t<T>* c, bool relu, bool stream) {
-  using Math = statistics_t<T>;
-  const int64_t full = channels - channels % Vec<Math>::kCount;
-  stream = stream && can_stream(y) && can_stream(y + channels);
-  // A long row is a stream of its own, which the hardware follows better than several.
-  if (channels * static_cast<int64_t>(sizeof(T)) >= kAhead) {
-    stream ? normalise_row_vectors<1, true>(x, y, rows, channels, c, relu)
-           : normalise_row_vectors<1, false>(x, y, rows, channels, c, relu);
-  } else {
-    stream ? normalise_row_vectors<4, true>(x, y, rows, channels, c, relu)
-           : normalise_row_vectors<4, false>(x, y, rows, channels, c, relu);
+template <typename Wide, bool kStream, typename T>
+SWA_FAST_TARGET inline void normalise_column_blocks(const T* x, T* y, int64_t rows, int64_t columns,
+                                                    int64_t stride, const statistics_t<T>* c,
+                                                    bool relu) {
+  using Narrow = Block<T, 1>;
+  constexpr int kBlocks = std::max(1, Vec<statistics_t<T>>::kPanel / Wide::kCount);
+  if (columns == kBlocks * Wide::kValues) {
+    return normalise_panel<Wide, kBlocks, kStream>(x, y, rows, columns, stride, c, relu);
   }
-  for (int64_t row = 0; full < channels && row < rows; ++row) {
-    for (int64_t i = full; i < channels; ++i) {
-      const int64_t at = row * channels + i;
-      y[at] = normalise_one(x[at], Coefficients<Math>{c[i], c[channels + i], c[2 * channels + i]},
-                            relu);
+  // Memory is read and written nearly in its order, which is fastest, in pieces of as many columns
+  // as have their coefficients in the first-level cache.
+  constexpr int64_t kPiece = 1024;
+  constexpr int64_t kRows = kStream ? 1 : 2;
+  for (int64_t begin = 0; begin < columns; begin += kPiece) {
+    const int64_t end = std::min(columns, begin + kPiece);
+    const auto some = [&](int64_t row, auto count) SWA_FAST_TARGET {
+      const T* const from = x + row * stride;
+      T* const to = y + row * stride;
+      const int64_t i =
+          normalise_piece<Wide, count, kStream>(from, to, columns, stride, c, begin, end, relu);
+      if constexpr (Wide::kCount > 1) {
+        normalise_piece<Narrow, count, kStream>(from, to, columns, stride, c, i, end, relu);
+      }
+    };
+    int64_t row = 0;
+    for (; row + kRows <= rows; row += kRows) some(row, std::integral_constant<int64_t, kRows>{});
+    for (; row < rows; ++row) some(row, std::integral_constant<int64_t, 1>{});
+  }
+}
+
+template <typename Wide, typename T>
+SWA_FAST_TARGET inline void normalise_columns_by(const T* x, T* y, int64_t rows, int64_t columns,
+                                                 int64_t stride, const statistics_t<T>* c,
+                                                 bool relu, bool stream) {
+  if (stream && can_stream(y) && can_stream(y + stride)) {
+    relu ? normalise_column_blocks<Wide, true>(x, y, rows, columns, stride, c, true)
+         : normalise_column_blocks<Wide, true>(x, y, rows, columns, stride, c, false);
+  } else {
+    relu ? normalise_column_blocks<Wide, false>(x, y, rows, columns, stride, c, true)
+         : normalise_column_blocks<Wide, false>(x, y, rows, columns, stride, c, false);
+  }
+}
+
+// `c` holds the centres of all columns, then the scales, then the offsets, in the order of place()
+// if `paired`.
+template <typename T>
+SWA_FAST_TARGET void normalise_columns(const T* x, T* y, int64_t rows, int64_t columns,
+                                       int64_t stride, bool paired, const statistics_t<T>* c,
+                                       bool relu, bool stream) {
+  using Math = statistics_t<T>;
+  if (paired) {
+    normalise_columns_by<WideBlock<T>>(x, y, rows, columns, stride, c, relu, stream);
+  } else {
+    normalise_columns_by<Block<T, 1>>(x, y, rows, columns, stride, c, relu, stream);
+  }
+  const int64_t full = columns - columns % Vec<Math>::kCount;
+  for (int64_t row = 0; full < columns && row < rows; ++row) {
+    for (int64_t i = full; i < columns; ++i) {
+      const int64_t at = row * stride + i;
+      y[at] =
+          normalise_one(x[at], Coefficients<Math>{c[i], c[columns + i], c[2 * columns + i]}, relu);
     }
   }
 }

@@ -914,9 +914,18 @@ def _kept_memory(on: bool) -> Iterator[None]:
     Otherwise each activation is a fresh mapping, and clearing its pages takes as long as computing
     it: half of the time of a PreResNet-164. The memory is returned at the end. Environment
     variables by which the user sets malloc are respected.
+
+    The setting is the process's: mallopt has no narrower one, most of the memory is that of torch's
+    own operators, and what was set before cannot be asked for. ``SWA_FAST_KEEP_MEMORY=0`` leaves
+    malloc alone.
     """
-    chosen = any(name.startswith("MALLOC_") for name in os.environ) or (
-        "malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    keep = os.environ.get("SWA_FAST_KEEP_MEMORY", "1")
+    if keep not in ("0", "1"):
+        raise ValueError(f"SWA_FAST_KEEP_MEMORY: expected 0 or 1, found {keep!r}")
+    chosen = (
+        keep == "0"
+        or any(name.startswith("MALLOC_") for name in os.environ)
+        or ("malloc" in os.environ.get("GLIBC_TUNABLES", ""))
     )
     if not on or chosen or platform.libc_ver()[0] != "glibc":
         yield
@@ -1241,9 +1250,10 @@ def update_bn(
     memory format, which is faster, unless the model cannot bear it (or ``channels_last=False``;
     random masks such as dropout's are then drawn in another order). With glibc, malloc keeps large
     blocks for the time of the pass instead of returning them to the system, because clearing fresh
-    pages takes as long as the computation; a process that sets malloc by environment variables is
-    left alone. Most of a pass over a large data set is spent on precision that nobody needs: see
-    ``tolerance``.
+    pages takes as long as the computation; the setting is the whole process's, and afterwards it is
+    what glibc arrives at by itself in a process that works with large tensors. A process that sets
+    malloc by environment variables, or ``SWA_FAST_KEEP_MEMORY=0``, is left alone. Most of a pass
+    over a large data set is spent on precision that nobody needs: see ``tolerance``.
 
     **Modes.** A model in eval mode is put into training mode. A model in training mode is left as
     it is, submodules in eval mode included. BatchNorm layers that are in eval mode then are frozen:

@@ -749,7 +749,7 @@ class Libc:
 def test_malloc_keeps_memory_for_the_time_of_the_pass(
     loader: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES"):
+    for name in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES", "SWA_FAST_KEEP_MEMORY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(batch_norm.platform, "libc_ver", lambda: ("glibc", "2.36"))
     libc = Libc()
@@ -772,6 +772,13 @@ def test_malloc_keeps_memory_for_the_time_of_the_pass(
     monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
     swa_fast.update_bn([COLUMNS], model)
     assert len(libc.calls) == 5
+    monkeypatch.delenv("MALLOC_ARENA_MAX")
+    monkeypatch.setenv("SWA_FAST_KEEP_MEMORY", "0")
+    swa_fast.update_bn([COLUMNS], model)
+    assert len(libc.calls) == 5
+    monkeypatch.setenv("SWA_FAST_KEEP_MEMORY", "no")
+    with pytest.raises(ValueError, match="expected 0 or 1"):
+        swa_fast.update_bn([COLUMNS], model)
 
 
 # -------------------------------------------------------------------------- how much of the loader
