@@ -2,7 +2,7 @@
 
     python bench/bench_batch_norm.py
 
-``torch_layer`` is aten::native_batch_norm, and ``torch_var_mean`` reads the input for the statistics
+``torch_layer`` is aten::native_batch_norm, and ``torch_var_mean`` reads the input for statistics
 alone. A layer has to read for the statistics, and to read and write for the output: ``read_copy``,
 a sum and a copy of as many bytes, is what the machine allows where no cache holds the input, and
 ``read`` the same for the statistics. Every contender's result is checked before it is timed.
