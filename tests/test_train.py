@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -557,6 +558,24 @@ def test_checkpoints_within_an_epoch(
     assert_same_runs(tmp_path, finished)
 
 
+def test_checkpoints_within_an_epoch_know_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A killed run's record holds what the epoch took before the kill, too."""
+    with monkeypatch.context() as patch:
+        kill_after(2, patch)
+        argv = [*arguments(tmp_path, methods="sgd", epochs=1), "--checkpoint-minutes", "0"]
+        assert cli.main(argv) == 130
+    path = newest(tmp_path, "sgd")
+    content = load(path)
+    assert content["step"] == 1 and content["seconds"]["forward_backward"] > 0
+    content["seconds"]["forward_backward"] = 1000.0
+    torch.save(content, path)
+    assert cli.main(["train", "--resume", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert 1000 < results["records"][0]["seconds"]["forward_backward"] < 2000
+
+
 def test_dropout_and_shake_continue_in_the_middle_of_an_epoch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -569,6 +588,20 @@ def test_dropout_and_shake_continue_in_the_middle_of_an_epoch(
     torch.manual_seed(5)
     assert cli.main(["train", "--resume", str(tmp_path / "b")]) == 0
     assert_same_runs(tmp_path / "a", tmp_path / "b")
+
+
+def test_another_machine_is_mentioned(
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    change_results(lambda r: r.update(status="running"))(folder)
+    change_results(lambda r: r["environment"].update(averaging_backend="magic"))(folder)
+    assert cli.main(["train", "--resume", str(folder)]) == 0
+    assert "note: averaging_backend was magic when the run began" in capsys.readouterr().out
 
 
 def test_a_checkpoint_ahead_of_the_results_file_is_used(
@@ -661,6 +694,13 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def flip(path: Path) -> None:
+    """One bit of a weight."""
+    content, weight = bytearray(path.read_bytes()), load(path)["model"]["fc.weight"]
+    content[content.index(weight.numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+
+
 class Malicious:
     def __reduce__(self) -> tuple[Any, ...]:
         return (os.mkdir, ("/dev/null/executed",))
@@ -669,9 +709,10 @@ class Malicious:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (each("swa", cut), r"swa-.*\.pt: expected a checkpoint .*trajectory swa, found a trunc"),
-        (each("sgd", lambda p: p.write_bytes(b"")), r"sgd-.* truncated or foreign"),
-        (each("swa", lambda p: torch.save(Malicious(), p)), r"swa-.* truncated or foreign"),
+        (each("swa", cut), r"swa-.*\.pt: expected a checkpoint .*trajectory swa, found a damag"),
+        (each("swa", flip), r"swa-.* damaged or foreign file \(wrong checksum of "),
+        (each("sgd", lambda p: p.write_bytes(b"")), r"sgd-.* damaged or foreign"),
+        (each("swa", lambda p: torch.save(Malicious(), p)), r"swa-.* damaged or foreign"),
         (each("swa", lambda p: torch.save({"a": 1}, p)), r"swa-.* found another kind of file"),
         (each("swa", lambda p: shutil.copy(newest(p.parents[1], "sgd"), p)),
          r"swa-.* found trajectory sgd"),
@@ -720,7 +761,8 @@ def test_damaged_runs(
     ("damage", "message"),
     [
         (lambda f: cut(newest(f, "swa")),
-         r"truncated or foreign .*; going on from swa-00002-0000000\.pt instead"),
+         r"damaged or foreign .*; going on from swa-00002-0000000\.pt instead"),
+        (lambda f: flip(newest(f, "swa")), r"wrong checksum .*; going on from swa-00002-0000000"),
         (lambda f: [p.unlink() for p in (f / "checkpoints").glob("swa-*")],
          r"results\.json lists swa up to epoch 3, and no checkpoint beyond epoch 0 is left"),
     ],
@@ -737,6 +779,62 @@ def test_lost_checkpoints_cost_the_last_interval_only(
     assert re.search(message, capsys.readouterr().out)
     assert cli.main(arguments(tmp_path / "whole")) == 0
     assert_same_runs(interrupted, tmp_path / "whole")
+
+
+def test_a_damaged_checkpoint_does_not_outlive_better_ones(tmp_path: Path) -> None:
+    """Going on from an earlier one, those that follow are kept, not the damaged one."""
+    folder = RunFolder(tmp_path)
+    for step in (1, 2, 9):
+        folder.save_checkpoint("sgd", 0, step, {"step": step})
+    cut(newest(tmp_path, "sgd"))
+    for step in (3, 4):
+        folder.save_checkpoint("sgd", 0, step, {"step": step})
+    cut(newest(tmp_path, "sgd"))
+    notes: list[str] = []
+    found = folder.load_checkpoint("sgd", torch.device("cpu"), notes.append)
+    assert found is not None and found[1]["step"] == 3 and len(notes) == 1
+
+
+def test_one_run_at_a_time(
+    interrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leftovers = [interrupted / ".x.tmp", interrupted / "checkpoints/.swa.tmp"]
+    for path in leftovers:
+        path.write_bytes(b"half a fi")
+    with RunFolder(interrupted).locked():
+        assert not any(path.exists() for path in leftovers)
+        leftovers[0].write_bytes(b"under way")
+        for argv in (["train", "--resume", str(interrupted)],
+                     [*arguments(interrupted), "--overwrite"]):  # fmt: skip
+            assert cli.main(argv) == 2
+            error = capsys.readouterr().err
+            assert "expected a folder in which nothing is trained at present" in error
+        assert leftovers[0].exists() and len(records(interrupted)) == 7
+    assert cli.main(["train", "--resume", str(interrupted)]) == 0
+
+
+@pytest.mark.parametrize("written", range(6))
+def test_every_failed_write_of_a_checkpoint_is_reported(
+    written: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever in the file the disk is full: torch.save has an error for every place."""
+
+    class Full(io.FileIO):
+        left = written
+
+        def write(self, content: Any) -> int:
+            self.left -= 1
+            if self.left < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(content)
+
+    folder = RunFolder(tmp_path)
+    folder.save_checkpoint("sgd", 0, 1, {"a": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdopen", lambda number, mode: io.BufferedWriter(Full(number, mode)))
+        with pytest.raises(TrainError, match=r"0000002\.pt: cannot be written .*disk is full"):
+            folder.save_checkpoint("sgd", 0, 2, {str(i): torch.zeros(9999) for i in range(3)})
+    assert [p.name for p in folder.checkpoints.iterdir()] == ["sgd-00000-0000001.pt"]
 
 
 def test_a_full_disk_keeps_what_was_saved(
@@ -843,6 +941,10 @@ def test_existing_runs_are_kept_unless_told(
         (["--data-dir", "."], "--data-dir: expected only with datasets that are files"),
         (["--pretrained", "torchvision"], "--pretrained: torchvision has weights of resnet50"),
         (["--pretrained", "missing.pt"], "missing.pt"),
+        (["--methods", "sgd", "--fge-start", "nan"], "--fge-start: expected a fraction"),
+        (["--checkpoint-minutes", "-1"], "--checkpoint-minutes: expected a number of 0 or more"),
+        (["--checkpoint-minutes", "nan"], "--checkpoint-minutes: expected a number of 0 or more"),
+        (["--model", "vgg16", "--width", "2"], "--image-size: .* that a vgg16 can take, found 8x8"),
         (["--resume", "missing"], "expected the folder of a run, found no results.json"),
     ],
 )  # fmt: skip
@@ -922,7 +1024,9 @@ def test_compiled_training(tmp_path: Path) -> None:
     assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-3)
 
 
-def test_pretrained_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pretrained_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Fine-tuning from a file: the network is measured before, and its weights count."""
     assert cli.main(arguments(tmp_path / "first", methods="sgd")) == 0
     weights = tmp_path / "first/model_sgd.pt"
@@ -935,6 +1039,9 @@ def test_pretrained_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert before["test_accuracy"] == first["test_accuracy"]
     assert after["captures"] == 3  # the pretrained weights and two cycles
     assert "pretrained network: test" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    again = ["train", "--resume", "second", "--pretrained", "first/model_sgd.pt"]
+    assert cli.main(again) == 0
     assert cli.main(arguments(tmp_path / "third", **{**options, "model": "preresnet14"})) == 2
     assert "model_sgd.pt" in capsys.readouterr().err
 
@@ -982,9 +1089,14 @@ def test_an_interrupt_while_loading(
     def load_digits() -> Dataset:
         raise KeyboardInterrupt
 
+    assert cli.main(arguments(tmp_path / "old", methods="sgd", epochs=1)) == 0
     monkeypatch.setattr(data, "load_digits", load_digits)
     assert cli.main(arguments(tmp_path / "run")) == 130
     assert "Interrupted before the training began" in capsys.readouterr().err
+    # The run to be replaced is not the one that could be continued.
+    assert cli.main([*arguments(tmp_path / "old"), "--overwrite"]) == 130
+    assert "Interrupted before the training began" in capsys.readouterr().err
+    assert len(records(tmp_path / "old")) == 1
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:

@@ -226,6 +226,13 @@ def test_a_stopped_run_goes_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]
         assert all(torch.equal(x[key], y[key]) for key in x), name
 
 
+def test_command_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert World.command("x") == ["python", "-m", "x"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert World.command("x") == ["torchrun", "--nproc-per-node", "2", "-m", "x"]
+
+
 def test_torchrun(tmp_path: Path) -> None:
     """The real command, and its refusal to go on with another number of processes."""
     options = ["--dataset", "synthetic", "--fraction", "0.05", "--methods", "swa", "--epochs", "2"]

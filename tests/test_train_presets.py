@@ -48,7 +48,7 @@ def test_report(repeated: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Means, deviations and paired gains, by hand."""
     assert cli.main(["report", str(repeated)]) == 0
     out = capsys.readouterr().out
-    assert "at scale 0.01" in out
+    assert "at scale 0.01, with other dataset, fraction than the preset's" in out
     one, two = (
         {
             r["name"]: r
@@ -80,10 +80,16 @@ def test_run_again_goes_on(repeated: Path, capsys: pytest.CaptureFixture[str]) -
     results = json.loads(before)
     results["status"] = "running"
     path.write_text(json.dumps(results))
-    assert cli.main([*argv, "--seed", "2"]) == 0
+    threads = torch.get_num_threads()
+    other = [word for word in argv if word not in ("--threads", "1")]
+    try:
+        torch.set_num_threads(2)  # a default that is not the run's
+        assert cli.main([*other, "--seed", "2"]) == 0
+    finally:
+        torch.set_num_threads(threads)
     again = json.loads(path.read_text())
     assert again["records"] == json.loads(before)["records"]
-    assert again["status"] == "complete"
+    assert again["status"] == "complete" and again["config"]["threads"] == 1
     assert cli.main([*argv, "--epochs", "9"]) == 2
     assert "found one with other epochs; replace it" in capsys.readouterr().err
 
@@ -160,6 +166,32 @@ def test_runs_that_differ_in_more_than_the_seed_stay_apart(tmp_path: Path) -> No
     assert len(compare_runs(find_runs([folder]), {})) == 1
 
 
+def test_runs_count_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = _made_up(tmp_path)
+    (tmp_path / "link").symlink_to(folder)
+    found = find_runs([folder, tmp_path / "link", folder / "1"])
+    assert len(found) == 3
+
+
+@pytest.mark.parametrize("option", ["--markdown", "--figure"])
+def test_reports_that_cannot_be_written(
+    option: str, repeated: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["report", str(repeated), option, "/dev/null/x"]) == 2
+    assert "/dev/null/x: expected a file that can be written" in capsys.readouterr().err
+
+
+def test_an_interrupted_list(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measure_speed(device: str, amp: str) -> float:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "measure_speed", measure_speed)
+    assert cli.main(["presets"]) == 130
+    assert capsys.readouterr().err == "\nInterrupted.\n"
+
+
 def test_list(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(cli, "measure_speed", lambda device, amp: 1e12)
     assert cli.main(["presets", "--device", "cpu"]) == 0
@@ -189,6 +221,7 @@ def test_speed_is_measured() -> None:
         ),
         (["run", "cifar10-vgg16", "--seeds", "0"], "--seeds: expected 1 or more, found 0"),
         (["run", "imagenet-resnet50"], "--data-dir: expected a folder with train"),
+        (["presets", "--amp", "fp8"], "--amp: expected one of none, bf16, fp16, found 'fp8'"),
         (["report", "."], r"\.: expected a folder of runs, found no results.json in it"),
     ],
 )
