@@ -986,6 +986,41 @@ def test_evaluation_every_third_epoch_and_at_the_end(tmp_path: Path) -> None:
     assert [a["test_loss"] is not None for a in averages] == [False, False, True, True]
     # How often one looks does not change what one sees.
     assert averages[-1]["captures"] == 2
+    # The end of a run that others only go on from is looked at, too.
+    assert cli.main(arguments(tmp_path / "fge", eval_every=3, methods="fge", fge_start=0.5)) == 0
+    found = records(tmp_path / "fge")
+    assert [r["test_loss"] is not None for r in found] == [False, True, True, True]
+
+
+def test_two_epochs_by_hand() -> None:
+    """Order, crops and the network's own draws of each epoch, the optimiser's settings, and the
+    means over images of a network that draws random numbers, with a smaller last batch."""
+    options = {
+        **OPTIONS, "model": "shakeshake26-2x64d", "methods": ("sgd",), "epochs": 2,
+        "nesterov": True, "weight_decay": 0.1, "momentum": 0.5, "lr_schedule": "constant",
+    }  # fmt: skip
+    trainer = Trainer(TrainConfig.from_options(options), small_digits(), World())
+    model = trainer.build()
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=0.1, momentum=0.5, weight_decay=0.1, nesterov=True
+    )
+    for epoch, (_, run) in enumerate(follow(options, "sgd")):
+        torch.manual_seed(derive_seed(OPTIONS["seed"], "train", epoch))
+        model.train()
+        loss, correct = 0.0, 0
+        for images, labels in trainer.batches.epoch(derive_seed(OPTIONS["seed"], "augment", epoch)):
+            logits = model(images)
+            mean = torch.nn.functional.cross_entropy(logits, labels)
+            optimizer.zero_grad()
+            mean.backward()
+            optimizer.step()
+            loss += mean.item() * len(labels)
+            correct += int((logits.argmax(1) == labels).sum())
+        assert run.records[epoch]["train_loss"] == pytest.approx(loss / 60, rel=1e-5)
+        assert run.records[epoch]["train_accuracy"] == pytest.approx(100 * correct / 60)
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(run.model.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+    assert epoch == 1
 
 
 def test_looking_does_not_change_the_result(finished: Path, tmp_path: Path) -> None:
@@ -1147,6 +1182,7 @@ def test_module_command(tmp_path: Path) -> None:
     """The real digits, by ``python -m``, in a folder of its own."""
     command = [sys.executable, "-W", "error", "-m", "swa_fast.train"]
     options = ["--epochs", "2", "--model", "preresnet8", "--width", "2", "--threads", "1"]
+    options += ["--batch-size", "256"]
     root = Path(cli.__file__).parents[2]
     answer = subprocess.run(
         [*command, *options],

@@ -8,6 +8,7 @@ CVPR 2017, arXiv 1610.02915.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Mapping
@@ -395,13 +396,18 @@ def flop(config: TrainConfig) -> float:
     side = config.image_size or spec.image_size
     classes = {"cifar100": 100, "imagenet": 1000}.get(config.dataset, 10)
     channels = 1 if config.dataset in ("digits", "fashion-mnist") else 3
-    with torch.device("meta"):
-        model = build_model(
-            config.model, in_channels=channels, num_classes=classes, width=config.width
-        )
+    macs = _macs(config.model, channels, classes, config.width, side)
     images = _IMAGES.get(config.dataset, _CIFAR_IMAGES) * config.fraction
     epochs = sum(trajectory.end - trajectory.begin for trajectory in plan(config))
-    return 6.0 * forward_macs(model, (channels, side, side)) * images * epochs
+    return 6.0 * macs * images * epochs
+
+
+@functools.cache
+def _macs(name: str, channels: int, classes: int, width: int, side: int) -> int:
+    """Multiply-adds of a forward pass of a network of :data:`MODELS`."""
+    with torch.device("meta"):
+        model = build_model(name, in_channels=channels, num_classes=classes, width=width)
+    return forward_macs(model, (channels, side, side))
 
 
 def measure_speed(device: str = "auto", amp: str = "none") -> float:
