@@ -223,15 +223,17 @@ def test_all_files(finished: Path) -> None:
         assert len(np.unique(np.asarray(figure.convert("RGB")).reshape(-1, 3), axis=0)) > 10
 
 
-def test_tensorboard_holds_every_epoch_once(finished: Path) -> None:
+def assert_every_epoch_once(folder: Path) -> None:
+    """Of some curves for TensorBoard, each in a single file."""
     loader = pytest.importorskip("tensorboard.backend.event_processing.event_file_loader")
     for name, tag, epochs in (
         ("sgd", "train/loss", [1, 2, 3, 4]),
         ("ema-average", "test/accuracy", [1, 2, 3, 4]),
         ("swa-cyclic", "lr", [3, 4, 5, 6]),
+        ("swa", "seconds/bn", [1, 2, 3, 4, 5, 6]),  # of which two are 0
         ("swa-average", "test/accuracy", [3, 4, 5, 6]),
     ):
-        (file,) = (finished / "tensorboard" / name).iterdir()
+        (file,) = (folder / "tensorboard" / name).iterdir()
         found = [
             event.step
             for event in loader.EventFileLoader(str(file)).Load()
@@ -239,6 +241,10 @@ def test_tensorboard_holds_every_epoch_once(finished: Path) -> None:
             if value.tag == tag
         ]
         assert found == epochs, name
+
+
+def test_tensorboard_holds_every_epoch_once(finished: Path) -> None:
+    assert_every_epoch_once(finished)
 
 
 def test_records(finished: Path) -> None:
@@ -314,7 +320,19 @@ def test_summary_and_tables(finished: Path) -> None:
         for e in (1, 2)
         for p in ("data", "forward_backward", "optimizer")
     )
-    assert rows[4]["seconds"] > shared > 0
+    cyclic = [by_key["swa-cyclic", e]["seconds"] for e in (3, 4)]
+    own = sum(
+        seconds[phase]
+        for seconds in cyclic
+        for phase in ("data", "forward_backward", "optimizer", "average")
+    )
+    assert rows[4]["seconds"] == pytest.approx(shared + own + cyclic[-1]["bn"])
+    assert by_key["sgd", 1]["seconds"]["average"] > 0  # of the method ema, which does not count
+    # SWA's own run: its captures, and of the BatchNorm passes the last one.
+    spent = [by_key["swa", e]["seconds"] for e in range(1, 7)]
+    training = sum(s[p] for s in spent for p in ("data", "forward_backward", "optimizer"))
+    averaging = sum(s["average"] for s in spent) + spent[-1]["bn"]
+    assert rows[3]["seconds"] == pytest.approx(training + averaging)
     phases = format_phases(results)
     assert "forward/backward" in phases and phases.count("100.0 %") == len(PARTS)
 
@@ -537,6 +555,7 @@ def test_a_stop_in_an_evaluation_keeps_the_epoch(
     assert state["averages"]["swa"]["captures"] == 2
     assert cli.main(["train", "--resume", str(tmp_path)]) == 0
     assert_same_runs(tmp_path, finished)
+    assert_every_epoch_once(tmp_path)
 
 
 def test_checkpoints_within_an_epoch(
@@ -1132,6 +1151,21 @@ def test_an_interrupt_while_loading(
     assert cli.main([*arguments(tmp_path / "old"), "--overwrite"]) == 130
     assert "Interrupted before the training began" in capsys.readouterr().err
     assert len(records(tmp_path / "old")) == 1
+
+
+def test_a_file_takes_its_name_once_it_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = []
+    for name in ("fsync", "replace"):
+        original = getattr(os, name)
+        monkeypatch.setattr(
+            os, name, lambda *a, name=name, call=original: (done.append(name), call(*a))
+        )
+    write_atomically(tmp_path / "x", lambda file: file.write(b"x"))
+    assert done == ["fsync", "replace", "fsync"]  # the file, and the folder
+    (tmp_path / "y").touch()
+    assert (tmp_path / "x").stat().st_mode == (tmp_path / "y").stat().st_mode
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:

@@ -88,13 +88,12 @@ def summarise(results: Results) -> list[dict[str, Any]]:
             for budget, epoch in marks.items():
                 record = by_name[trajectory.name][epoch]
                 found = record if method == "sgd" else record["averages"][method]
-                spent = [
-                    *(r for e, r in by_name.get("sgd", {}).items() if e <= trajectory.begin),
-                    *(r for e, r in by_name[trajectory.name].items() if e <= epoch),
-                ]
-                seconds = sum(r["seconds"][phase] for r in spent for phase in _TRAINING)
+                before = [r for e, r in by_name.get("sgd", {}).items() if e <= trajectory.begin]
+                own = [r for e, r in by_name[trajectory.name].items() if e <= epoch]
+                seconds = sum(r["seconds"][phase] for r in before + own for phase in _TRAINING)
                 if method != "sgd":
-                    seconds += sum(r["seconds"]["average"] for r in spent)
+                    # What the conventional run averaged is another method's.
+                    seconds += sum(r["seconds"]["average"] for r in own)
                     seconds += record["seconds"]["bn"]
                 rows.append(
                     {
