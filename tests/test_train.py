@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -223,15 +224,17 @@ def test_all_files(finished: Path) -> None:
         assert len(np.unique(np.asarray(figure.convert("RGB")).reshape(-1, 3), axis=0)) > 10
 
 
-def test_tensorboard_holds_every_epoch_once(finished: Path) -> None:
+def assert_every_epoch_once(folder: Path) -> None:
+    """Of some curves for TensorBoard, each in a single file."""
     loader = pytest.importorskip("tensorboard.backend.event_processing.event_file_loader")
     for name, tag, epochs in (
         ("sgd", "train/loss", [1, 2, 3, 4]),
         ("ema-average", "test/accuracy", [1, 2, 3, 4]),
         ("swa-cyclic", "lr", [3, 4, 5, 6]),
+        ("swa", "seconds/bn", [1, 2, 3, 4, 5, 6]),  # of which two are 0
         ("swa-average", "test/accuracy", [3, 4, 5, 6]),
     ):
-        (file,) = (finished / "tensorboard" / name).iterdir()
+        (file,) = (folder / "tensorboard" / name).iterdir()
         found = [
             event.step
             for event in loader.EventFileLoader(str(file)).Load()
@@ -239,6 +242,10 @@ def test_tensorboard_holds_every_epoch_once(finished: Path) -> None:
             if value.tag == tag
         ]
         assert found == epochs, name
+
+
+def test_tensorboard_holds_every_epoch_once(finished: Path) -> None:
+    assert_every_epoch_once(finished)
 
 
 def test_records(finished: Path) -> None:
@@ -314,7 +321,19 @@ def test_summary_and_tables(finished: Path) -> None:
         for e in (1, 2)
         for p in ("data", "forward_backward", "optimizer")
     )
-    assert rows[4]["seconds"] > shared > 0
+    cyclic = [by_key["swa-cyclic", e]["seconds"] for e in (3, 4)]
+    own = sum(
+        seconds[phase]
+        for seconds in cyclic
+        for phase in ("data", "forward_backward", "optimizer", "average")
+    )
+    assert rows[4]["seconds"] == pytest.approx(shared + own + cyclic[-1]["bn"])
+    assert by_key["sgd", 1]["seconds"]["average"] > 0  # of the method ema, which does not count
+    # SWA's own run: its captures, and of the BatchNorm passes the last one.
+    spent = [by_key["swa", e]["seconds"] for e in range(1, 7)]
+    training = sum(s[p] for s in spent for p in ("data", "forward_backward", "optimizer"))
+    averaging = sum(s["average"] for s in spent) + spent[-1]["bn"]
+    assert rows[3]["seconds"] == pytest.approx(training + averaging)
     phases = format_phases(results)
     assert "forward/backward" in phases and phases.count("100.0 %") == len(PARTS)
 
@@ -537,6 +556,7 @@ def test_a_stop_in_an_evaluation_keeps_the_epoch(
     assert state["averages"]["swa"]["captures"] == 2
     assert cli.main(["train", "--resume", str(tmp_path)]) == 0
     assert_same_runs(tmp_path, finished)
+    assert_every_epoch_once(tmp_path)
 
 
 def test_checkpoints_within_an_epoch(
@@ -558,6 +578,24 @@ def test_checkpoints_within_an_epoch(
     assert_same_runs(tmp_path, finished)
 
 
+def test_checkpoints_within_an_epoch_know_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A killed run's record holds what the epoch took before the kill, too."""
+    with monkeypatch.context() as patch:
+        kill_after(2, patch)
+        argv = [*arguments(tmp_path, methods="sgd", epochs=1), "--checkpoint-minutes", "0"]
+        assert cli.main(argv) == 130
+    path = newest(tmp_path, "sgd")
+    content = load(path)
+    assert content["step"] == 1 and content["seconds"]["forward_backward"] > 0
+    content["seconds"]["forward_backward"] = 1000.0
+    torch.save(content, path)
+    assert cli.main(["train", "--resume", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert 1000 < results["records"][0]["seconds"]["forward_backward"] < 2000
+
+
 def test_dropout_and_shake_continue_in_the_middle_of_an_epoch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -570,6 +608,20 @@ def test_dropout_and_shake_continue_in_the_middle_of_an_epoch(
     torch.manual_seed(5)
     assert cli.main(["train", "--resume", str(tmp_path / "b")]) == 0
     assert_same_runs(tmp_path / "a", tmp_path / "b")
+
+
+def test_another_machine_is_mentioned(
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    change_results(lambda r: r.update(status="running"))(folder)
+    change_results(lambda r: r["environment"].update(averaging_backend="magic"))(folder)
+    assert cli.main(["train", "--resume", str(folder)]) == 0
+    assert "note: averaging_backend was magic when the run began" in capsys.readouterr().out
 
 
 def test_a_checkpoint_ahead_of_the_results_file_is_used(
@@ -662,6 +714,13 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def flip(path: Path) -> None:
+    """One bit of a weight."""
+    content, weight = bytearray(path.read_bytes()), load(path)["model"]["fc.weight"]
+    content[content.index(weight.numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+
+
 class Malicious:
     def __reduce__(self) -> tuple[Any, ...]:
         return (os.mkdir, ("/dev/null/executed",))
@@ -670,9 +729,10 @@ class Malicious:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (each("swa", cut), r"swa-.*\.pt: expected a checkpoint .*trajectory swa, found a trunc"),
-        (each("sgd", lambda p: p.write_bytes(b"")), r"sgd-.* truncated or foreign"),
-        (each("swa", lambda p: torch.save(Malicious(), p)), r"swa-.* truncated or foreign"),
+        (each("swa", cut), r"swa-.*\.pt: expected a checkpoint .*trajectory swa, found a damag"),
+        (each("swa", flip), r"swa-.* damaged or foreign file \(wrong checksum of "),
+        (each("sgd", lambda p: p.write_bytes(b"")), r"sgd-.* damaged or foreign"),
+        (each("swa", lambda p: torch.save(Malicious(), p)), r"swa-.* damaged or foreign"),
         (each("swa", lambda p: torch.save({"a": 1}, p)), r"swa-.* found another kind of file"),
         (each("swa", lambda p: shutil.copy(newest(p.parents[1], "sgd"), p)),
          r"swa-.* found trajectory sgd"),
@@ -721,7 +781,8 @@ def test_damaged_runs(
     ("damage", "message"),
     [
         (lambda f: cut(newest(f, "swa")),
-         r"truncated or foreign .*; going on from swa-00002-0000000\.pt instead"),
+         r"damaged or foreign .*; going on from swa-00002-0000000\.pt instead"),
+        (lambda f: flip(newest(f, "swa")), r"wrong checksum .*; going on from swa-00002-0000000"),
         (lambda f: [p.unlink() for p in (f / "checkpoints").glob("swa-*")],
          r"results\.json lists swa up to epoch 3, and no checkpoint beyond epoch 0 is left"),
     ],
@@ -738,6 +799,62 @@ def test_lost_checkpoints_cost_the_last_interval_only(
     assert re.search(message, capsys.readouterr().out)
     assert cli.main(arguments(tmp_path / "whole")) == 0
     assert_same_runs(interrupted, tmp_path / "whole")
+
+
+def test_a_damaged_checkpoint_does_not_outlive_better_ones(tmp_path: Path) -> None:
+    """Going on from an earlier one, those that follow are kept, not the damaged one."""
+    folder = RunFolder(tmp_path)
+    for step in (1, 2, 9):
+        folder.save_checkpoint("sgd", 0, step, {"step": step})
+    cut(newest(tmp_path, "sgd"))
+    for step in (3, 4):
+        folder.save_checkpoint("sgd", 0, step, {"step": step})
+    cut(newest(tmp_path, "sgd"))
+    notes: list[str] = []
+    found = folder.load_checkpoint("sgd", torch.device("cpu"), notes.append)
+    assert found is not None and found[1]["step"] == 3 and len(notes) == 1
+
+
+def test_one_run_at_a_time(
+    interrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leftovers = [interrupted / ".x.tmp", interrupted / "checkpoints/.swa.tmp"]
+    for path in leftovers:
+        path.write_bytes(b"half a fi")
+    with RunFolder(interrupted).locked():
+        assert not any(path.exists() for path in leftovers)
+        leftovers[0].write_bytes(b"under way")
+        for argv in (["train", "--resume", str(interrupted)],
+                     [*arguments(interrupted), "--overwrite"]):  # fmt: skip
+            assert cli.main(argv) == 2
+            error = capsys.readouterr().err
+            assert "expected a folder in which nothing is trained at present" in error
+        assert leftovers[0].exists() and len(records(interrupted)) == 7
+    assert cli.main(["train", "--resume", str(interrupted)]) == 0
+
+
+@pytest.mark.parametrize("written", range(6))
+def test_every_failed_write_of_a_checkpoint_is_reported(
+    written: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever in the file the disk is full: torch.save has an error for every place."""
+
+    class Full(io.FileIO):
+        left = written
+
+        def write(self, content: Any) -> int:
+            self.left -= 1
+            if self.left < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(content)
+
+    folder = RunFolder(tmp_path)
+    folder.save_checkpoint("sgd", 0, 1, {"a": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdopen", lambda number, mode: io.BufferedWriter(Full(number, mode)))
+        with pytest.raises(TrainError, match=r"0000002\.pt: cannot be written .*disk is full"):
+            folder.save_checkpoint("sgd", 0, 2, {str(i): torch.zeros(9999) for i in range(3)})
+    assert [p.name for p in folder.checkpoints.iterdir()] == ["sgd-00000-0000001.pt"]
 
 
 def test_a_full_disk_keeps_what_was_saved(
@@ -844,6 +961,10 @@ def test_existing_runs_are_kept_unless_told(
         (["--data-dir", "."], "--data-dir: expected only with datasets that are files"),
         (["--pretrained", "torchvision"], "--pretrained: torchvision has weights of resnet50"),
         (["--pretrained", "missing.pt"], "missing.pt"),
+        (["--methods", "sgd", "--fge-start", "nan"], "--fge-start: expected a fraction"),
+        (["--checkpoint-minutes", "-1"], "--checkpoint-minutes: expected a number of 0 or more"),
+        (["--checkpoint-minutes", "nan"], "--checkpoint-minutes: expected a number of 0 or more"),
+        (["--model", "vgg16", "--width", "2"], "--image-size: .* that a vgg16 can take, found 8x8"),
         (["--resume", "missing"], "expected the folder of a run, found no results.json"),
     ],
 )  # fmt: skip
@@ -885,6 +1006,41 @@ def test_evaluation_every_third_epoch_and_at_the_end(tmp_path: Path) -> None:
     assert [a["test_loss"] is not None for a in averages] == [False, False, True, True]
     # How often one looks does not change what one sees.
     assert averages[-1]["captures"] == 2
+    # The end of a run that others only go on from is looked at, too.
+    assert cli.main(arguments(tmp_path / "fge", eval_every=3, methods="fge", fge_start=0.5)) == 0
+    found = records(tmp_path / "fge")
+    assert [r["test_loss"] is not None for r in found] == [False, True, True, True]
+
+
+def test_two_epochs_by_hand() -> None:
+    """Order, crops and the network's own draws of each epoch, the optimiser's settings, and the
+    means over images of a network that draws random numbers, with a smaller last batch."""
+    options = {
+        **OPTIONS, "model": "shakeshake26-2x64d", "methods": ("sgd",), "epochs": 2,
+        "nesterov": True, "weight_decay": 0.1, "momentum": 0.5, "lr_schedule": "constant",
+    }  # fmt: skip
+    trainer = Trainer(TrainConfig.from_options(options), small_digits(), World())
+    model = trainer.build()
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=0.1, momentum=0.5, weight_decay=0.1, nesterov=True
+    )
+    for epoch, (_, run) in enumerate(follow(options, "sgd")):
+        torch.manual_seed(derive_seed(OPTIONS["seed"], "train", epoch))
+        model.train()
+        loss, correct = 0.0, 0
+        for images, labels in trainer.batches.epoch(derive_seed(OPTIONS["seed"], "augment", epoch)):
+            logits = model(images)
+            mean = torch.nn.functional.cross_entropy(logits, labels)
+            optimizer.zero_grad()
+            mean.backward()
+            optimizer.step()
+            loss += mean.item() * len(labels)
+            correct += int((logits.argmax(1) == labels).sum())
+        assert run.records[epoch]["train_loss"] == pytest.approx(loss / 60, rel=1e-5)
+        assert run.records[epoch]["train_accuracy"] == pytest.approx(100 * correct / 60)
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(run.model.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+    assert epoch == 1
 
 
 def test_looking_does_not_change_the_result(finished: Path, tmp_path: Path) -> None:
@@ -932,7 +1088,9 @@ def test_compiled_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5)
 
 
-def test_pretrained_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pretrained_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Fine-tuning from a file: the network is measured before, and its weights count."""
     assert cli.main(arguments(tmp_path / "first", methods="sgd")) == 0
     weights = tmp_path / "first/model_sgd.pt"
@@ -945,6 +1103,9 @@ def test_pretrained_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert before["test_accuracy"] == first["test_accuracy"]
     assert after["captures"] == 3  # the pretrained weights and two cycles
     assert "pretrained network: test" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    again = ["train", "--resume", "second", "--pretrained", "first/model_sgd.pt"]
+    assert cli.main(again) == 0
     assert cli.main(arguments(tmp_path / "third", **{**options, "model": "preresnet14"})) == 2
     assert "model_sgd.pt" in capsys.readouterr().err
 
@@ -992,9 +1153,29 @@ def test_an_interrupt_while_loading(
     def load_digits() -> Dataset:
         raise KeyboardInterrupt
 
+    assert cli.main(arguments(tmp_path / "old", methods="sgd", epochs=1)) == 0
     monkeypatch.setattr(data, "load_digits", load_digits)
     assert cli.main(arguments(tmp_path / "run")) == 130
     assert "Interrupted before the training began" in capsys.readouterr().err
+    # The run to be replaced is not the one that could be continued.
+    assert cli.main([*arguments(tmp_path / "old"), "--overwrite"]) == 130
+    assert "Interrupted before the training began" in capsys.readouterr().err
+    assert len(records(tmp_path / "old")) == 1
+
+
+def test_a_file_takes_its_name_once_it_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = []
+    for name in ("fsync", "replace"):
+        original = getattr(os, name)
+        monkeypatch.setattr(
+            os, name, lambda *a, name=name, call=original: (done.append(name), call(*a))
+        )
+    write_atomically(tmp_path / "x", lambda file: file.write(b"x"))
+    assert done == ["fsync", "replace", "fsync"]  # the file, and the folder
+    (tmp_path / "y").touch()
+    assert (tmp_path / "x").stat().st_mode == (tmp_path / "y").stat().st_mode
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -1045,6 +1226,7 @@ def test_module_command(tmp_path: Path) -> None:
     """The real digits, by ``python -m``, in a folder of its own."""
     command = [sys.executable, "-W", "error", "-m", "swa_fast.train"]
     options = ["--epochs", "2", "--model", "preresnet8", "--width", "2", "--threads", "1"]
+    options += ["--batch-size", "256"]
     root = Path(cli.__file__).parents[2]
     answer = subprocess.run(
         [*command, *options],

@@ -63,6 +63,24 @@ def test_rates_of_the_paper_at_a_constant_rate() -> None:
                 assert found == pytest.approx(rate, rel=1e-5), (preset, name, epoch)
 
 
+@pytest.mark.parametrize(
+    ("network", "expected"),
+    [
+        ("vgg16", (0.05, 5e-4, 200)),
+        ("preresnet164", (0.1, 3e-4, 150)),
+        ("preresnet110", (0.1, 3e-4, 150)),
+        ("wrn28-10", (0.1, 5e-4, 200)),
+    ],
+)
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+def test_recipes_of_the_paper(
+    dataset: str, network: str, expected: tuple[float, float, int]
+) -> None:
+    config = TrainConfig.from_options(PRESETS[f"{dataset}-{network}"].options)
+    assert (config.lr, config.weight_decay, config.epochs) == expected
+    assert (config.batch_size, config.momentum, config.nesterov) == (128, 0.9, False)
+
+
 def test_pyramidnet() -> None:
     found = trajectories("cifar100-pyramidnet272")
     sgd, swa = found["sgd"], found["swa-cyclic"]
@@ -188,6 +206,17 @@ def test_cost_of_training(preset: str, method: str, expected: float) -> None:
     options = {**PRESETS[preset].options, "methods": (method,), "data_dir": "."}
     with torch.device("cpu"):
         assert flop(TrainConfig.from_options(options)) == pytest.approx(expected, rel=0.03)
+
+
+def test_captures_are_counted_from_the_first() -> None:
+    """Every third epoch from the first after the start on; a budget that ends with it counts."""
+    options = {"methods": ("swa",), "epochs": 10, "swa_start": 0.5, "swa_every": 3}
+    config = TrainConfig.from_options({**options, "budgets": (0.5, 0.6, 1.0), "device": "cpu"})
+    (swa,) = plan(config)
+    captured = swa.captures["swa"]
+    assert captured is not None
+    assert [epoch for epoch in range(11) if captured(epoch)] == [6, 9]
+    assert swa.marks["swa"] == {0.6: 6, 1.0: 10}
 
 
 def test_budgets_end_after_whole_epochs() -> None:

@@ -16,7 +16,8 @@ from swa_fast.train.config import TrainConfig
 from swa_fast.train.report import compare_runs, find_runs
 from swa_fast.train.state import RunFolder
 
-TINY = ["--model", "preresnet8"]
+# Of a smaller network, where it does not matter which.
+SMALLEST = ["--model", "preresnet8"]
 SMALL = ["--dataset", "synthetic", "--fraction", "0.02", "--threads", "1", "--quiet"]
 
 
@@ -24,7 +25,7 @@ SMALL = ["--dataset", "synthetic", "--fraction", "0.02", "--threads", "1", "--qu
 def repeated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All methods with two seeds, at the smallest scale."""
     folder = tmp_path_factory.mktemp("runs") / "small"
-    argv = ["run", "cifar10-preresnet20", "--scale", "0.01", "--seeds", "2", *SMALL, *TINY]
+    argv = ["run", "cifar10-preresnet20", "--scale", "0.01", "--seeds", "2", *SMALLEST, *SMALL]
     with torch.random.fork_rng():
         assert cli.main([*argv, "--out", str(folder)]) == 0
     return folder
@@ -50,7 +51,7 @@ def test_report(repeated: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Means, deviations and paired gains, by hand."""
     assert cli.main(["report", str(repeated)]) == 0
     out = capsys.readouterr().out
-    assert "at scale 0.01" in out
+    assert "at scale 0.01, with other model, dataset, fraction than the preset's" in out
     one, two = (
         {
             r["name"]: r
@@ -74,7 +75,8 @@ def test_report(repeated: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_run_again_goes_on(repeated: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["run", "cifar10-preresnet20", "--scale", "0.01", *SMALL, *TINY, "--out", str(repeated)]
+    argv = ["run", "cifar10-preresnet20", "--scale", "0.01", *SMALLEST, *SMALL, "--out"]
+    argv.append(str(repeated))
     assert cli.main([*argv, "--seeds", "2"]) == 0
     assert capsys.readouterr().out.count("is already complete") == 2
     path = repeated / "seed2/results.json"
@@ -82,10 +84,16 @@ def test_run_again_goes_on(repeated: Path, capsys: pytest.CaptureFixture[str]) -
     results = json.loads(before)
     results["status"] = "running"
     path.write_text(json.dumps(results))
-    assert cli.main([*argv, "--seed", "2"]) == 0
+    threads = torch.get_num_threads()
+    other = [word for word in argv if word not in ("--threads", "1")]
+    try:
+        torch.set_num_threads(2)  # a default that is not the run's
+        assert cli.main([*other, "--seed", "2"]) == 0
+    finally:
+        torch.set_num_threads(threads)
     again = json.loads(path.read_text())
     assert again["records"] == json.loads(before)["records"]
-    assert again["status"] == "complete"
+    assert again["status"] == "complete" and again["config"]["threads"] == 1
     assert cli.main([*argv, "--epochs", "9"]) == 2
     assert "found one with other epochs; replace it" in capsys.readouterr().err
 
@@ -165,6 +173,31 @@ def test_runs_that_differ_in_more_than_the_seed_stay_apart(tmp_path: Path) -> No
     assert len(compare_runs(find_runs([folder]), {})) == 1
 
 
+def test_runs_count_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = _made_up(tmp_path)
+    (tmp_path / "link").symlink_to(folder)
+    found = find_runs([folder, tmp_path / "link", folder / "1"])
+    assert len(found) == 3
+
+
+def test_reports_that_cannot_be_written(repeated: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", str(repeated), "--out", "/dev/null/x"]) == 2
+    assert "--out: expected a folder that can be written, found /dev/null/x" in (
+        capsys.readouterr().err
+    )
+
+
+def test_an_interrupted_list(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measure_speed(device: str, amp: str) -> float:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "measure_speed", measure_speed)
+    assert cli.main(["presets"]) == 130
+    assert capsys.readouterr().err == "\nInterrupted.\n"
+
+
 def test_list(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(cli, "measure_speed", lambda device, amp: 1e12)
     assert cli.main(["presets", "--device", "cpu"]) == 0
@@ -194,6 +227,7 @@ def test_speed_is_measured() -> None:
         ),
         (["run", "cifar10-vgg16", "--seeds", "0"], "--seeds: expected 1 or more, found 0"),
         (["run", "imagenet-resnet50"], "--data-dir: expected a folder with train"),
+        (["presets", "--amp", "fp8"], "--amp: expected one of none, bf16, fp16, found 'fp8'"),
         (["report", "."], r"\.: expected a folder of runs, found no results.json in it"),
     ],
 )

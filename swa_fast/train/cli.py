@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .config import TrainConfig, option_name, resolve_device
+from .config import TrainConfig, option_name, resolve_device, with_absolute_paths
 from .distributed import World
 from .errors import Stopped, TrainError
 from .presets import PRESETS, flop, measure_speed, scaled
@@ -167,6 +167,9 @@ def main(argv: Sequence[str] | None = None, *, command: Sequence[str] | None = N
     except TrainError as error:
         print(f"swa-fast {name}: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return 130
 
 
 def _train(options: dict[str, Any], command: list[str]) -> int:
@@ -207,6 +210,12 @@ def _one_run(
     scale: float = 1.0,
 ) -> int:
     """A run with its messages; 0, or 130 if it was interrupted."""
+
+    def written() -> int | None:
+        path = folder.file("results.json")
+        return path.stat().st_mtime_ns if path.exists() else None
+
+    before = written()
     world = World(cuda=config.device.startswith("cuda"))
     progress = Progress(quiet=quiet, silent=not world.main)
     try:
@@ -232,7 +241,7 @@ def _one_run(
             except (Stopped, KeyboardInterrupt) as error:
                 if not world.main:
                     return 130
-                if not folder.file("results.json").exists():
+                if previous is None and written() == before:
                     print("\nInterrupted before the training began.", file=sys.stderr)
                     return 130
                 saved = "its state" if isinstance(error, Stopped) else "its last checkpoint"
@@ -260,6 +269,7 @@ def _resumed_config(
     except (TrainError, TypeError, KeyError) as error:
         raise TrainError(f"{path}: {error}") from error
     stored = dataclasses.asdict(config)
+    options = with_absolute_paths(options)
     if "device" in options:
         options = {**options, "device": resolve_device(options["device"])}
     for field, value in options.items():
@@ -269,7 +279,7 @@ def _resumed_config(
                 f"leave the option out, or start a new run with --out"
             )
     if "data_dir" in options:
-        config = dataclasses.replace(config, data_dir=str(Path(options["data_dir"]).absolute()))
+        config = dataclasses.replace(config, data_dir=options["data_dir"])
     return config
 
 
@@ -303,7 +313,11 @@ def _run(options: dict[str, Any], command: list[str]) -> int:
         previous = None
         if folder.file("results.json").exists() and not overwrite:
             previous = folder.read_results()
-            if differing := config.differences(TrainConfig.from_json(previous["config"])):
+            stored = TrainConfig.from_json(previous["config"])
+            # Defaults that the machine gives are those of the run's beginning.
+            kept = {k: getattr(stored, k) for k in ("threads", "workers") if k not in options}
+            config = dataclasses.replace(config, **kept)
+            if differing := config.differences(stored):
                 raise TrainError(
                     f"{folder.path}: expected a run with these settings, found one with other "
                     f"{', '.join(differing)}; replace it with --overwrite, or choose another --out"
@@ -328,17 +342,21 @@ def _run(options: dict[str, Any], command: list[str]) -> int:
 
 
 def _presets(options: dict[str, Any]) -> int:
-    speed = measure_speed(options["device"], options["amp"])
-    lines = [("preset", "SGD %", "best average %", "PFLOP", "estimated time")]
-    for preset in PRESETS.values():
-        config = TrainConfig.from_options(
+    machine = {"device": options["device"], "amp": options["amp"]}
+    configs = {
+        name: TrainConfig.from_options(
             {
-                **_preset_options(preset.name, options["scale"], {}),
+                **_preset_options(name, options["scale"], machine),
                 # Nothing is read.
                 **({"data_dir": "."} if preset.options["dataset"] == "imagenet" else {}),
             }
         )
-        work = flop(config)
+        for name, preset in PRESETS.items()
+    }
+    speed = measure_speed(**machine)
+    lines = [("preset", "SGD %", "best average %", "PFLOP", "estimated time")]
+    for preset in PRESETS.values():
+        work = flop(configs[preset.name])
         averages = [v[0] for (m, _), v in preset.published.items() if m not in (None, "sgd")]
         base = [v[0] for (m, _), v in preset.published.items() if m in (None, "sgd")]
         lines.append(
@@ -374,8 +392,7 @@ def _duration(seconds: float) -> str:
 
 def _report(options: dict[str, Any]) -> int:
     found = find_runs(options["folders"])
-    published = {name: preset.published for name, preset in PRESETS.items()}
-    experiments = compare_runs(found, published)
+    experiments = compare_runs(found, PRESETS)
     for path, results in found:
         if results["status"] != "complete":
             print(f"left out: {path} is not complete", file=sys.stderr)

@@ -18,7 +18,14 @@ from .data import DATASETS
 from .errors import TrainError
 from .models import MODELS
 
-__all__ = ["DEFAULTS", "METHODS", "TrainConfig", "option_name", "resolve_device"]
+__all__ = [
+    "DEFAULTS",
+    "METHODS",
+    "TrainConfig",
+    "option_name",
+    "resolve_device",
+    "with_absolute_paths",
+]
 
 #: Training methods by name, with the titles that tables give their results.
 METHODS: dict[str, str] = {
@@ -350,10 +357,7 @@ class TrainConfig:
         values.update(defaults)
         values.update(options)
         values["device"] = resolve_device(values["device"])
-        for field in ("data_dir", "pretrained"):
-            if values[field] is not None and values[field] != "torchvision":
-                values[field] = str(Path(values[field]).absolute())
-        return cls(**values)
+        return cls(**with_absolute_paths(values))
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TrainConfig:
@@ -463,6 +467,9 @@ class TrainConfig:
                 f"{', '.join(str(b) for b in self.budgets) or 'nothing'}"
             )
         _expect("budgets", self, list(self.budgets) == sorted(set(self.budgets)), "rising numbers")
+        for field in ("swa_start", "fge_start", "fixed_start"):
+            start = getattr(self, field)
+            _expect(field, self, math.isfinite(start) and start >= 0, "a fraction of 0 or more")
         for field, method in (
             ("swa_start", "swa"),
             ("swa_start", "swa-cyclic"),
@@ -504,7 +511,6 @@ class TrainConfig:
 
     def _check_start(self, field: str, method: str) -> None:
         start = getattr(self, field)
-        _expect(field, self, math.isfinite(start) and start >= 0, "a fraction of 0 or more")
         first = first_capture(self.epochs, start)
         end = self.epochs if method == "fge" else self.last_epoch
         if first > end:
@@ -568,6 +574,15 @@ def _expect_name(field: str, found: str, known: Any) -> None:
         raise TrainError(
             f"{option_name(field)}: expected one of {', '.join(known)}, found {found!r}"
         )
+
+
+def with_absolute_paths(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options, with the paths among them made absolute."""
+    found = dict(options)
+    for field in ("data_dir", "pretrained"):
+        if found.get(field) not in (None, "torchvision"):
+            found[field] = str(Path(found[field]).absolute())
+    return found
 
 
 def resolve_device(name: str) -> str:

@@ -41,6 +41,14 @@ class World:
         """Whether this process is the first, by the environment."""
         return World.count() == 1 or os.environ.get("RANK", "0") == "0"
 
+    @staticmethod
+    def command(module: str) -> list[str]:
+        """How to start a module with as many processes again."""
+        if World.count() == 1:
+            return ["python", "-m", module]
+        here = os.environ.get("LOCAL_WORLD_SIZE", str(World.count()))
+        return ["torchrun", "--nproc-per-node", here, "-m", module]
+
     @property
     def main(self) -> bool:
         """Whether this process writes the files."""

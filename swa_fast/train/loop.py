@@ -56,11 +56,16 @@ def derive_seed(seed: int, purpose: str, epoch: int = 0) -> int:
 class _Clock:
     """Seconds by phase. On a GPU they are measured by events on the stream, so that nothing waits
     before :meth:`read`; there they hold the work of the device and the time that it idled because
-    the host came late."""
+    the host came late.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: that works.
+        before: seconds to begin with, as :meth:`read` gave them.
+    """
+
+    def __init__(self, device: torch.device, before: Mapping[str, float] | None = None) -> None:
         self._cuda = device.type == "cuda"
-        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._seconds = {**dict.fromkeys(PHASES, 0.0), **(before or {})}
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
@@ -95,7 +100,7 @@ class Run:
         forward: the network as training calls it: compiled, or distributed, or ``model`` itself.
         captured: whether the averages hold the weights of an epoch whose record is yet to come.
         loss, correct: sums over the steps of the present epoch, on the device.
-        seconds: by phase, of the present epoch before it was continued.
+        clock: seconds by phase of the present epoch.
         random: states of torch's generators, set when an epoch is continued in its middle.
     """
 
@@ -107,10 +112,10 @@ class Run:
     averages: dict[str, Average]
     loss: Tensor
     correct: Tensor
+    clock: _Clock
     epoch: int = 0
     step: int = 0
     captured: bool = False
-    seconds: dict[str, float] = field(default_factory=dict)
     random: dict[str, Tensor] | None = None
     records: list[Record] = field(default_factory=list)
 
@@ -138,7 +143,7 @@ class Trainer:
         self.world = world
         self.device = world.device(config.device)
         self._classes = len(dataset.classes)
-        self._channels = dataset.image_shape[0]
+        self._image_shape = dataset.image_shape
         self._interrupted = interrupted
         options: dict[str, Any] = {
             "device": self.device,
@@ -161,7 +166,7 @@ class Trainer:
         torch.manual_seed(derive_seed(config.seed, "init"))
         model = build_model(
             config.model,
-            in_channels=self._channels,
+            in_channels=self._image_shape[0],
             num_classes=self._classes,
             width=config.width,
         )
@@ -206,6 +211,7 @@ class Trainer:
             },
             loss=torch.zeros((), dtype=torch.float64, device=self.device),
             correct=torch.zeros((), dtype=torch.int64, device=self.device),
+            clock=_Clock(self.device),
         )
 
     def _new_average(
@@ -237,6 +243,23 @@ class Trainer:
             return backend
         except (RuntimeError, ValueError, TypeError) as error:
             raise TrainError(f"--backend: {error}") from error
+
+    @torch.inference_mode()
+    def check_images(self, model: nn.Module) -> None:
+        """Shows an image to the network, before the files of an earlier run are given up.
+
+        Raises:
+            TrainError: it cannot take images of this size.
+        """
+        model.eval()
+        try:
+            model(torch.zeros(1, *self._image_shape, device=self.device))
+        except RuntimeError as error:
+            size = "x".join(map(str, self._image_shape[1:]))
+            raise TrainError(
+                f"--image-size: expected images that a {self.config.model} can take, found {size} "
+                f"({' '.join(str(error).split())})"
+            ) from error
 
     def continue_from(self, run: Run, state: Mapping[str, Any], path: Path) -> None:
         """Puts a new run at the end of the first part of another trajectory: its weights, buffers
@@ -276,41 +299,31 @@ class Trainer:
             Stopped: the training is to stop; the state can be saved.
         """
         config, trajectory = self.config, run.trajectory
-        clock = _Clock(self.device)
-        before = dict(run.seconds)
-        epoch = run.epoch + 1
-
-        def spent() -> dict[str, float]:
-            return {phase: s + before.get(phase, 0.0) for phase, s in clock.read().items()}
-
-        try:
-            if run.epoch == trajectory.begin and run.step == 0 and not run.captured:
-                self._capture(run, run.epoch, clock)
-            self._train(run, clock, between)
-            if not run.captured:
-                self._capture(run, epoch, clock)
-                run.captured = True
-            reported = epoch in trajectory.reported or epoch == trajectory.end
-            looked_at = reported or epoch % config.eval_every == 0
-            test: tuple[float, float] | tuple[None, None] = (None, None)
-            averages: dict[str, Record] = {}
-            if looked_at:
-                self.world.share_buffers(run.model)
-                with clock("eval"):
-                    test = self.evaluate(run.model)
-            for method, average in run.averages.items():
-                found: tuple[float, float] | tuple[None, None] = (None, None)
-                fresh = average.every_step or average.due(epoch)
-                if average.captures and looked_at and (fresh or reported):
-                    found = self._evaluate_average(average, epoch, clock)
-                averages[method] = {
-                    "captures": average.captures,
-                    "test_loss": found[0],
-                    "test_accuracy": found[1],
-                }
-        except Stopped:
-            run.seconds = spent()
-            raise
+        clock, epoch = run.clock, run.epoch + 1
+        if run.epoch == trajectory.begin and run.step == 0 and not run.captured:
+            self._capture(run, run.epoch, clock)
+        self._train(run, clock, between)
+        if not run.captured:
+            self._capture(run, epoch, clock)
+            run.captured = True
+        reported = epoch in trajectory.reported or epoch == trajectory.end
+        looked_at = reported or epoch % config.eval_every == 0
+        test: tuple[float, float] | tuple[None, None] = (None, None)
+        averages: dict[str, Record] = {}
+        if looked_at:
+            self.world.share_buffers(run.model)
+            with clock("eval"):
+                test = self.evaluate(run.model)
+        for method, average in run.averages.items():
+            found: tuple[float, float] | tuple[None, None] = (None, None)
+            fresh = average.every_step or average.due(epoch)
+            if average.captures and looked_at and (fresh or reported):
+                found = self._evaluate_average(average, epoch, clock)
+            averages[method] = {
+                "captures": average.captures,
+                "test_loss": found[0],
+                "test_accuracy": found[1],
+            }
         loss, correct = self._totals(run)
         record: Record = {
             "trajectory": trajectory.name,
@@ -321,7 +334,7 @@ class Trainer:
             "test_loss": test[0],
             "test_accuracy": test[1],
             "averages": averages,
-            "seconds": spent(),
+            "seconds": clock.read(),
         }
         for name, value in (
             ("train_loss", record["train_loss"]),
@@ -333,7 +346,7 @@ class Trainer:
                     f"{trajectory.name} run, epoch {epoch}: expected a finite {name}, found "
                     f"{value}; the training diverged, try a lower --lr or --swa-lr"
                 )
-        run.epoch, run.step, run.captured, run.seconds = epoch, 0, False, {}
+        run.epoch, run.step, run.captured, run.clock = epoch, 0, False, _Clock(self.device)
         run.records.append(record)
         return record
 
@@ -502,7 +515,7 @@ class Trainer:
             "epoch": run.epoch,
             "step": run.step,
             "captured": run.captured,
-            "seconds": run.seconds,
+            "seconds": run.clock.read(),
             "records": run.records,
             "model": run.model.state_dict(),
             "optimizer": run.optimizer.state_dict(),
@@ -550,7 +563,7 @@ class Trainer:
             run.random = own["random"]
             run.epoch, run.step = int(state["epoch"]), int(state["step"])
             run.captured = bool(state["captured"])
-            run.seconds = dict(state["seconds"])
+            run.clock = _Clock(self.device, state["seconds"])
             run.records = list(state["records"])
 
     def _check_config(self, state: Mapping[str, Any]) -> None:

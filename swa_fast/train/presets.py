@@ -8,11 +8,11 @@ CVPR 2017, arXiv 1610.02915.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
@@ -396,14 +396,15 @@ def flop(config: TrainConfig) -> float:
     side = config.image_size or spec.image_size
     classes = {"cifar100": 100, "imagenet": 1000}.get(config.dataset, 10)
     channels = 1 if config.dataset in ("digits", "fashion-mnist") else 3
-    macs = _macs(config.model, config.width, channels, classes, side)
+    macs = _macs(config.model, channels, classes, config.width, side)
     images = _IMAGES.get(config.dataset, _CIFAR_IMAGES) * config.fraction
     epochs = sum(trajectory.end - trajectory.begin for trajectory in plan(config))
     return 6.0 * macs * images * epochs
 
 
-@cache
-def _macs(name: str, width: int, channels: int, classes: int, side: int) -> int:
+@functools.cache
+def _macs(name: str, channels: int, classes: int, width: int, side: int) -> int:
+    """Multiply-adds of a forward pass of a network of :data:`MODELS`."""
     with torch.device("meta"):
         model = build_model(name, in_channels=channels, num_classes=classes, width=width)
     return forward_macs(model, (channels, side, side))

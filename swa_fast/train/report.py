@@ -27,7 +27,7 @@ Losses are mean cross-entropies in nats, accuracies percentages, times seconds.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from .config import METHODS, TrainConfig
 from .errors import TrainError, import_extra
 from .loop import PHASES
 from .methods import plan
+from .presets import Preset, scaled
 from .state import RunFolder, write_atomically
 
 __all__ = [
@@ -87,13 +88,12 @@ def summarise(results: Results) -> list[dict[str, Any]]:
             for budget, epoch in marks.items():
                 record = by_name[trajectory.name][epoch]
                 found = record if method == "sgd" else record["averages"][method]
-                spent = [
-                    *(r for e, r in by_name.get("sgd", {}).items() if e <= trajectory.begin),
-                    *(r for e, r in by_name[trajectory.name].items() if e <= epoch),
-                ]
-                seconds = sum(r["seconds"][phase] for r in spent for phase in _TRAINING)
+                before = [r for e, r in by_name.get("sgd", {}).items() if e <= trajectory.begin]
+                own = [r for e, r in by_name[trajectory.name].items() if e <= epoch]
+                seconds = sum(r["seconds"][phase] for r in before + own for phase in _TRAINING)
                 if method != "sgd":
-                    seconds += sum(r["seconds"]["average"] for r in spent)
+                    # What the conventional run averaged is another method's.
+                    seconds += sum(r["seconds"]["average"] for r in own)
                     seconds += record["seconds"]["bn"]
                 rows.append(
                     {
@@ -205,14 +205,14 @@ def find_runs(folders: Sequence[str | Path]) -> list[tuple[Path, dict[str, Any]]
     Raises:
         TrainError: a folder without any, or a results.json that cannot be read.
     """
-    found: dict[Path, dict[str, Any]] = {}
+    found: dict[Path, tuple[Path, dict[str, Any]]] = {}
     for folder in folders:
         paths = sorted(path.parent for path in Path(folder).rglob("results.json"))
         if not paths:
             raise TrainError(f"{folder}: expected a folder of runs, found no results.json in it")
         for path in paths:
-            found[path] = RunFolder(path).read_results()
-    return list(found.items())
+            found[path.resolve()] = path, RunFolder(path).read_results()
+    return list(found.values())
 
 
 # Settings that tell runs of one experiment apart: its repetitions, and where they were made.
@@ -224,6 +224,17 @@ def _experiment(results: Results) -> tuple[Any, ...]:
     return (results["preset"], results["data"]["sha256"], repr(sorted(config.items())))
 
 
+def _overridden(preset: Preset, scale: float, config: Mapping[str, Any]) -> list[str]:
+    """Settings of a preset that a run has otherwise."""
+    return [
+        key
+        for key, value in scaled(preset.options, scale).items()
+        if key in config
+        and key not in (*_REPETITION, "methods")
+        and config[key] != (list(value) if isinstance(value, tuple) else value)
+    ]
+
+
 def _spread(values: Sequence[float]) -> str:
     """Mean ± sample standard deviation."""
     mean = statistics.fmean(values)
@@ -232,18 +243,19 @@ def _spread(values: Sequence[float]) -> str:
 
 def compare_runs(
     runs: Sequence[tuple[Path, Results]],
-    published: Mapping[str, Mapping[tuple[str | None, float], tuple[float, float | None]]],
+    presets: Mapping[str, Preset],
 ) -> list[dict[str, Any]]:
     """Experiments, i.e. runs that differ in the seed only, each with its table.
 
     Args:
         runs: as :func:`find_runs` gives them; those that are not complete are left out.
-        published: by preset, then by method and budget: accuracy and its standard deviation.
+        presets: by name, with their published results.
 
     Returns:
         For each experiment ``title``, ``header``, ``rows`` (cells as text) and ``runs``. The paired
         gain is the mean, with the sample standard deviation, of the differences to SGD (or to the
-        pretrained network) with the same seed.
+        pretrained network) with the same seed. The title names the settings that are not those of
+        the preset.
     """
     groups: dict[tuple[Any, ...], list[Results]] = {}
     for _, results in runs:
@@ -251,10 +263,9 @@ def compare_runs(
             groups.setdefault(_experiment(results), []).append(results)
     experiments = []
     for members in groups.values():
-        config, preset = members[0]["config"], members[0]["preset"]
-        # A run at a reduced scale is another experiment than the one that was published.
-        known = published.get(preset or "", {})
-        scale = members[0]["scale"]
+        config, name, scale = (members[0][key] for key in ("config", "preset", "scale"))
+        preset = presets.get(name or "")
+        known = {} if preset is None else preset.published
         tables = [
             {(row["method"], row["budget"]): row for row in results["summary"]}
             for results in members
@@ -285,10 +296,13 @@ def compare_runs(
                 ]
             )
         title = f"{config['model']} (width {config['width']}) on {config['dataset']}"
-        if preset:
-            title = f"{preset}: {title}"
+        # Runs at a reduced scale or with other settings are not the experiment that was published.
+        if name:
+            title = f"{name}: {title}"
         if scale != 1.0:
             title += f", at scale {scale:g}"
+        if preset is not None and (other := _overridden(preset, scale, config)):
+            title += f", with other {', '.join(other)} than the preset's"
         experiments.append(
             {
                 "title": title,
@@ -333,13 +347,18 @@ _COLORS = {
 }
 
 
-def draw_curves(runs: Results | Sequence[Results], path: Path) -> None:
+def draw_curves(
+    runs: Results | Sequence[Results],
+    path: Path,
+    write: Callable[[Path, Callable[[Any], object]], object] = write_atomically,
+) -> None:
     """Draws test accuracy and learning rate over the epochs of all trajectories.
 
     Args:
         runs: content of results.json of a run, or of several with different seeds, of which the
             mean and the range are drawn.
         path: the PNG file, replaced atomically.
+        write: writes it, as :func:`write_atomically`.
 
     Raises:
         TrainError: matplotlib is not installed.
@@ -427,4 +446,4 @@ def draw_curves(runs: Results | Sequence[Results], path: Path) -> None:
     bottom.set_ylim(bottom=0)
     bottom.legend(loc="lower left", framealpha=0.9, fontsize=8)
     bottom.xaxis.get_major_locator().set_params(integer=True)
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))
+    write(path, lambda file: figure.savefig(file, format="png", dpi=150))

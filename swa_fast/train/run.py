@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -145,19 +146,25 @@ def run(
         The content of results.json.
 
     Raises:
-        TrainError: the data or the checkpoints cannot be used, the training diverged, or the disk
-            is full.
+        TrainError: the data or the checkpoints cannot be used, the training diverged, the disk is
+            full, or another process trains in the folder.
         Stopped: a signal asked for it; the state is saved.
     """
+    if not checkpoint_minutes >= 0:
+        raise TrainError(
+            f"--checkpoint-minutes: expected a number of 0 or more, found {checkpoint_minutes}"
+        )
+    world = world or World()
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads)
     try:
         # Fixed algorithms: the autotuner may choose others in a process that continues a run.
         with (
+            folder.locked() if world.main else nullcontext(),
             torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True),
             Interrupts() as interrupts,
         ):
-            session = _Session(config, folder, progress, world or World(), interrupts)
+            session = _Session(config, folder, progress, world, interrupts)
             session.checkpoint_seconds = 60 * checkpoint_minutes
             return session.run(previous, preset, scale)
     finally:
@@ -201,11 +208,6 @@ class _Session:
             "records": [],
             "summary": [],
         }
-        if previous is not None:
-            self._compare(previous, results)
-            self.listed = {r["trajectory"]: r["epoch"] for r in previous["records"]}
-            for key in ("preset", "scale", "environment", "initial", "records"):
-                results[key] = previous[key]
         progress.say(
             f"{config.dataset}: {dataset.train_count:,} training and {dataset.test_count:,} test "
             f"images of {len(dataset.classes)} classes"
@@ -213,7 +215,13 @@ class _Session:
         )
         trainer = Trainer(config, dataset, world, lambda: self.interrupts.requested)
         results["environment"]["averaging_backend"] = trainer.check_backend()
+        if previous is not None:
+            self._compare(previous, results)
+            self.listed = {r["trajectory"]: r["epoch"] for r in previous["records"]}
+            for key in ("preset", "scale", "environment", "initial", "records"):
+                results[key] = previous[key]
         model = trainer.build()
+        trainer.check_images(model)
         progress.say(
             f"{config.model}: {sum(p.numel() for p in model.parameters()):,} parameters, on "
             f"{config.device}" + (f", {world.size} processes" if world.size > 1 else "")
@@ -237,7 +245,7 @@ class _Session:
         results["summary"] = summarise(results)
         results["status"] = "complete"
         if world.main:
-            draw_curves(results, self.folder.file("curves.png"))
+            draw_curves(results, self.folder.file("curves.png"), self.folder.write)
         self._write(results)
         world.wait()
         return results

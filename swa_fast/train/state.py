@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -56,6 +59,24 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+class _Recorded:
+    """What :func:`torch.save` needs of a file; remembers the errors of writing."""
+
+    def __init__(self, file: IO[bytes], failures: list[OSError]) -> None:
+        self._file = file
+        self._failures = failures
+
+    def write(self, content: Any) -> int:
+        try:
+            return self._file.write(content)
+        except OSError as error:
+            self._failures.append(error)
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 class RunFolder:
@@ -117,14 +138,47 @@ class RunFolder:
                 f"or choose another folder"
             )
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps the folder for this process, and removes the files that a killed one was writing.
+
+        Raises:
+            TrainError: another process trains in it.
+        """
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise TrainError(
+                    f"{self.path}: expected a folder in which nothing is trained at present, found "
+                    f"that another process does; wait for its end or choose another folder"
+                ) from error
+            except OSError:
+                pass  # Not every network file system has locks.
+            else:
+                for where in (self.path, self.checkpoints):
+                    for path in where.glob(".*.tmp"):
+                        path.unlink(missing_ok=True)
+            yield
+        finally:
+            os.close(folder)
+
     def clear(self) -> None:
-        """Removes the files of an earlier run; others stay."""
+        """Removes the files of an earlier run; others stay.
+
+        Raises:
+            TrainError: they cannot be removed.
+        """
         for name in self.existing():
             path = self.path / name
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+            try:
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+            except OSError as error:
+                raise TrainError(f"{path}: cannot be removed ({error})") from error
 
     def log(self, text: str) -> None:
         """Appends to log.txt; a disk that is full costs the line, not the run."""
@@ -145,7 +199,7 @@ class RunFolder:
             indent=1,
             allow_nan=False,
         )
-        self._write(self.file("results.json"), lambda f: f.write(text.encode() + b"\n"))
+        self.write(self.file("results.json"), lambda f: f.write(text.encode() + b"\n"))
 
     def read_results(self) -> dict[str, Any]:
         """Content of results.json.
@@ -185,7 +239,8 @@ class RunFolder:
     def save_checkpoint(
         self, trajectory: str, epoch: int, step: int, content: Mapping[str, Any]
     ) -> None:
-        """Adds a checkpoint and removes all but the last :data:`KEEP` of the trajectory.
+        """Adds a checkpoint and removes all but the last :data:`KEEP` of the trajectory. Later ones
+        go, too: they are damaged, or training would not be here again.
 
         Args:
             trajectory: its name.
@@ -195,11 +250,11 @@ class RunFolder:
         Raises:
             TrainError: the disk is full or cannot be written. Earlier checkpoints are intact.
         """
-        self.checkpoints.mkdir(exist_ok=True)
         path = self.checkpoints / f"{trajectory}-{epoch:05d}-{step:07d}.pt"
         self._save(path, trajectory, content)
-        older = [p for p in self._states(trajectory) if p != path]
-        for stale in older[KEEP - 1 :]:
+        states = self._states(trajectory)
+        last = states.index(path)
+        for stale in (*states[:last], *states[last + KEEP :]):
             stale.unlink(missing_ok=True)
 
     def save_branch(self, trajectory: str, epoch: int, content: Mapping[str, Any]) -> None:
@@ -208,7 +263,6 @@ class RunFolder:
         Raises:
             TrainError: the disk is full or cannot be written.
         """
-        self.checkpoints.mkdir(exist_ok=True)
         self._save(self._branch(trajectory, epoch), trajectory, content)
 
     def load_checkpoint(
@@ -260,7 +314,7 @@ class RunFolder:
         Raises:
             TrainError: the disk is full or cannot be written.
         """
-        self._write(self.file(f"model_{name}.pt"), lambda f: torch.save(dict(state), f))
+        self.write(self.file(f"model_{name}.pt"), lambda f: torch.save(dict(state), f))
 
     def _branch(self, trajectory: str, epoch: int) -> Path:
         return self.checkpoints / f"{trajectory}-branch-{epoch:05d}.pt"
@@ -283,17 +337,26 @@ class RunFolder:
             "trajectory": trajectory,
             **content,
         }
-        self._write(path, lambda f: torch.save(payload, f))
+        self.write(path, lambda f: torch.save(payload, f))
 
-    def _write(self, path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    def write(self, path: Path, write: Callable[[Any], object]) -> None:
+        """Writes a file of the folder by :func:`write_atomically`, and makes its parent folder.
+
+        Raises:
+            TrainError: the disk is full or cannot be written.
+        """
+        failures: list[OSError] = []
         try:
-            write_atomically(path, write)
+            path.parent.mkdir(exist_ok=True)
+            write_atomically(path, lambda file: write(_Recorded(file, failures)))
         except (OSError, RuntimeError) as error:
-            # torch.save hides the reason of a failed write in a RuntimeError.
-            if isinstance(error, RuntimeError) and "write" not in str(error):
+            if isinstance(error, OSError):
+                failures = [error]
+            elif not failures:
                 raise
-            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-            reason = " ".join(str(error).split())
+            # torch.save hides the reason of a failed write behind RuntimeErrors of its own.
+            reason = failures[0]
+            full = reason.errno in (errno.ENOSPC, errno.EDQUOT)
             raise TrainError(
                 f"{path}: cannot be written ({reason}); {'the disk is full, ' if full else ''}what "
                 f"was saved before is intact: make room and continue with --resume {self.path}"
@@ -305,12 +368,16 @@ class RunFolder:
             f"trajectory {trajectory}"
         )
         try:
+            # torch.load does not compare checksums: a flipped bit would go unnoticed.
+            with zipfile.ZipFile(path) as archive:
+                if (damaged := archive.testzip()) is not None:
+                    raise ValueError(f"wrong checksum of {damaged}")
             payload = torch.load(path, map_location=device, weights_only=True)
-        # torch.load has no error of its own: UnpicklingError, RuntimeError, EOFError, KeyError...
+        # Neither has an error of its own: BadZipFile, UnpicklingError, RuntimeError, KeyError...
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise TrainError(
-                f"{path}: {expected}, found a truncated or foreign file ({reason})"
+                f"{path}: {expected}, found a damaged or foreign file ({reason})"
             ) from error
         if not isinstance(payload, dict) or payload.get("format") != _CHECKPOINT:
             raise TrainError(f"{path}: {expected}, found another kind of file")
