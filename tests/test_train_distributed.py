@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import json
 import os
 import signal
@@ -70,9 +72,23 @@ def processes(work: Callable[[Path, int], None], folder: Path) -> None:
     mp.spawn(_child, (work, folder, port), RANKS)
 
 
-def train(folder: Path, rank: int) -> None:
+def in_group(work: Callable[[World, Path, int], None]) -> Callable[[Path, int], None]:
+    """The work between joining the group and leaving it. Its networks are gone by then: with torch
+    2.13 one that is distributed and outlives its group waits forever."""
+
+    @functools.wraps(work)
+    def run(folder: Path, rank: int) -> None:
+        world = World()
+        work(world, folder, rank)
+        gc.collect()
+        world.close()
+
+    return run
+
+
+@in_group
+def train(world: World, folder: Path, rank: int) -> None:
     """The trajectories sgd, with ema, and swa by hand; each process writes what it has."""
-    world = World()
     config = TrainConfig.from_options(OPTIONS)
     trainer = Trainer(config, images(), world)
     found: dict[str, Any] = {}
@@ -88,7 +104,6 @@ def train(folder: Path, rank: int) -> None:
             assert isinstance(average, WeightAverage)
             found[method] = average.averaged.module.state_dict()
     torch.save(found, folder / f"{rank}.pt")
-    world.close()
 
 
 def test_averages_are_equal_everywhere_and_statistics_those_of_all_data(tmp_path: Path) -> None:
@@ -137,9 +152,9 @@ class _Plain(nn.Module):
         return out
 
 
-def plain(folder: Path, rank: int) -> None:
+@in_group
+def plain(world: World, folder: Path, rank: int) -> None:
     loop.build_model = lambda *args, **kwargs: _Plain()  # type: ignore[assignment]
-    world = World()
     config = TrainConfig.from_options({**OPTIONS, "methods": ("sgd",)})
     trainer = Trainer(config, images(), world)
     run = trainer.start(plan(config)[0])
@@ -150,7 +165,6 @@ def plain(folder: Path, rank: int) -> None:
         assert record is not None
         numbers = {k: v for k, v in record.items() if isinstance(v, float)}
         torch.save((run.model.state_dict(), numbers), folder / f"plain{world.size}.pt")
-    world.close()
 
 
 def test_every_image_weighs_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,8 @@ def import_extra(module: str) -> ModuleType:
     """
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    # torchvision that does not belong to this torch raises RuntimeError.
+    except (ImportError, RuntimeError) as error:
         raise TrainError(
             f'{module} cannot be imported ({error}); run: pip install "swa_fast[train]"'
         ) from error
