@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import json
 import os
 import signal
@@ -73,14 +72,12 @@ def processes(work: Callable[[Path, int], None], folder: Path) -> None:
 
 
 def in_group(work: Callable[[World, Path, int], None]) -> Callable[[Path, int], None]:
-    """The work between joining the group and leaving it. Its networks are gone by then: with torch
-    2.13 one that is distributed and outlives its group waits forever."""
+    """The work between joining the group and leaving it, when its networks are gone."""
 
     @functools.wraps(work)
     def run(folder: Path, rank: int) -> None:
         world = World()
         work(world, folder, rank)
-        gc.collect()
         world.close()
 
     return run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import Any
 
@@ -94,6 +95,9 @@ class World:
             dist.barrier()
 
     def close(self) -> None:
-        """Leaves the group of processes."""
+        """Leaves the group of processes; networks distributed over it should be gone by then."""
         if self.size > 1 and dist.is_initialized():
+            # Also those in reference cycles: in torch 2.13 the last one to hold a gloo group joins
+            # the group's threads without giving up the GIL, for which they may be waiting.
+            gc.collect()
             dist.destroy_process_group()
