@@ -19,9 +19,8 @@ import math
 import sys
 from collections.abc import Callable
 
-import pytest
 import torch
-from harness import Case, Contender, Size, Suite, Work, dtype_name, main
+from harness import Case, Contender, Size, Suite, Work, dtype_name, main, pytest_cases
 from rows import OURS
 from torch import Tensor
 
@@ -134,25 +133,6 @@ CONTENDERS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-@pytest.mark.parametrize("contender", CONTENDERS)
-def test_layer(
-    benchmark, contender: str, shape: tuple[int, ...], layout: str, dtype: torch.dtype
-) -> None:
-    benchmark.group = f"{'x'.join(map(str, shape))} {layout} {str(dtype).removeprefix('torch.')}"
-    generator = torch.Generator().manual_seed(0)
-    x = (1 + 2 * torch.randn(shape, generator=generator)).to(dtype)
-    x = x.contiguous(memory_format=LAYOUTS[layout])
-    weight, bias = torch.rand((2, shape[1]), generator=generator)
-    benchmark.pedantic(
-        CONTENDERS[contender](x, weight, bias), rounds=20, warmup_rounds=3, iterations=1
-    )
-
-
-# ------------------------------------------------------------------ in rounds (bench/harness.py)
-
 # op: (times it reads or writes the input, as the limit does, its contenders and their sides).
 OPS = {
     "BN layer": (3, {"read_copy": "limit", "swa_fast": OURS, "torch_layer": "competitor"}),
@@ -203,6 +183,7 @@ def cases(device: torch.device) -> list[Case]:
 
 
 SUITE = Suite("BatchNorm layer and statistics", cases)
+test_layer = pytest_cases(SUITE)
 
 if __name__ == "__main__":
     sys.exit(main([SUITE], str(__doc__)))

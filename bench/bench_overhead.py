@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import statistics
 import sys
 import time
@@ -25,6 +24,7 @@ from typing import Any
 
 import torch
 from harness import OtherWork, facts
+from rows import write_table
 from torch import Tensor, nn
 from torch.optim import swa_utils
 
@@ -179,10 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.clock,
         )  # fmt: skip
     if options.out is not None:
-        with options.out.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_table(options.out, COLUMNS, rows)
     return 0
 
 

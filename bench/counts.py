@@ -21,7 +21,6 @@ with the bytes counted or, where they are not known, those that the operation ha
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import importlib
 import os
@@ -36,6 +35,7 @@ import bench_k_averages
 import bench_low_precision
 import torch
 from harness import Case, Run, Size, _Ready, facts, select, simulated
+from rows import write_table
 
 __all__ = ["Counts", "main", "predicted_seconds", "profiler_counts", "simulator_counts"]
 
@@ -65,7 +65,7 @@ class Counts:
         missing = [name for name in names if name not in found and name != "bytes"]
         if missing:
             raise ValueError(f"the source of counts returned no {', '.join(missing)}")
-        return cls(**{name: found.get(name) for name in names})  # type: ignore[arg-type]
+        return cls(**{name: found.get(name) for name in names})
 
 
 Source = Callable[[Run], Mapping[str, Any]]
@@ -227,10 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\n{case.op}: {case.model}, {case.dtype}\n  {'':34}{head}", flush=True)
         found += count_case(case, source, by, 1e9 * bandwidth, 1e-6 * options.launch_cost)
     if options.out is not None:
-        with options.out.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(found)
+        write_table(options.out, COLUMNS, found)
     return 0
 
 

@@ -332,8 +332,13 @@ class _Ready:
             self.status, self.reason = "not installed", _reason(error)
         except AssertionError as error:
             self.status, self.reason = "wrong", _reason(error)
-        except (NotServed, RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        except NotServed as error:
             self.status, self.reason = "not served", _reason(error)
+        except Exception as error:
+            # Whatever another package raises must not end the run of the others; from our own code
+            # it is a fault.
+            self.status = "wrong" if self.side == OURS else "not served"
+            self.reason = f"{type(error).__name__}: {_reason(error)}"
         else:
             self.work = work
             if graph:
@@ -613,7 +618,9 @@ def pytest_cases(suite: Suite) -> Callable[..., None]:
     def test_contender(benchmark: Any, case: Case, name: str) -> None:
         ready = _Ready(case.contenders[name], case.make(), graph=False)
         if ready.work is None:
-            (pytest.fail if ready.status == "wrong" else pytest.skip)(ready.reason)
+            if ready.status == "wrong":
+                pytest.fail(ready.reason)
+            pytest.skip(ready.reason)
         run = ready.work.run
 
         def wait() -> None:
@@ -622,6 +629,7 @@ def pytest_cases(suite: Suite) -> Callable[..., None]:
                 torch.cuda.synchronize()
 
         benchmark.group = f"{case.op}: {case.model}, {case.dtype}"
-        benchmark.pedantic(wait, rounds=20, warmup_rounds=3)
+        with case.around():
+            benchmark.pedantic(wait, rounds=20, warmup_rounds=3)
 
     return test_contender

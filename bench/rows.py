@@ -8,10 +8,13 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Sequence
+import io
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-__all__ = ["OURS", "Row", "digest", "read", "write"]
+__all__ = ["OURS", "Row", "digest", "read", "write", "write_table"]
 
 OURS = "swa_fast"
 
@@ -80,18 +83,35 @@ def _text(value: object) -> str:
 
 
 def write(path: Path, rows: Iterable[Row], append: bool = False) -> None:
-    """Writes rows, with a header line unless the file that is appended to has one."""
-    header = not (append and path.exists() and path.stat().st_size)
-    with path.open("a" if append else "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if header:
-            writer.writerow([*FIELDS, *DERIVED])
-        for row in rows:
-            names = [*FIELDS, *DERIVED.values()]
-            writer.writerow([_text(getattr(row, name)) for name in names])
+    """Writes rows, or adds them to those that the file holds."""
+    names = {**{name: name for name in FIELDS}, **DERIVED}
+    table = [{column: _text(getattr(row, name)) for column, name in names.items()} for row in rows]
+    write_table(path, list(names), table, append)
 
 
-def _parse(name: str, text: str) -> object:
+def write_table(
+    path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]], append: bool = False
+) -> None:
+    """Replaces a CSV file at once, so that an interrupted run leaves the old one.
+
+    Args:
+        path: the file.
+        columns: in their order.
+        rows: values by column.
+        append: keep what the file holds; its columns have to be the same.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    before = path.read_text(encoding="utf-8") if append and path.exists() else ""
+    if not before:
+        writer.writeheader()
+    writer.writerows(rows)
+    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    part.write_text(before + text.getvalue(), encoding="utf-8", newline="")
+    part.replace(path)
+
+
+def _parse(name: str, text: str) -> Any:
     if name in _INTEGERS:
         return int(text) if text else (0 if name == "rounds" else None)
     if name in _FLOATS:
@@ -113,7 +133,7 @@ def read(paths: Sequence[Path]) -> list[Row]:
             if missing:
                 raise ValueError(f"{path}: expected the columns {', '.join(missing)}")
             for entry in reader:
-                row = Row(**{n: _parse(n, entry[n]) for n in FIELDS})  # type: ignore[arg-type]
+                row = Row(**{n: _parse(n, entry[n]) for n in FIELDS})
                 rows[row.key] = row
     return list(rows.values())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +33,16 @@ def _seeded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture
+def simulator() -> Any:
+    """The simulator of GPUs, which counts launches, waits and bytes. A real GPU counts none of
+    them by itself, and without counts there is nothing to test."""
+    gpusim = pytest.importorskip("gpusim")
+    if not gpusim.active():
+        pytest.skip("counts need the simulated GPU, and this one is real")
+    return gpusim
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
+# An installed wheel is tested away from the checkout, which alone has the benchmarks.
 if not (BENCH / "harness.py").exists():
     pytest.skip("the benchmarks are not beside these tests", allow_module_level=True)
 NAMES = (

@@ -21,14 +21,6 @@ KERNEL = "update_kernel"
 RULES = {"swa": SWA(), "short": EMA(0.99), "long": EMA(0.999, warmup="timm")}
 
 
-@pytest.fixture
-def simulator() -> Any:
-    gpusim = pytest.importorskip("gpusim")
-    if not gpusim.active():
-        pytest.skip("this GPU is real")
-    return gpusim
-
-
 def buffer_bytes(model: nn.Module, averages: int) -> int:
     """Buffers are read once, and written into every average."""
     return sum(b.numel() * b.element_size() * (1 + averages) for b in model.buffers())
