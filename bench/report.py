@@ -10,7 +10,8 @@ with ``<!-- bench:KIND option="value" ... -->`` and ends with ``<!-- /bench -->`
 * ``machine``: what the rows were measured on;
 * ``times``: median ms, contenders by models (``op``, ``mode``; ``models`` with | between them);
 * ``limit``: the same in percent of the limit;
-* ``ratios``: how many times longer the others take than ours (``of``);
+* ``ratios``: how many times longer the others take than ours (``of``), each relative to the limit
+  in its own rounds, as models too large for all contenders at once are compared in pieces;
 * ``layers``: another contender's time over ours, least, median and most over the shapes, by type
   and layout (``op``, ``ours``, ``other``);
 * ``counts``: launches, waits, allocations and copies counted (``op``, ``model``);
@@ -135,13 +136,28 @@ def limit(data: Data, options: dict[str, str]) -> str:
     return _by_model(rows, cell, _unique(r.contender for r in rows))
 
 
+def in_limits(rows: Sequence[Row]) -> dict[tuple[str, str, str], tuple[float, float, float]]:
+    """Times in times of the limit's, of the same rounds: quartiles by contender, model, dtype."""
+    moved = {(r.model, r.dtype): r.bytes for r in rows if r.side == "limit"}
+    found = {}
+    for r in rows:
+        low, median, high = r.limit_q1, r.limit_median, r.limit_q3
+        if low is not None and median is not None and high is not None:
+            # The row's are ratios of times per byte where both sides' bytes are known.
+            least = moved.get((r.model, r.dtype))
+            scale = r.bytes / least if r.bytes and least else 1.0
+            found[r.contender, r.model, r.dtype] = (scale * low, scale * median, scale * high)
+    return found
+
+
 def ratios(data: Data, options: dict[str, str]) -> str:
     rows = data.selected(options)
-    ours = {(r.model, r.dtype): r.median for r in rows if r.contender == options["of"]}
+    relative = in_limits(rows)
 
     def cell(row: Row) -> str:
-        base = ours.get((row.model, row.dtype))
-        return significant(row.median / base, 2) if base and row.median else ""
+        ours = relative.get((options["of"], row.model, row.dtype))
+        other = relative.get((row.contender, row.model, row.dtype))
+        return significant(other[1] / ours[1], 2) if ours and other else ""
 
     names = _unique(r.contender for r in rows if r.side == "competitor")
     return _by_model(rows, cell, names)
@@ -289,7 +305,8 @@ def growth_rows(data: Data) -> list[Row]:
 def update_rows(data: Data) -> list[Row]:
     return [
         r for r in data.rows
-        if r.op == "update" and r.mode == "warm" and r.median and "reference" not in r.contender
+        if r.op == "update" and r.mode == "warm" and r.limit_median
+        and "reference" not in r.contender
     ]  # fmt: skip
 
 
@@ -308,7 +325,8 @@ def draw(data: Data, folder: Path) -> None:
             (r.parameters, 1e3 * (r.median or 0))
             for r in rows if r.contender == name and r.op == "growth"
         )  # fmt: skip
-        axes.plot(*zip(*line, strict=True), label=name, marker=".", **style) if line else None
+        if line:
+            axes.plot(*zip(*line, strict=True), label=name, marker=".", **style)
         points = [(r.parameters, 1e3 * (r.median or 0)) for r in rows
                   if r.contender == name and r.op == "update"]  # fmt: skip
         if points and name != "lerp_flat":
@@ -325,24 +343,25 @@ def draw(data: Data, folder: Path) -> None:
     rows = update_rows(data)
     styles = _style(rows)
     models = _unique(r.model for r in rows)
+    relative = in_limits(rows)
+    least = {r.model: significant(1e3 * (r.median or 0)) for r in rows if r.side == "limit"}
     figure, axes = plt.subplots(figsize=(10, 5))
     width = 0.85 / len(styles)
     for index, (name, style) in enumerate(styles.items()):
-        values = {r.model: r for r in rows if r.contender == name}
-        places = [i + index * width for i, m in enumerate(models) if m in values]
-        shown = [values[m] for m in models if m in values]
-        heights = [1e3 * (r.median or 0) for r in shown]
-        errors = [
-            [1e3 * ((r.median or 0) - (r.q1 or 0)) for r in shown],
-            [1e3 * ((r.q3 or 0) - (r.median or 0)) for r in shown],
-        ]
+        shown = [r for m in models for r in rows if r.contender == name and r.model == m]
+        places = [models.index(r.model) + index * width for r in shown]
+        found = [relative[name, r.model, r.dtype] for r in shown]
+        errors = [[median - low for low, median, _ in found],
+                  [high - median for _, median, high in found]]  # fmt: skip
         axes.bar(
-            places, heights, width, yerr=errors, label=name, color=style["color"],
-            error_kw={"linewidth": 0.5}, hatch="//" if name == "lerp_flat" else None,
+            places, [median for _, median, _ in found], width, yerr=errors, label=name,
+            color=style["color"], error_kw={"linewidth": 0.5},
+            hatch="//" if shown[0].side == "limit" else None,
         )  # fmt: skip
-    axes.set_xticks([i + 0.42 for i in range(len(models))], models, fontsize=8)
+    labels = [f"{model}\n{least.get(model, '?')} ms" for model in models]
+    axes.set_xticks([i + 0.42 for i in range(len(models))], labels, fontsize=8)
     axes.set(
-        yscale="log", ylabel="time of an update, ms",
+        yscale="log", ylabel="time of an update over the limit's, ms of which below",
         title=f"averaging update, fp32, medians and quartiles ({rows[0].device})",
     )  # fmt: skip
     axes.grid(True, axis="y", alpha=0.3)

@@ -77,10 +77,13 @@ struct Lanes<float> {
 
   SWA_FAST_AVX2 static inline void store(float* p, Register v) { _mm256_storeu_ps(p, v); }
   SWA_FAST_AVX2 static inline void store(BFloat16* p, Register v) {
-    const __m256i bits = _mm256_castps_si256(v);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i rounded =
-        _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i odd =
+        _mm256_and_si256(_mm256_srli_epi32(_mm256_castps_si256(v), 16), _mm256_set1_epi32(1));
+    store_rounded(p, v, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  }
+  // The upper halves of v's bits plus `increment`, at most 0xffff; a NaN stays one.
+  SWA_FAST_AVX2 static inline void store_rounded(BFloat16* p, Register v, __m256i increment) {
+    const __m256i rounded = _mm256_add_epi32(_mm256_castps_si256(v), increment);
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
     const __m256i high =
         _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0), nan);

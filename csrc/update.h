@@ -90,6 +90,10 @@ static_assert(sizeof(WeightRule) == 8 * sizeof(double), "a row of the rules tens
 // bits of an element depend on nothing else: no chunking, thread or device shows in the result.
 // One call serves eight elements, 16 bits each.
 struct Philox {
+  static constexpr uint32_t kMultiplier0 = 0xD2511F53u, kMultiplier1 = 0xCD9E8D57u;
+  static constexpr uint32_t kKeyStep0 = 0x9E3779B9u, kKeyStep1 = 0xBB67AE85u;
+  static constexpr int kRounds = 10;
+
   uint32_t word[4];
 
   C10_HOST_DEVICE Philox(int64_t seed, uint64_t group_of_eight, int64_t n, int row) {
@@ -102,15 +106,15 @@ struct Philox {
 #ifdef __CUDA_ARCH__
 #pragma unroll
 #endif
-    for (int round = 0; round < 10; ++round) {
-      const uint64_t p0 = uint64_t{0xD2511F53u} * c0;
-      const uint64_t p1 = uint64_t{0xCD9E8D57u} * c2;
+    for (int round = 0; round < kRounds; ++round) {
+      const uint64_t p0 = uint64_t{kMultiplier0} * c0;
+      const uint64_t p1 = uint64_t{kMultiplier1} * c2;
       c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
       c1 = static_cast<uint32_t>(p1);
       c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
       c3 = static_cast<uint32_t>(p0);
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
+      k0 += kKeyStep0;
+      k1 += kKeyStep1;
     }
     word[0] = c0;
     word[1] = c1;

@@ -77,6 +77,104 @@ int64_t element_bytes(int code) {
   return code == kDouble ? 8 : code == kFloat ? 4 : code == kBytes ? 1 : 2;
 }
 
+#if SWA_FAST_HAS_AVX2_PATH
+
+constexpr int kGroups = 8;           // of Philox, computed side by side
+constexpr int kBlock = 8 * kGroups;  // elements that they serve
+
+// high and low: the words of the products of eight words and one factor.
+SWA_FAST_AVX2 inline void multiply(__m256i words, __m256i factor, __m256i& high, __m256i& low) {
+  const __m256i even = _mm256_mul_epu32(words, factor);
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(words, 32), factor);
+  high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+  low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+}
+
+// The same bits as Philox for `group` and the seven after it: sixteen bits for each of a group's
+// elements in their order, those of group j in the lower half of bits[j], of j + 4 in the upper.
+SWA_FAST_AVX2 inline void philox_block(int64_t seed, uint64_t group, int64_t n, int row,
+                                       __m256i (&bits)[4]) {
+  const __m256i all = _mm256_set1_epi64x(static_cast<int64_t>(group));
+  // In the order in which the shuffles below put the groups from 0 to 7.
+  const __m256 a = _mm256_castsi256_ps(_mm256_add_epi64(all, _mm256_setr_epi64x(0, 1, 4, 5)));
+  const __m256 b = _mm256_castsi256_ps(_mm256_add_epi64(all, _mm256_setr_epi64x(2, 3, 6, 7)));
+  __m256i c0 = _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0x88));
+  __m256i c1 = _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0xdd));
+  __m256i c2 = _mm256_set1_epi32(static_cast<int>(n));
+  __m256i c3 = _mm256_set1_epi32(row);
+  __m256i k0 = _mm256_set1_epi32(static_cast<int>(seed));
+  __m256i k1 = _mm256_set1_epi32(static_cast<int>(static_cast<uint64_t>(seed) >> 32));
+  const __m256i m0 = _mm256_set1_epi32(static_cast<int>(Philox::kMultiplier0));
+  const __m256i m1 = _mm256_set1_epi32(static_cast<int>(Philox::kMultiplier1));
+  const __m256i step0 = _mm256_set1_epi32(static_cast<int>(Philox::kKeyStep0));
+  const __m256i step1 = _mm256_set1_epi32(static_cast<int>(Philox::kKeyStep1));
+  for (int round = 0; round < Philox::kRounds; ++round) {
+    __m256i high0, low0, high1, low1;
+    multiply(c0, m0, high0, low0);
+    multiply(c2, m1, high1, low1);
+    c0 = _mm256_xor_si256(_mm256_xor_si256(high1, c1), k0);
+    c1 = low1;
+    c2 = _mm256_xor_si256(_mm256_xor_si256(high0, c3), k1);
+    c3 = low0;
+    k0 = _mm256_add_epi32(k0, step0);
+    k1 = _mm256_add_epi32(k1, step1);
+  }
+  // From a register for each word to one for each group.
+  const __m256i lower01 = _mm256_unpacklo_epi32(c0, c1), upper01 = _mm256_unpackhi_epi32(c0, c1);
+  const __m256i lower23 = _mm256_unpacklo_epi32(c2, c3), upper23 = _mm256_unpackhi_epi32(c2, c3);
+  bits[0] = _mm256_unpacklo_epi64(lower01, lower23);
+  bits[1] = _mm256_unpackhi_epi64(lower01, lower23);
+  bits[2] = _mm256_unpacklo_epi64(upper01, upper23);
+  bits[3] = _mm256_unpackhi_epi64(upper01, upper23);
+}
+
+template <Mode kMode, typename Source>
+SWA_FAST_AVX2 inline void blend_eight(BFloat16* average, const Source* source, __m256 c,
+                                      __m128i bits) {
+  using L = Lanes<float>;
+  __m256 x = L::load(source);
+  if constexpr (kMode != Mode::kCopy) {
+    const __m256 a = L::load(average);
+    x = L::blend(kMode == Mode::kFromAverage ? a : x, c, a, x);
+  }
+  L::store_rounded(average, x, _mm256_cvtepu16_epi32(bits));
+}
+
+template <Mode kMode, typename Source>
+SWA_FAST_AVX2 inline void blend_block(BFloat16* average, const Source* source, __m256 c,
+                                      const __m256i (&bits)[4]) {
+  for (int j = 0; j < 4; ++j) {
+    blend_eight<kMode>(average + 8 * j, source + 8 * j, c, _mm256_castsi256_si128(bits[j]));
+    blend_eight<kMode>(average + 8 * (j + 4), source + 8 * (j + 4), c,
+                       _mm256_extracti128_si256(bits[j], 1));
+  }
+}
+
+// `count` elements, the first of which is the first of `group`.
+template <Mode kMode, typename Source>
+SWA_FAST_AVX2 void blend_stochastically_avx2(BFloat16* average, const Source* source, int64_t count,
+                                             float coefficient, int64_t seed, uint64_t group,
+                                             int64_t n, int row) {
+  const __m256 c = _mm256_set1_ps(coefficient);
+  __m256i bits[4];
+  int64_t i = 0;
+  for (; i + kBlock <= count; i += kBlock) {
+    philox_block(seed, group + i / 8, n, row, bits);
+    blend_block<kMode>(average + i, source + i, c, bits);
+  }
+  if (i < count) {
+    BFloat16 a[kBlock] = {};
+    Source b[kBlock] = {};
+    std::memcpy(a, average + i, (count - i) * sizeof(BFloat16));
+    std::memcpy(b, source + i, (count - i) * sizeof(Source));
+    philox_block(seed, group + i / 8, n, row, bits);
+    blend_block<kMode>(a, b, c, bits);
+    std::memcpy(average + i, a, (count - i) * sizeof(BFloat16));
+  }
+}
+
+#endif  // SWA_FAST_HAS_AVX2_PATH
+
 struct Update {
   UpdateArguments arguments;
   double weight[kMaxAverages];
@@ -127,6 +225,17 @@ struct Update {
     BFloat16* average = reinterpret_cast<BFloat16*>(destination(run, row));
     const int64_t first =
         (run.average - arguments.bfloat16_base) / static_cast<int64_t>(sizeof(BFloat16));
+#if SWA_FAST_HAS_AVX2_PATH
+    if (cpu_has_avx2()) {
+      const auto vectorised = rule.mode == Mode::kCopy ? blend_stochastically_avx2<Mode::kCopy, Source>
+                              : rule.mode == Mode::kFromAverage
+                                  ? blend_stochastically_avx2<Mode::kFromAverage, Source>
+                                  : blend_stochastically_avx2<Mode::kFromSource, Source>;
+      return vectorised(average + begin, source + begin, end - begin,
+                        static_cast<float>(rule.coefficient), *seed,
+                        static_cast<uint64_t>(first + begin) / 8, n[row], row);
+    }
+#endif
     for (int64_t eight = begin; eight < end; eight += 8) {
       const Philox random(*seed, static_cast<uint64_t>(first + eight) / 8, n[row], row);
       for (int64_t i = eight; i < std::min(end, eight + 8); ++i) {

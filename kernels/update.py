@@ -291,11 +291,13 @@ def _exchange_kernel(table_ptr, row: tl.int64, BLOCK: tl.constexpr):
             tl.store(wide_left, tl.load(wide_right))
             tl.store(wide_right, kept)
         else:
-            single = tl.arange(0, BLOCK)
-            mask = single < rest
-            narrow = tl.load(left + single, mask=mask)
-            tl.store(left + single, tl.load(right + single, mask=mask), mask=mask)
-            tl.store(right + single, narrow, mask=mask)
+            # In eighths: one byte a lane of a whole block takes more registers than there are.
+            for part in range(0, tl.minimum(rest, BLOCK), BLOCK // 8):
+                single = part + tl.arange(0, BLOCK // 8)
+                mask = single < rest
+                narrow = tl.load(left + single, mask=mask)
+                tl.store(left + single, tl.load(right + single, mask=mask), mask=mask)
+                tl.store(right + single, narrow, mask=mask)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -519,10 +519,12 @@ def test_philox_known_answers() -> None:
         assert words.tolist() == [list(expected)]
 
 
-def bfloat16_averages(backend: str | None, device: str, seed: int = 3) -> dict[str, Tensor]:
+def bfloat16_averages(
+    backend: str | None, device: str, seed: int = 3, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
     torch.manual_seed(11)
     model = nn.Sequential(nn.Linear(130, 67), nn.Linear(67, 3), nn.Linear(3, 1, bias=False))
-    model.to(device)
+    model.to(device, dtype)
     averager = Averager(
         model, {"swa": SWA(), "ema": EMA(0.999)}, dtype=torch.bfloat16, rounding="stochastic",
         seed=seed, backend=backend,
@@ -538,10 +540,13 @@ def bfloat16_averages(backend: str | None, device: str, seed: int = 3) -> dict[s
 
 
 @backends
-def test_stochastic_rounding_is_the_same_everywhere(backend: str, device: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_stochastic_rounding_is_the_same_everywhere(
+    backend: str, device: str, dtype: torch.dtype
+) -> None:
     need(backend, device)
-    expected = bfloat16_averages("reference", "cpu")
-    found = bfloat16_averages(backend, device)
+    expected = bfloat16_averages("reference", "cpu", dtype=dtype)
+    found = bfloat16_averages(backend, device, dtype=dtype)
     for name, tensor in expected.items():
         # Triton's interpreter does not fuse multiply and add: an fp32 unit, rarely a bf16 one.
         if backend == "triton" and device == "cpu":

@@ -310,6 +310,20 @@ def test_report_fills_the_readme_and_check_finds_a_stale_one(
     assert "growth.svg" in capsys.readouterr().out
 
 
+def test_report_compares_across_rounds_by_the_limit(bench: Any, tmp_path: Path) -> None:
+    """The competitor met a machine half as fast: 3 times the limit and 1.5 times ours, of which the
+    row's bytes, half the limit's, make a ratio of 6 per byte."""
+    slow = row(bench, [6.0] * 3, [2.0] * 3, contender="theirs", side="competitor")
+    rows = [
+        row(bench, [1.0] * 3, [1.0] * 3, contender="lerp_flat", side="limit", bytes=8),
+        row(bench, [2.0] * 3, [1.0] * 3, contender="ours", side=bench.rows.OURS, bytes=8),
+        dataclasses.replace(slow, bytes=4, limit_q1=6.0, limit_median=6.0, limit_q3=6.0),
+    ]
+    bench.rows.write(tmp_path / "rows_1.csv", rows)
+    text = bench.report.ratios(bench.report.Data(tmp_path), {"of": "ours", "mode": rows[0].mode})
+    assert "| theirs | 1.5 |" in text
+
+
 def test_report_refuses_what_it_has_no_rows_for(bench: Any, results: Path) -> None:
     data = bench.report.Data(results)
     for place in ('bench:times op="swap"', "bench:nothing"):

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import nn
 
 from swa_fast.schedules import paper_lr, paper_swa_lr
-from swa_fast.train import cli, data, progress
+from swa_fast.train import cli, data, errors, progress
 from swa_fast.train.config import TrainConfig
 from swa_fast.train.data import Dataset
 from swa_fast.train.distributed import World
@@ -202,6 +202,7 @@ def test_all_files(finished: Path) -> None:
         "fge-00004-0000000.pt",
         "sgd-00003-0000000.pt",
         "sgd-00004-0000000.pt",
+        "sgd-branch-00002-copy.pt",
         "sgd-branch-00002.pt",
         "swa-00005-0000000.pt",
         "swa-00006-0000000.pt",
@@ -815,6 +816,24 @@ def test_a_damaged_checkpoint_does_not_outlive_better_ones(tmp_path: Path) -> No
     assert found is not None and found[1]["step"] == 3 and len(notes) == 1
 
 
+def test_a_damaged_branch_has_a_copy(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    notes: list[str] = []
+    cpu = torch.device("cpu")
+    with pytest.raises(TrainError, match=r"sgd-branch-00002\.pt: expected the state after epoch 2"):
+        folder.load_branch("sgd", 2, cpu, notes.append)
+    folder.save_branch("sgd", 2, {"lr": 0.5})
+    files = sorted((tmp_path / "checkpoints").iterdir(), reverse=True)
+    assert folder.load_branch("sgd", 2, cpu, notes.append)[0] == files[0] and not notes
+    cut(files[0])
+    path, state = folder.load_branch("sgd", 2, cpu, notes.append)
+    assert path == files[1] and state["lr"] == 0.5
+    assert re.search(r"branch-00002\.pt: .*damaged.*; going on from .*-copy\.pt instead", notes[0])
+    cut(files[1])
+    with pytest.raises(TrainError, match=r"sgd-branch-00002\.pt: .*damaged"):
+        folder.load_branch("sgd", 2, cpu, notes.append)
+
+
 def test_one_run_at_a_time(
     interrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -948,6 +967,8 @@ def test_existing_runs_are_kept_unless_told(
         (["--budgets", "1.5,1"], "--budgets: expected rising numbers"),
         (["--budgets", "0.5"],
          r"--swa-start: .* first average after epoch 23 of 15 \(swa\)"),
+        (["--lr-schedule", "cosine", "--swa-from", "scratch"],
+         "--swa-from: expected sgd with --lr-schedule cosine, found scratch"),
         (["--amp", "int8"], "--amp: expected one of none, bf16, fp16, found 'int8'"),
         (["--amp", "fp16", "--device", "cpu"], "--amp: fp16 needs a CUDA device, found device cpu"),
         (["--sync-bn", "--device", "cpu"], "--sync-bn: torch's SyncBatchNorm needs a CUDA device"),
@@ -990,6 +1011,24 @@ def test_unparsable_options(capsys: pytest.CaptureFixture[str]) -> None:
             cli.main(argv)
         assert exit_info.value.code == 2
         assert "error: " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--budgets", "1,x"])
+    assert "--budgets: expected numbers separated by commas, found '1,x'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [ImportError("no"), RuntimeError("operator nms does not exist")])
+def test_a_package_that_cannot_be_imported(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Missing, or torchvision beside a torch that it was not built for."""
+
+    def fail(name: str) -> Any:
+        raise error
+
+    monkeypatch.setattr(errors.importlib, "import_module", fail)
+    assert cli.main(["train", "--dataset", "cifar10", "--data-dir", "."]) == 2
+    found = capsys.readouterr().err
+    assert f'cannot be imported ({error}); run: pip install "swa_fast[train]"' in found
 
 
 def test_divergence_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

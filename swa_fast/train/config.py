@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
 import os
@@ -102,7 +103,11 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(","))
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        message = f"expected numbers separated by commas, found {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 def _option(group: str, help: str, metavar: str, parse: Callable[[str], Any] | None = str) -> Any:
@@ -200,7 +205,8 @@ class TrainConfig:
     swa_from: str = _option(
         "averaging",
         "swa: scratch (its own run, which decays to --swa-lr, as the authors' code) or sgd (goes "
-        "on from the conventional run, as the paper words it) (default: scratch)",
+        "on from the conventional run, as the paper words it) (default: scratch, which needs "
+        "--lr-schedule paper; else sgd)",
         "NAME",
     )
     cycle_epochs: int | None = _option(
@@ -328,7 +334,6 @@ class TrainConfig:
             "seed": 1,
             "swa_start": 0.75,
             "swa_every": 1,
-            "swa_from": "scratch",
             "cycle_epochs": None,
             "cycle_shape": "linear",
             "cycle_lr_max": 0.05,
@@ -356,6 +361,7 @@ class TrainConfig:
             defaults.pop("width", None)  # in the unit of another model
         values.update(defaults)
         values.update(options)
+        values.setdefault("swa_from", "scratch" if values["lr_schedule"] == "paper" else "sgd")
         values["device"] = resolve_device(values["device"])
         return cls(**with_absolute_paths(values))
 
@@ -380,12 +386,6 @@ class TrainConfig:
         """Settings by name, as JSON values."""
         values = dataclasses.asdict(self)
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-
-    @property
-    def swa_continues_sgd(self) -> bool:
-        """Whether the method swa goes on from the conventional run, instead of one of its own. The
-        authors' schedule for runs of their own belongs to the paper's conventional one."""
-        return self.swa_from == "sgd" or self.lr_schedule != "paper"
 
     @property
     def last_epoch(self) -> int:
@@ -461,6 +461,11 @@ class TrainConfig:
             )
         for method in self.methods:
             _expect_name("methods", method, METHODS)
+        if "swa" in self.methods and self.swa_from == "scratch" and self.lr_schedule != "paper":
+            # The authors' schedule of a run of its own belongs to their conventional one.
+            raise TrainError(
+                f"--swa-from: expected sgd with --lr-schedule {self.lr_schedule}, found scratch"
+            )
         if not self.budgets or not all(math.isfinite(b) and 0 < b <= 100 for b in self.budgets):
             raise TrainError(
                 f"--budgets: expected numbers in (0, 100], found "
@@ -519,7 +524,7 @@ class TrainConfig:
                 f"{start}, i.e. a first average after epoch {first} of {end} ({method})"
             )
         # These go on from the conventional run, which has `epochs` epochs.
-        continues = method in ("swa-cyclic", "fge") or (method == "swa" and self.swa_continues_sgd)
+        continues = method in ("swa-cyclic", "fge") or (method == "swa" and self.swa_from == "sgd")
         if continues:
             _expect(field, self, start <= 1, f"1 at most for {method}, which continues the SGD run")
 

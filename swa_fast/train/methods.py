@@ -145,7 +145,7 @@ def _swa(config: TrainConfig) -> Trajectory:
     initial = _counts_initial(config, begin)
 
     def rate(epoch: int, step: int, steps: int) -> float:
-        if config.swa_continues_sgd:
+        if config.swa_from == "sgd":
             return config.swa_lr
         return paper_swa_lr(epoch, lr=config.lr, swa_lr=config.swa_lr, start=first)
 
@@ -156,7 +156,7 @@ def _swa(config: TrainConfig) -> Trajectory:
 
     return Trajectory(
         name="swa",
-        begin=begin if config.swa_continues_sgd else 0,
+        begin=begin if config.swa_from == "sgd" else 0,
         end=config.last_epoch,
         rate=rate,
         captures={"swa": captured},

@@ -54,7 +54,6 @@ _COMMON: dict[str, Any] = {
     "momentum": 0.9,
     "budgets": _BUDGETS,
     "methods": ("sgd", "fge", "swa"),
-    "swa_from": "scratch",
     "fge_start": 0.8,
     "fge_lr_min": 5e-4,
     "eval_every": 5,

@@ -362,7 +362,9 @@ class _Session:
             path, state = found
             trainer.restore(current, state, path)
         elif trajectory.begin > 0:
-            path, state = self.folder.load_branch("sgd", trajectory.begin, trainer.device)
+            path, state = self.folder.load_branch(
+                "sgd", trajectory.begin, trainer.device, self.progress.say
+            )
             trainer.continue_from(current, state, path)
 
     def _save_models(self, trainer: Trainer, current: Run, members: dict[str, int]) -> None:

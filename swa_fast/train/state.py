@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -90,7 +90,7 @@ class RunFolder:
                                     file per member; ``model_METHOD-BUDGET.pt`` for lesser budgets)
     ``checkpoints/``                training states: ``TRAJECTORY-EPOCH-STEP.pt``, the last two of
                                     each trajectory, and ``TRAJECTORY-branch-EPOCH.pt``, from which
-                                    other trajectories go on
+                                    other trajectories go on, with a copy
     ``tensorboard/``                event files, a folder per curve
     =============================== ============================================================
     """
@@ -258,12 +258,14 @@ class RunFolder:
             stale.unlink(missing_ok=True)
 
     def save_branch(self, trajectory: str, epoch: int, content: Mapping[str, Any]) -> None:
-        """Writes the state after ``epoch`` epochs from which other trajectories go on.
+        """Writes the state after ``epoch`` epochs from which other trajectories go on. In two files:
+        where a checkpoint is damaged its predecessor takes its place, and here there is none.
 
         Raises:
             TrainError: the disk is full or cannot be written.
         """
-        self._save(self._branch(trajectory, epoch), trajectory, content)
+        for path in self._branches(trajectory, epoch):
+            self._save(path, trajectory, content)
 
     def load_checkpoint(
         self, trajectory: str, device: torch.device, warn: Callable[[str], object]
@@ -281,8 +283,41 @@ class RunFolder:
         Raises:
             TrainError: no file is a complete checkpoint of this version and trajectory.
         """
+        return self._load_first(self._states(trajectory), trajectory, device, warn)
+
+    def load_branch(
+        self, trajectory: str, epoch: int, device: torch.device, warn: Callable[[str], object]
+    ) -> tuple[Path, dict[str, Any]]:
+        """What :meth:`save_branch` wrote; the arguments are :meth:`load_checkpoint`'s.
+
+        Raises:
+            TrainError: it is missing, or neither file is a complete checkpoint of this version.
+        """
+        paths = self._branches(trajectory, epoch)
+        there = [path for path in paths if path.exists()]
+        found = self._load_first(there, trajectory, device, warn)
+        if found is None:
+            raise TrainError(f"{paths[0]}: expected the state after epoch {epoch}, found no file")
+        return found
+
+    def save_model(self, name: str, state: Mapping[str, torch.Tensor]) -> None:
+        """Replaces ``model_NAME.pt``, the final weights of a method.
+
+        Raises:
+            TrainError: the disk is full or cannot be written.
+        """
+        self.write(self.file(f"model_{name}.pt"), lambda f: torch.save(dict(state), f))
+
+    def _load_first(
+        self,
+        paths: Sequence[Path],
+        trajectory: str,
+        device: torch.device,
+        warn: Callable[[str], object],
+    ) -> tuple[Path, dict[str, Any]] | None:
+        """The first of the files that can be read; None if there are none."""
         failures = []
-        for path in self._states(trajectory):
+        for path in paths:
             try:
                 state = self._load(path, trajectory, device)
             except TrainError as error:
@@ -295,29 +330,10 @@ class RunFolder:
             raise TrainError(failures[0])
         return None
 
-    def load_branch(
-        self, trajectory: str, epoch: int, device: torch.device
-    ) -> tuple[Path, dict[str, Any]]:
-        """What :meth:`save_branch` wrote.
-
-        Raises:
-            TrainError: it is missing, or not a complete checkpoint of this version.
-        """
-        path = self._branch(trajectory, epoch)
-        if not path.exists():
-            raise TrainError(f"{path}: expected the state after epoch {epoch}, found no file")
-        return path, self._load(path, trajectory, device)
-
-    def save_model(self, name: str, state: Mapping[str, torch.Tensor]) -> None:
-        """Replaces ``model_NAME.pt``, the final weights of a method.
-
-        Raises:
-            TrainError: the disk is full or cannot be written.
-        """
-        self.write(self.file(f"model_{name}.pt"), lambda f: torch.save(dict(state), f))
-
-    def _branch(self, trajectory: str, epoch: int) -> Path:
-        return self.checkpoints / f"{trajectory}-branch-{epoch:05d}.pt"
+    def _branches(self, trajectory: str, epoch: int) -> list[Path]:
+        """The files of one state."""
+        name = f"{trajectory}-branch-{epoch:05d}"
+        return [self.checkpoints / f"{name}.pt", self.checkpoints / f"{name}-copy.pt"]
 
     def _states(self, trajectory: str) -> list[Path]:
         """Checkpoints of a trajectory, the newest first."""
