@@ -425,9 +425,13 @@ def average_(
 _ESTIMATORS = ("torch", "weighted", "pooled")  # as numbered in csrc/batch_norm.h
 
 
-def _is_dense(x: Tensor) -> bool:
+def is_dense(x: Tensor) -> bool:
     """Contiguous, or contiguous with the channels (dimension 1) innermost."""
-    return x.is_contiguous() or x.movedim(1, -1).is_contiguous()
+    return (
+        x.is_contiguous()
+        or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+        or x.movedim(1, -1).is_contiguous()
+    )
 
 
 def _dtype_name(tensor: Tensor) -> str:
@@ -447,6 +451,41 @@ def batch_norm_tickets(device: torch.device | str, channels: int) -> Tensor:
     call. A pass makes one for all its layers and hands each the slice of its channels; layers that
     may run at the same time must not share elements."""
     return torch.zeros(channels, dtype=torch.int32, device=device)
+
+
+def check_batch_norm_collect(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, batch: Tensor, tickets: Tensor | None
+) -> None:
+    """Raises what :func:`batch_norm_collect` raises for these arguments."""
+    _check_floating(x, "x")
+    if x.dim() < 2 or x.numel() == 0:
+        raise ValueError(
+            f"x: expected a shape [N, C, ...] with at least one element, found {tuple(x.shape)}"
+        )
+    device, channels = x.device, x.shape[1]
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        _check_floating(tensor, name)
+        if tensor.shape != (channels,):
+            raise ValueError(f"{name}: expected shape ({channels},), found {tuple(tensor.shape)}")
+        if tensor.device != device:
+            raise ValueError(f"{name}: expected it on {device} as x, found {tensor.device}")
+    if batch.dtype != torch.float64:
+        raise TypeError(f"batch: expected dtype float64, found {_dtype_name(batch)}")
+    if batch.shape != (4, channels) or batch.device != device or batch.stride(1) != 1:
+        raise ValueError(
+            f"batch: expected shape (4, {channels}) with stride 1 along the channels on {device}, "
+            f"found shape {tuple(batch.shape)} with strides {batch.stride()} on {batch.device}"
+        )
+    if tickets is not None:
+        if tickets.dtype != torch.int32:
+            raise TypeError(f"tickets: expected dtype int32, found {_dtype_name(tickets)}")
+        if tickets.shape != (channels,) or tickets.device != device or not tickets.is_contiguous():
+            raise ValueError(
+                f"tickets: expected a contiguous tensor of shape ({channels},) on {device}, "
+                f"found shape {tuple(tickets.shape)} on {tickets.device}"
+            )
 
 
 @torch.no_grad()
@@ -494,40 +533,12 @@ def batch_norm_collect(
         ValueError: shapes, strides or devices that do not match; an empty ``x``.
         BackendError: the requested backend cannot serve ``x``.
     """
-    _check_floating(x, "x")
-    if x.dim() < 2 or x.numel() == 0:
-        raise ValueError(
-            f"x: expected a shape [N, C, ...] with at least one element, found {tuple(x.shape)}"
-        )
-    device, channels = x.device, x.shape[1]
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is None:
-            continue
-        _check_floating(tensor, name)
-        if tensor.shape != (channels,):
-            raise ValueError(f"{name}: expected shape ({channels},), found {tuple(tensor.shape)}")
-        if tensor.device != device:
-            raise ValueError(f"{name}: expected it on {device} as x, found {tensor.device}")
-    if batch.dtype != torch.float64:
-        raise TypeError(f"batch: expected dtype float64, found {_dtype_name(batch)}")
-    if batch.shape != (4, channels) or batch.device != device or batch.stride(1) != 1:
-        raise ValueError(
-            f"batch: expected shape (4, {channels}) with stride 1 along the channels on {device}, "
-            f"found shape {tuple(batch.shape)} with strides {batch.stride()} on {batch.device}"
-        )
-    if tickets is not None:
-        if tickets.dtype != torch.int32:
-            raise TypeError(f"tickets: expected dtype int32, found {_dtype_name(tickets)}")
-        if tickets.shape != (channels,) or tickets.device != device or not tickets.is_contiguous():
-            raise ValueError(
-                f"tickets: expected a contiguous tensor of shape ({channels},) on {device}, "
-                f"found shape {tuple(tickets.shape)} on {tickets.device}"
-            )
-    served = _backends.choose_backend(device.type, backend)
+    check_batch_norm_collect(x, weight, bias, batch, tickets)
+    served = _backends.choose_backend(x.device.type, backend)
     if tickets is None and served in ("cuda", "triton"):
-        tickets = batch_norm_tickets(device, channels)
+        tickets = batch_norm_tickets(x.device, x.shape[1])
     y: Tensor = getattr(torch.ops.swa_fast.batch_norm_collect, served)(
-        x if _is_dense(x) else x.contiguous(),
+        x if is_dense(x) else x.contiguous(),
         weight if weight is None else weight.contiguous(),
         bias if bias is None else bias.contiguous(),
         eps,

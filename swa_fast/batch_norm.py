@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import itertools
 import logging
@@ -190,18 +191,17 @@ def _has_convolutions(model: nn.Module) -> bool:
     return any(isinstance(module, nn.Conv2d | nn.ConvTranspose2d) for module in model.modules())
 
 
-def _has_hooks(model: nn.Module) -> bool:
+def _has_hooks(modules: Iterable[nn.Module]) -> bool:
     return bool(
         _module_globals._global_forward_hooks or _module_globals._global_forward_pre_hooks
-    ) or any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    ) or any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
-def _may_stop(model: nn.Module) -> bool:
-    """Whether nothing but results is lost when a forward is left by an exception."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # it gathers and frees weights around forwards
-    return not _has_hooks(model) and not (
-        fsdp is not None
-        and any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules())
+def _gathers_weights(modules: Iterable[nn.Module]) -> bool:
+    """Whether forwards leave something undone when an exception ends them."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and any(
+        isinstance(module, fsdp.FullyShardedDataParallel) for module in modules
     )
 
 
@@ -236,10 +236,9 @@ class _Layer:
         self.uses = 0  # in this forward
         self.order: float = math.inf  # among all layers in the first forward that used it
         self.statistics: _Statistics
-        self.slice: slice
-
-    def view(self, flat: Tensor) -> Tensor:
-        return flat[..., self.slice]
+        self.place: int  # among the layers on its device
+        self.start: int  # of its channels in flat storage
+        self.tickets: Tensor
 
 
 class _Statistics:
@@ -253,28 +252,39 @@ class _Statistics:
         self.estimator = estimator
         self.backend = _backends.choose_backend(device.type, backend)
         start = 0
-        for layer in layers:
+        for place, layer in enumerate(layers):
             layer.statistics = self
-            layer.slice = slice(start, start + layer.channels)
+            layer.place = place
+            layer.start = start
             start += layer.channels
         self.channels = start
         self.accumulators = torch.zeros(9, start, dtype=torch.float64, device=device)
-        self.tickets = _ops.batch_norm_tickets(device, start)
+        tickets = self.split(_ops.batch_norm_tickets(device, start))
+        for layer in layers:
+            layer.tickets = tickets[layer.place]
         # One for each time that a layer is used in one forward, so that nothing is merged before
         # the forward has come to its end.
         self.batches: list[Tensor] = []
+        self.parts: list[Sequence[Tensor]] = []  # the same, by layer
         self.used = 0
+
+    def split(self, flat: Tensor) -> Sequence[Tensor]:
+        """The layers' parts, in their order. One call: a view takes as long as a small kernel."""
+        sizes = [layer.channels for layer in self.layers]
+        parts: Sequence[Tensor] = flat.split(sizes, dim=-1)
+        return parts
 
     def batch(self, layer: _Layer) -> Tensor:
         """Where the layer's next use in this forward puts its statistics."""
-        if layer.uses == len(self.batches):
-            self.batches.append(
-                torch.zeros(4, self.channels, dtype=torch.float64, device=self.device)
-            )
-        batch = layer.view(self.batches[layer.uses])
-        layer.uses += 1
-        self.used = max(self.used, layer.uses)
-        return batch
+        use = layer.uses
+        if use == len(self.batches):
+            flat = torch.zeros(4, self.channels, dtype=torch.float64, device=self.device)
+            self.batches.append(flat)
+            self.parts.append(self.split(flat))
+        layer.uses = use + 1
+        if use >= self.used:
+            self.used = use + 1
+        return self.parts[use][layer.place]
 
     def merge(self) -> None:
         for batch in self.batches[: self.used]:
@@ -340,16 +350,26 @@ class _Output:
         return self.relus == 1 and self.others == 0
 
 
-def _tracked(arguments: Iterable[Any]) -> Iterator[_Output]:
+_SEQUENCES = (list, tuple)
+
+
+def _tracked(arguments: Iterable[Any]) -> list[_Output]:
+    # For every torch function in the pass, so it is quick about what it mostly sees: tensors that
+    # are nobody's output, numbers, and the strides and paddings of convolutions.
+    found: list[_Output] = []
     for argument in arguments:
         if isinstance(argument, Tensor):
             output = getattr(argument, "_swa_fast_output", None)
             if output is not None:
-                yield output
-        elif isinstance(argument, list | tuple):
-            yield from _tracked(argument)
+                found.append(output)
+        elif isinstance(argument, _SEQUENCES):
+            for item in argument:
+                if type(item) is not int:
+                    found += _tracked(argument)
+                    break
         elif isinstance(argument, dict):
-            yield from _tracked(argument.values())
+            found += _tracked(argument.values())
+    return found
 
 
 class _Consumers(TorchFunctionMode):
@@ -363,10 +383,11 @@ class _Consumers(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        kwargs = kwargs or {}
+        if kwargs is None:
+            kwargs = {}
         if func in _METADATA:
             return func(*args, **kwargs)
-        outputs = list(_tracked((*args, *kwargs.values()) if kwargs else args))
+        outputs = [*_tracked(args), *_tracked(kwargs.values())] if kwargs else _tracked(args)
         if not outputs:
             return func(*args, **kwargs)
         x = args[0] if args else None
@@ -402,6 +423,7 @@ class _Pass:
     def __init__(
         self,
         model: nn.Module,
+        modules: Sequence[nn.Module],
         layers: Sequence[_Layer],
         options: _Options,
     ) -> None:
@@ -423,11 +445,11 @@ class _Pass:
         self.sequence: list[tuple[int, int]] | None = None
         self.calls: list[tuple[int, int]] = []
         self.rows = 0
-        plain = not _has_hooks(model)
+        plain = not _has_hooks(modules)
         self.may_fuse = plain
         self.fused: frozenset[tuple[int, int]] = frozenset()
         self.outputs: list[_Output] = []
-        self.may_stop = options.call is None and _may_stop(model)
+        self.may_stop = plain and options.call is None and not _gathers_weights(modules)
         self.stopping = False  # the exception is on its way
 
     # ---- replaced forwards
@@ -483,31 +505,51 @@ class _Pass:
 
     def _instead(self, layer: _Layer) -> Callable[[Tensor], Tensor]:
         module = layer.module
+        tickets = layer.tickets
+        collect = getattr(torch.ops.swa_fast.batch_norm_collect, layer.statistics.backend)
+        # The arguments whose check was passed last. Host time counts: on a GPU it is what a batch
+        # of small layers takes.
+        dtype: torch.dtype | None = None
+        device: torch.device | None = None
+        weight: Tensor | None = None
+        bias: Tensor | None = None
 
         def forward(input: Tensor) -> Tensor:
-            with torch._C.DisableTorchFunction():
+            nonlocal dtype, device, weight, bias
+            # Models and calls may turn the gradients on again.
+            with torch._C.DisableTorchFunction(), torch.no_grad():
                 module._check_input_dim(input)
                 batch, last = self._begin_call(layer, input)
+                if (
+                    input.dtype is not dtype
+                    or input.device != device
+                    or module.weight is not weight
+                    or module.bias is not bias
+                    or input.layout is not torch.strided
+                ):
+                    _ops.check_batch_norm_collect(input, module.weight, module.bias, batch, tickets)
+                    dtype, device = input.dtype, input.device
+                    weight, bias = module.weight, module.bias
                 key = self.calls[-1]
                 fused = key in self.fused
-                y = _ops.batch_norm_collect(
-                    input,
-                    module.weight,
-                    module.bias,
+                y = collect(
+                    input if _ops.is_dense(input) else input.contiguous(),
+                    weight if weight is None else weight.contiguous(),
+                    bias if bias is None else bias.contiguous(),
                     module.eps,
+                    fused,
+                    not last,
                     batch,
-                    relu=fused,
-                    normalise=not last,
-                    tickets=layer.view(layer.statistics.tickets),
-                    backend=layer.statistics.backend,
+                    tickets,
                 )
-                if y is None:
+                if last:
                     self.stopping = True
                     raise _Stop
                 if self.may_fuse:
                     output = _Output(key, fused)
                     self.outputs.append(output)
-                    y._swa_fast_output = output  # type: ignore[attr-defined]
+                    y._swa_fast_output = output
+                assert isinstance(y, Tensor)
                 return y
 
         return forward
@@ -529,7 +571,7 @@ class _Pass:
                         module.eps,
                         batch,
                         normalise=False,
-                        tickets=layer.view(layer.statistics.tickets),
+                        tickets=layer.tickets,
                         backend=layer.statistics.backend,
                     )
                 else:
@@ -675,7 +717,9 @@ def _check_finite(accumulators: Sequence[Tensor], statistics: Sequence[_Statisti
     bad = []
     for values, part in zip(accumulators, statistics, strict=True):
         finite = values[_MEAN : _SPREAD + 1].isfinite().all(0)
-        bad += [layer for layer in part.layers if not layer.view(finite).all()]
+        if not finite.all():
+            each = zip(part.layers, part.split(finite), strict=True)
+            bad += [layer for layer, channels in each if not channels.all()]
     if bad:
         first = min(bad, key=lambda layer: layer.order)
         raise FloatingPointError(
@@ -792,11 +836,11 @@ def _progress(loader: Iterable[Any], options: _Options) -> Iterator[Callable[[],
         yield bar.update
 
 
-def _select(model: nn.Module) -> tuple[list[_Layer], tuple[str, ...]]:
+def _select(named: Iterable[tuple[str, nn.Module]]) -> tuple[list[_Layer], tuple[str, ...]]:
     """The layers to re-estimate, and the names of those that are frozen."""
     layers: list[_Layer] = []
     frozen = []
-    for name, module in model.named_modules():
+    for name, module in named:
         if not isinstance(module, _BatchNorm) or not module.track_running_stats:
             continue
         if module.running_mean is None or module.running_var is None:
@@ -907,6 +951,11 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 _LIMITS = ((_M_MMAP_MAX, 65536), (_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 64 << 20))
 
 
+@functools.cache
+def _libc() -> str:
+    return platform.libc_ver()[0]  # reads the interpreter's file
+
+
 @contextlib.contextmanager
 def _kept_memory(on: bool) -> Iterator[None]:
     """Has glibc's malloc keep what is freed, instead of returning every large block to the system.
@@ -927,7 +976,7 @@ def _kept_memory(on: bool) -> Iterator[None]:
         or any(name.startswith("MALLOC_") for name in os.environ)
         or ("malloc" in os.environ.get("GLIBC_TUNABLES", ""))
     )
-    if not on or chosen or platform.libc_ver()[0] != "glibc":
+    if not on or chosen or _libc() != "glibc":
         yield
         return
     libc = ctypes.CDLL(None)
@@ -980,41 +1029,55 @@ def _write(
     collector: _Pass, accumulators: Sequence[Tensor], used: Sequence[_Layer], options: _Options
 ) -> None:
     """The result into the layers' buffers."""
+    written = set(used)
     targets: list[Tensor] = []
     values: list[Tensor] = []
     for part, merged in zip(collector.statistics, accumulators, strict=True):
         ours = part.accumulators if options.group is None else merged.to(part.device)
-        variance = _variance(ours, part.estimator, options.unbiased)
+        means = part.split(ours[_MEAN])
+        variances = part.split(_variance(ours, part.estimator, options.unbiased))
+        batches = part.split(ours[_BATCHES])
         for layer in part.layers:
-            if layer not in used:
+            if layer not in written:
                 continue
             module = layer.module
             assert module.running_mean is not None and module.running_var is not None
             targets += [module.running_mean, module.running_var]
-            values += [layer.view(ours[_MEAN]), layer.view(variance)]
+            values += [means[layer.place], variances[layer.place]]
             if module.num_batches_tracked is not None:
                 targets.append(module.num_batches_tracked)
-                values.append(ours[_BATCHES, layer.slice.start])
+                values.append(batches[layer.place][0])
     # One call, which a KeyboardInterrupt cannot divide.
     torch._foreach_copy_(targets, values)
 
 
+def _has_lazy_tensors(modules: Iterable[nn.Module]) -> bool:
+    return any(
+        is_lazy(tensor)
+        for module in modules
+        for tensor in (*module._parameters.values(), *module._buffers.values())
+        if tensor is not None
+    )
+
+
 def _prepare(
-    loader: Iterable[Any], model: nn.Module, options: _Options
+    loader: Iterable[Any],
+    model: nn.Module,
+    named: Sequence[tuple[str, nn.Module]],
+    options: _Options,
 ) -> tuple[_Pass | None, tuple[str, ...], _Loader | None]:
     """Modes and layers, agreed upon by all ranks: the pass (None without layers), the frozen layers
-    and, if it had to be read, the loader."""
-    modes = [(module, module.training) for module in model.modules()]
+    and, if it had to be read, the loader. ``named`` are the model's modules."""
+    modules = [module for _, module in named]
+    modes = [module.training for module in modules]
     group = options.group
     source = None
     problem: Exception | None = None
-    if any(isinstance(module, _BatchNorm) for module in model.modules()) and any(
-        is_lazy(t) for t in itertools.chain(model.parameters(), model.buffers())
-    ):
+    if any(isinstance(module, _BatchNorm) for module in modules) and _has_lazy_tensors(modules):
         if group is None:
             source = _Loader(loader, options)
             _initialise_lazy(model, source, options)
-            for module, mode in modes:
+            for module, mode in zip(modules, modes, strict=True):
                 module.training = mode
         else:
             problem = ValueError(
@@ -1028,9 +1091,9 @@ def _prepare(
     collector = None
     if problem is None:
         try:
-            layers, frozen = _select(model)
+            layers, frozen = _select(named)
             _refuse_shared(layers, options)
-            collector = _Pass(model, layers, options) if layers else None
+            collector = _Pass(model, modules, layers, options) if layers else None
         except Exception as error:
             problem = error
     if group is not None:
@@ -1048,11 +1111,12 @@ def _used(collector: _Pass, accumulators: Sequence[Tensor], options: _Options) -
     """
     used = []
     for part, merged in zip(collector.statistics, accumulators, strict=True):
-        for layer in part.layers:
-            start = layer.slice.start
-            if merged[_BATCHES, start] == 0:
+        starts = [layer.start for layer in part.layers]
+        batches, values = merged[[_BATCHES, _VALUES]][:, starts].tolist()
+        for layer, batch_count, value_count in zip(part.layers, batches, values, strict=True):
+            if batch_count == 0:
                 continue
-            if options.unbiased and merged[_VALUES, start] < 2:
+            if options.unbiased and value_count < 2:
                 raise ValueError(
                     f"layer {layer.name}: expected more than 1 value per channel in the whole "
                     "pass, found 1"
@@ -1064,7 +1128,9 @@ def _used(collector: _Pass, accumulators: Sequence[Tensor], options: _Options) -
 def _reestimate(loader: Iterable[Any], wrapped: nn.Module, options: _Options) -> BNReport:
     started = time.perf_counter()
     model = _unwrap(wrapped)
-    modes = [(module, module.training) for module in model.modules()]
+    # Once: names of a deep model take longer than a small batch.
+    named = list(model.named_modules())
+    modes = [(module, module.training) for _, module in named]
     group = options.group
     # Compiled code would not see that forwards are replaced. torch._dynamo is long in coming, so it
     # is not imported for models that cannot be compiled.
@@ -1073,7 +1139,7 @@ def _reestimate(loader: Iterable[Any], wrapped: nn.Module, options: _Options) ->
         eager = torch.compiler.set_stance("force_eager")
     try:
         with eager:
-            collector, frozen, source = _prepare(loader, model, options)
+            collector, frozen, source = _prepare(loader, model, named, options)
             if collector is not None:
                 try:
                     batches = source or _Loader(loader, options)
@@ -1114,6 +1180,7 @@ def _reestimate(loader: Iterable[Any], wrapped: nn.Module, options: _Options) ->
     _check_finite(accumulators, statistics)
     used = _used(collector, accumulators, options)
     _write(collector, accumulators, used, options)
+    written = set(used)
 
     errors = [
         _errors(merged, part.estimator, _eps(part, merged.device))
@@ -1129,7 +1196,7 @@ def _reestimate(loader: Iterable[Any], wrapped: nn.Module, options: _Options) ->
         batches=read,
         samples=samples,
         layers=tuple(layer.name for layer in used),
-        unused=tuple(layer.name for layer in collector.layers if layer not in used),
+        unused=tuple(layer.name for layer in collector.layers if layer not in written),
         frozen=frozen,
         mean_error=mean_error if math.isfinite(mean_error) else None,
         var_error=var_error if math.isfinite(var_error) else None,

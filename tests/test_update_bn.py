@@ -19,6 +19,7 @@ from helpers import assert_as_accurate, extended
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import swa_utils
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import swa_fast
 from swa_fast import batch_norm, precise_bn
@@ -585,35 +586,48 @@ def test_images_are_channels_last_on_the_cpu() -> None:
     torch.testing.assert_close(of_module(model.bn), of_module(expected[1]))
 
 
-class Recorder:
-    """Records what batch_norm_collect is asked for."""
+class Recorder(TorchDispatchMode):
+    """Records what swa_fast::batch_norm_collect is asked for: whether to clamp, to normalise."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self) -> None:
+        super().__init__()
         self.calls: list[tuple[bool, bool]] = []
-        collect = batch_norm._ops.batch_norm_collect
 
-        def recorded(*args: Any, **kwargs: Any) -> Tensor | None:
-            self.calls.append((kwargs["relu"], kwargs["normalise"]))
-            return collect(*args, **kwargs)
-
-        monkeypatch.setattr(batch_norm._ops, "batch_norm_collect", recorded)
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.name().startswith("swa_fast::batch_norm_collect"):
+            self.calls.append((args[4], args[5]))
+        return func(*args, **(kwargs or {}))
 
     def batches(self, layers: int) -> list[list[tuple[bool, bool]]]:
         return [self.calls[i : i + layers] for i in range(0, len(self.calls), layers)]
 
 
-def test_relus_are_fused_where_nobody_else_uses_the_output(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    recorder = Recorder(monkeypatch)
-    swa_fast.update_bn(drifting_batches((3, 8, 8), (4, 4)), Residual())
+def test_a_call_that_turns_gradients_on() -> None:
+    def call(model: nn.Module, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return model(x)
+
+    ours, theirs = conv_net(), conv_net()
+    theirs.load_state_dict(ours.state_dict())
+    batches = drifting_batches((3, 8, 8), (4, 4, 4))
+    swa_fast.update_bn(batches, ours, call=call)
+    swa_utils.update_bn(batches, theirs)
+    for key, value in ours.state_dict().items():
+        torch.testing.assert_close(value, theirs.state_dict()[key])
+
+
+def test_relus_are_fused_where_nobody_else_uses_the_output() -> None:
+    with Recorder() as recorder:
+        swa_fast.update_bn(drifting_batches((3, 8, 8), (4, 4)), Residual())
     first, second = recorder.batches(6)
     assert first == [(False, True)] * 6
     # 2 and 5 have other users.
     assert [relu for relu, _ in second] == [True, False, True, True, False, True]
 
 
-def test_fused_output_that_turns_out_to_have_another_user(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_output_that_turns_out_to_have_another_user() -> None:
     class Changes(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -627,11 +641,11 @@ def test_fused_output_that_turns_out_to_have_another_user(monkeypatch: pytest.Mo
                 return self.bn3(y + F.relu(y) - z)
             return self.bn3(F.relu(y) + F.relu(z))
 
-    recorder = Recorder(monkeypatch)
     ours = Changes()
     theirs = copy.deepcopy(ours)
     batches = drifting_batches((3,), (8, 8, 4, 8))
-    swa_fast.update_bn(batches, ours)
+    with Recorder() as recorder:
+        swa_fast.update_bn(batches, ours)
     swa_utils.update_bn(batches, theirs)
     fused = [[relu for relu, _ in calls[:2]] for calls in recorder.batches(3)]
     assert fused == [[False] * 2, [True] * 2, [True] * 2, [False] * 2, [False] * 2]
@@ -641,10 +655,7 @@ def test_fused_output_that_turns_out_to_have_another_user(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("where", ["module", "everywhere"])
-def test_forward_hooks_see_every_output_unfused_and_every_module_run(
-    where: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recorder = Recorder(monkeypatch)
+def test_forward_hooks_see_every_output_unfused_and_every_module_run(where: str) -> None:
     model = conv_net()
     seen: list[type] = []
 
@@ -655,7 +666,8 @@ def test_forward_hooks_see_every_output_unfused_and_every_module_run(
         handle = model[6].register_forward_hook(hook)
     else:
         handle = nn.modules.module.register_module_forward_hook(hook)
-    swa_fast.update_bn([torch.randn(4, 3, 8, 8)] * 5, model)
+    with Recorder() as recorder:
+        swa_fast.update_bn([torch.randn(4, 3, 8, 8)] * 5, model)
     handle.remove()
     assert recorder.calls == [(False, True)] * 10
     assert seen.count(nn.Dropout) == 5
@@ -671,13 +683,13 @@ class Counting(nn.Module):
         return x
 
 
-def test_forward_stops_behind_the_last_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder = Recorder(monkeypatch)
+def test_forward_stops_behind_the_last_layer() -> None:
     head = Counting()
     ours = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3), head)
     theirs = copy.deepcopy(ours)
     batches = drifting_batches((3,), (8, 8, 8, 5))
-    swa_fast.update_bn(batches, ours)
+    with Recorder() as recorder:
+        swa_fast.update_bn(batches, ours)
     assert head.forwards == 2
     assert [normalise for _, normalise in recorder.calls] == [True] * 5 + [False, True, False]
     swa_utils.update_bn(batches, theirs)
@@ -751,7 +763,7 @@ def test_malloc_keeps_memory_for_the_time_of_the_pass(
 ) -> None:
     for name in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES", "SWA_FAST_KEEP_MEMORY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(batch_norm.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setattr(batch_norm, "_libc", lambda: "glibc")
     libc = Libc()
     monkeypatch.setattr(batch_norm.ctypes, "CDLL", lambda name: libc)
     during: list[int] = []

@@ -258,8 +258,8 @@ class RunFolder:
             stale.unlink(missing_ok=True)
 
     def save_branch(self, trajectory: str, epoch: int, content: Mapping[str, Any]) -> None:
-        """Writes the state after ``epoch`` epochs from which other trajectories go on. In two files:
-        where a checkpoint is damaged its predecessor takes its place, and here there is none.
+        """Writes the state after ``epoch`` epochs from which other trajectories go on. In two
+        files: for a damaged checkpoint its predecessor stands in, and here there is none.
 
         Raises:
             TrainError: the disk is full or cannot be written.
