@@ -17,10 +17,11 @@ import copy
 import dataclasses
 import functools
 import json
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 from torch.optim import swa_utils
 
 import swa_fast
+from swa_fast.batch_norm import _kept_memory
 from swa_fast.train.data import Dataset, TrainBatches, eval_batches, load_dataset
 from swa_fast.train.models import MODELS, build_model
 
@@ -281,6 +283,22 @@ def _contender(name: str) -> Contender:
     return Contender(side, work)
 
 
+@contextlib.contextmanager
+def equal_pages(on: bool) -> Iterator[None]:
+    """Memory that is kept for all, as a process that has trained has it, so that none waits for
+    new pages and none profits from those that another has left: by chance that is up to half of
+    torch's time."""
+    with _kept_memory(on):
+        before = os.environ.get("SWA_FAST_KEEP_MEMORY")
+        os.environ["SWA_FAST_KEEP_MEMORY"] = "0"  # or ours would end it after its first turn
+        try:
+            yield
+        finally:
+            del os.environ["SWA_FAST_KEEP_MEMORY"]
+            if before is not None:
+                os.environ["SWA_FAST_KEEP_MEMORY"] = before
+
+
 def cases(device: torch.device) -> list[Case]:
     def size(shared: Shared) -> Size:
         return Size(sum(x.numel() for x in shared.batches), len(shared.exact["torch"]), None)
@@ -291,6 +309,7 @@ def cases(device: torch.device) -> list[Case]:
             functools.partial(_shared, model, batch, count, device), size,
             {n: _contender(n) for n in PASSES if device.type == "cpu" or "bf16" not in n},
             quick=model == "preresnet20", copies=0, modes=("warm",),
+            around=functools.partial(equal_pages, device.type == "cpu"),
         )
         for model, batch, count in (
             ("preresnet20", 64, 2),
@@ -310,7 +329,9 @@ def trained_main(arguments: Sequence[str]) -> int:
     parser.add_argument("--data", help="image folder, if it is not where the run found it")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tolerance", type=float, nargs="+", default=[0.05, 0.03, 0.02])
-    trained(parser.parse_args(arguments))
+    options = parser.parse_args(arguments)
+    with equal_pages(True):
+        trained(options)
     return 0
 
 
