@@ -68,6 +68,12 @@ class Row:
             str(self.threads), self.clock,
         )  # fmt: skip
 
+    @property
+    def case(self) -> tuple[str, ...]:
+        """What it has in common with the other contenders of its rounds."""
+        op, _, *rest = self.key
+        return (op, *rest)
+
 
 FIELDS = [field.name for field in dataclasses.fields(Row)]
 # Written for whoever reads the file; computed again when it is read.

@@ -242,6 +242,23 @@ def test_a_busy_machine_raises_the_bar(bench: Any) -> None:
     assert change.slower
 
 
+def test_what_happens_to_competitors_is_noise(bench: Any) -> None:
+    """Two of them 1.5 times slower in the new run, so 1.4 of ours is no news; one could be of
+    another version."""
+
+    def run(seed: int, *slower: float) -> list[Any]:
+        rows = [noisy(bench, seed, slower=slower[0])]
+        for place, factor in enumerate(slower[1:]):
+            columns = {"contender": f"theirs {place}", "side": "competitor"}
+            rows.append(noisy(bench, seed + 10 * place + 10, slower=factor, **columns))
+        return rows
+
+    for seed in range(1000, 1020):
+        for competitors, seen in (((1.5, 1.5, 1.0), False), ((1.5, 1.0, 1.0), True)):
+            found = bench.compare.changes(run(seed, 1, 1, 1, 1), run(-seed, 1.4, *competitors))
+            assert any(c.new.side == bench.rows.OURS for c in found) == seen
+
+
 def test_compare_exits_by_our_rows_alone(
     bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
