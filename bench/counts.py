@@ -5,7 +5,9 @@
     python bench/counts.py --source MODULE:FUNCTION            counts from somewhere else
 
 For every contender and model: kernel launches, waits of the host, allocations, copies and, where
-the source knows them, the bytes that kernels moved. Contenders are checked against fp64 first.
+the source knows them, the bytes that kernels moved. Contenders are checked against fp64 first. A
+batch of the BatchNorm pass is what a pass of five batches costs beyond one of four, with the
+forward's own operators; the pass that only runs forwards tells how many those are.
 
 On a real device the counts come from torch.profiler and from the allocator's statistics, and no
 bytes are known. Where the device is simulated by a gpusim that can be imported, they come from its
@@ -22,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib
 import os
 import sys
@@ -33,9 +36,13 @@ import bench_average
 import bench_batch_norm
 import bench_k_averages
 import bench_low_precision
+import bench_update_bn
 import torch
 from harness import Case, Run, Size, _Ready, facts, select, simulated
 from rows import write_table
+
+import swa_fast
+from swa_fast import _backends
 
 __all__ = ["Counts", "main", "predicted_seconds", "profiler_counts", "simulator_counts"]
 
@@ -47,7 +54,13 @@ SUITES = [
     bench_low_precision.SUITE,
     bench_batch_norm.SUITE,
 ]
-MODELS = ("PreResNet-20", "PreResNet-164", "128x64x8x8 contiguous", "128x64x8x8 channels_last")
+MODELS = (
+    "PreResNet-20", "PreResNet-164", "128x64x8x8 contiguous", "128x64x8x8 channels_last",
+    "preresnet20", "preresnet164",
+)  # fmt: skip
+PASS = "batch of update_bn"
+PASS_MODELS = ("preresnet20", "preresnet164")
+IMAGES = 2  # of a batch: how many there are does not change what is counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,39 +163,75 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-def count_case(
-    case: Case, source: Source, by: str, bandwidth: float, launch_cost: float
-) -> list[dict[str, Any]]:
+@dataclasses.dataclass(frozen=True)
+class Counter:
+    """Where counts come from, and what makes a prediction of them."""
+
+    source: Source
+    by: str
+    bandwidth: float  # bytes per second
+    launch_cost: float  # s
+
+    def row(
+        self, op: str, contender: str, model: str, dtype: str, counts: Counts, least: int | None
+    ) -> dict[str, Any]:
+        """Prints and returns one contender's."""
+        seconds = predicted_seconds(counts, least, self.bandwidth, self.launch_cost)
+        print(
+            f"  {contender:34}{counts.launches:9}{counts.host_syncs:8}{counts.allocations:8}"
+            f"{counts.copies:8}{'-' if counts.bytes is None else f'{counts.bytes:,}':>16}"
+            f"{'-' if least is None else f'{least:,}':>16}{1e6 * seconds:15.1f}"
+        )
+        about = facts(torch.device("cuda"))
+        if self.by == "simulator":
+            about["device"] = "simulated"
+        return {
+            "op": op, "contender": contender, "model": model, "dtype": dtype,
+            **{k: about[k] for k in ("device", "torch", "commit", "date")}, "counted by": self.by,
+            "launches": counts.launches, "host syncs": counts.host_syncs,
+            "allocations": counts.allocations, "copies": counts.copies,
+            "bytes counted": "" if counts.bytes is None else counts.bytes,
+            "bytes at least": "" if least is None else least,
+            "predicted us": f"{1e6 * seconds:.3g}",
+        }  # fmt: skip
+
+
+def count_case(case: Case, counter: Counter) -> list[dict[str, Any]]:
     shared = case.make()
     size: Size = case.size(shared)
     found = []
-    about = facts(torch.device("cuda"))
-    if by == "simulator":
-        about["device"] = "simulated"
     for name, contender in case.contenders.items():
         ready = _Ready(contender, shared, graph=False)
         if ready.work is None:
             print(f"  {name:34}{ready.status}: {ready.reason}")
             continue
         ready.work.run()
-        counts = Counts.of(source(ready.work.run))
+        counts = Counts.of(counter.source(ready.work.run))
         least = size.bytes if ready.work.bytes is None else ready.work.bytes
-        seconds = predicted_seconds(counts, least, bandwidth, launch_cost)
-        print(
-            f"  {name:34}{counts.launches:9}{counts.host_syncs:8}{counts.allocations:8}"
-            f"{counts.copies:8}{'-' if counts.bytes is None else f'{counts.bytes:,}':>16}"
-            f"{least or 0:16,}{1e6 * seconds:15.1f}"
+        found.append(counter.row(case.op, name, case.model, case.dtype, counts, least))
+    return found
+
+
+def count_pass(model: str, counter: Counter) -> list[dict[str, Any]]:
+    """What one more batch costs a pass over PreResNet's images."""
+    network, batches = bench_update_bn.make(model, IMAGES, 1)
+    network, batch = network.cuda(), batches[0].cuda()
+    names = (bench_update_bn.LIMIT, "torch", "fvcore-style PreciseBN", "swa_fast")
+    passes = {name: bench_update_bn.PASSES[name][0] for name in names}
+    if _backends.why_unusable("triton", "cuda") is None:
+        passes["swa_fast, triton"] = functools.partial(swa_fast.update_bn, backend="triton")
+    found = []
+    for name, update in passes.items():
+        # The first runs of a pass are unlike the others: nothing is fused or left out yet.
+        four, five = (
+            Counts.of(counter.source(functools.partial(update, [batch] * count, network)))
+            for count in (4, 5)
         )
-        found.append(
-            {
-                "op": case.op, "contender": name, "model": case.model, "dtype": case.dtype,
-                **{k: about[k] for k in ("device", "torch", "commit", "date")}, "counted by": by,
-                "launches": counts.launches, "host syncs": counts.host_syncs,
-                "allocations": counts.allocations, "copies": counts.copies,
-                "bytes counted": "" if counts.bytes is None else counts.bytes,
-                "bytes at least": least, "predicted us": f"{1e6 * seconds:.3g}",
-            }
+        counts = Counts(
+            five.launches - four.launches, five.host_syncs - four.host_syncs,
+            five.allocations - four.allocations, five.copies - four.copies,
         )  # fmt: skip
+        found.append(counter.row(PASS, name, model, "float32", counts, None))
     return found
 
 
@@ -217,15 +266,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = select(
         SUITES, torch.device("cuda"), quick=False, ops=options.ops, models=options.models
     )
+    models = [m for m in PASS_MODELS if m in options.models]
+    if options.ops is not None and PASS not in options.ops:
+        models = []
+    if not cases and not models:
+        parser.error("nothing is selected: see the operations and models of bench/run.py --list")
     head = "launches   syncs  allocs  copies   bytes counted  bytes at least  PREDICTED, us"
     print(
         f"counted by {by}; predicted with {bandwidth:g} GB/s and {options.launch_cost:g} us a "
         f"launch, not measured"
     )
+    counter = Counter(source, by, 1e9 * bandwidth, 1e-6 * options.launch_cost)
     found = []
     for case in cases:
         print(f"\n{case.op}: {case.model}, {case.dtype}\n  {'':34}{head}", flush=True)
-        found += count_case(case, source, by, 1e9 * bandwidth, 1e-6 * options.launch_cost)
+        found += count_case(case, counter)
+    for model in models:
+        print(f"\n{PASS}: {model}, float32\n  {'':34}{head}", flush=True)
+        found += count_pass(model, counter)
     if options.out is not None:
         write_table(options.out, COLUMNS, found)
     return 0

@@ -23,6 +23,7 @@ if not (BENCH / "harness.py").exists():
 NAMES = (
     "rows", "harness", "models", "competitors", "compare", "report", "counts", "kernel_facts",
     "bench_average", "bench_overhead", "precise_bn_reference", "bench_low_precision",
+    "bench_update_bn",
 )  # fmt: skip
 
 
@@ -385,6 +386,39 @@ def test_profiler_events_are_told_apart(bench: Any) -> None:
         )
     ]  # fmt: skip
     assert bench.counts.count_events(events) == {"launches": 1, "copies": 3, "host_syncs": 1}
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # to a simulator's driver
+def test_the_columns_of_a_gpu(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Events, filled caches and replayed graphs. A simulator's times mean nothing, so nothing is
+    asked of them but that they are there."""
+    device = torch.device("cuda")
+    (case,) = (c for c in bench.bench_average.SUITE.cases(device) if c.model == "10^3 in 1 tensor")
+    modes = ("warm", "cold", "graph", "graph cold")
+    settings = bench.harness.Settings(device, modes, seconds=0.01, least=2, most=2)
+    rows = bench.harness.measure(case, settings)
+    for name in ("lerp_flat", "Averager EMA"):
+        mine = [r for r in rows if r.contender == name]
+        assert tuple(r.mode for r in mine) == modes
+        for r in mine:
+            assert (r.status, r.clock, r.rounds) == ("ok", "events", 2), (r.mode, r.reason)
+            assert r.median > 0 and r.limit_median > 0
+    bench.harness.show(rows)
+    assert "graph cold, ms" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+def test_a_batch_of_the_pass_is_counted(bench: Any, simulator: Any) -> None:
+    """torch adds one to num_batches_tracked and reads it in every layer. What swa_fast adds to the
+    forward, one launch for all layers together, its fused ReLUs and the head take away again."""
+    counter = bench.counts.Counter(bench.counts.simulator_counts, "simulator", 1e12, 1e-6)
+    found = {r["contender"]: r for r in bench.counts.count_pass("preresnet8", counter)}
+    forward, torchs, ours = (found[n] for n in (bench.bench_update_bn.LIMIT, "torch", "swa_fast"))
+    assert (ours["launches"], ours["host syncs"], ours["copies"]) == (forward["launches"] - 2, 0, 0)
+    assert torchs["host syncs"] == torchs["copies"] == 7
+    assert torchs["launches"] == forward["launches"] + 2 * 7
+    assert forward["host syncs"] == 0 and forward["predicted us"] == f"{forward['launches']:.3g}"
 
 
 def test_a_source_of_counts_has_to_be_complete(bench: Any) -> None:
