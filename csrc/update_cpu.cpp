@@ -227,10 +227,10 @@ struct Update {
         (run.average - arguments.bfloat16_base) / static_cast<int64_t>(sizeof(BFloat16));
 #if SWA_FAST_HAS_AVX2_PATH
     if (cpu_has_avx2()) {
-      const auto vectorised = rule.mode == Mode::kCopy ? blend_stochastically_avx2<Mode::kCopy, Source>
-                              : rule.mode == Mode::kFromAverage
-                                  ? blend_stochastically_avx2<Mode::kFromAverage, Source>
-                                  : blend_stochastically_avx2<Mode::kFromSource, Source>;
+      const auto vectorised =
+          rule.mode == Mode::kCopy          ? blend_stochastically_avx2<Mode::kCopy, Source>
+          : rule.mode == Mode::kFromAverage ? blend_stochastically_avx2<Mode::kFromAverage, Source>
+                                            : blend_stochastically_avx2<Mode::kFromSource, Source>;
       return vectorised(average + begin, source + begin, end - begin,
                         static_cast<float>(rule.coefficient), *seed,
                         static_cast<uint64_t>(first + begin) / 8, n[row], row);
