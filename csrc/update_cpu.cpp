@@ -81,6 +81,7 @@ int64_t element_bytes(int code) {
 
 constexpr int kGroups = 8;           // of Philox, computed side by side
 constexpr int kBlock = 8 * kGroups;  // elements that they serve
+static_assert(kCutMultiple % 8 == 0, "every piece of a run begins with a group");
 
 // high and low: the words of the products of eight words and one factor.
 SWA_FAST_AVX2 inline void multiply(__m256i words, __m256i factor, __m256i& high, __m256i& low) {

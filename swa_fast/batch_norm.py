@@ -1029,7 +1029,6 @@ def _write(
     collector: _Pass, accumulators: Sequence[Tensor], used: Sequence[_Layer], options: _Options
 ) -> None:
     """The result into the layers' buffers."""
-    written = set(used)
     targets: list[Tensor] = []
     values: list[Tensor] = []
     for part, merged in zip(collector.statistics, accumulators, strict=True):
@@ -1037,8 +1036,8 @@ def _write(
         means = part.split(ours[_MEAN])
         variances = part.split(_variance(ours, part.estimator, options.unbiased))
         batches = part.split(ours[_BATCHES])
-        for layer in part.layers:
-            if layer not in written:
+        for layer in used:
+            if layer.statistics is not part:
                 continue
             module = layer.module
             assert module.running_mean is not None and module.running_var is not None
@@ -1179,8 +1178,8 @@ def _reestimate(loader: Iterable[Any], wrapped: nn.Module, options: _Options) ->
         raise ValueError(_EMPTY + ("" if group is None else " on all ranks"))
     _check_finite(accumulators, statistics)
     used = _used(collector, accumulators, options)
+    seen = set(used)
     _write(collector, accumulators, used, options)
-    written = set(used)
 
     errors = [
         _errors(merged, part.estimator, _eps(part, merged.device))
@@ -1196,7 +1195,7 @@ def _reestimate(loader: Iterable[Any], wrapped: nn.Module, options: _Options) ->
         batches=read,
         samples=samples,
         layers=tuple(layer.name for layer in used),
-        unused=tuple(layer.name for layer in collector.layers if layer not in written),
+        unused=tuple(layer.name for layer in collector.layers if layer not in seen),
         frozen=frozen,
         mean_error=mean_error if math.isfinite(mean_error) else None,
         var_error=var_error if math.isfinite(var_error) else None,

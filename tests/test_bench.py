@@ -3,8 +3,10 @@ here measures time."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
+import os
 import random
 import sys
 from collections.abc import Iterator
@@ -122,6 +124,20 @@ def test_rows_survive_a_file_and_name_what_is_missing(bench: Any, tmp_path: Path
         bench.rows.read([tmp_path / "bad.csv"])
 
 
+def test_an_interrupted_table_leaves_the_old_one(bench: Any, tmp_path: Path) -> None:
+    """The file is another one afterwards, and a row that cannot be written changes nothing."""
+    file = tmp_path / "table.csv"
+    bench.rows.write_table(file, ["a"], [{"a": 1}])
+    kept = tmp_path / "kept.csv"
+    kept.hardlink_to(file)
+    bench.rows.write_table(file, ["a"], [{"a": 2}], append=True)
+    assert (kept.read_text(), file.read_text()) == ("a\n1\n", "a\n1\n2\n")
+    with pytest.raises(ValueError):
+        bench.rows.write_table(file, ["a"], [{"a": 3}, {"b": 4}])
+    assert file.read_text() == "a\n1\n2\n"
+    assert sorted(tmp_path.iterdir()) == [kept, file]
+
+
 # ---------------------------------------------------------------------------------------- checks
 
 
@@ -185,6 +201,88 @@ def test_an_average_that_rounding_holds_still_is_wrong(bench: Any) -> None:
     )  # fmt: skip
     assert found["still"].status == "wrong"
     assert "moved 0 % of its way" in found["still"].reason
+
+
+def test_a_fault_of_ours_is_wrong_and_fails_the_run(
+    bench: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(model: nn.Module) -> Any:
+        raise OSError("broken")
+
+    def contender(side: str) -> Any:
+        return bench.harness.Contender(side, broken)
+
+    found = measured(bench, {"ours": contender("swa_fast"), "theirs": contender("competitor")})
+    assert (found["ours"].status, found["theirs"].status) == ("wrong", "not served")
+    assert found["ours"].reason == found["theirs"].reason == "OSError: broken"
+    for side, code in (("swa_fast", 1), ("competitor", 0)):
+        case = bench.harness.Case(
+            "update", "m", "float32", lambda: nn.Linear(2, 2), bench.bench_average.size_of,
+            {"it": contender(side)}, modes=("warm",),
+        )  # fmt: skip
+        suite = bench.harness.Suite("", lambda device, case=case: [case])
+        assert bench.harness.main([suite], "", ["--device", "cpu", "--check-only"]) == code
+    assert "OSError: broken" in capsys.readouterr().out
+
+
+def test_caches_are_filled_for_cold_times_only(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushes: list[bool] = []
+
+    def interleaved(runs: Any, timer: Any, flush: Any, **_: Any) -> dict[str, list[float]]:
+        flushes.append(flush is not None)
+        return {name: [1.0] for name in runs}
+
+    monkeypatch.setattr(bench.harness, "interleaved", interleaved)
+    case = bench.harness.Case(
+        "update", "m", "float32", lambda: nn.Linear(2, 2), bench.bench_average.size_of,
+        {"lerp_flat": bench.harness.Contender("limit", bench.competitors.lerp_flat)},
+    )  # fmt: skip
+    settings = bench.harness.Settings(torch.device("cpu"), ("warm", "cold"))
+    rows = bench.harness.measure(case, settings)
+    assert [(r.mode, r.status) for r in rows] == [("warm", "ok"), ("cold", "ok")]
+    assert flushes == [False, True]
+
+
+@pytest.mark.parametrize("name", ["torch", "swa_fast, bf16 autocast"])
+def test_a_wrong_pass_is_found(bench: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Statistics that are 5 % off are, in bf16, beyond twice torch's own error."""
+    module = bench.bench_update_bn
+    shared = module._shared("preresnet8", 16, 2, torch.device("cpu"))
+    work = module._contender(name).make(shared)
+    work.run()
+    work.check(work.run, 1)
+    update, *rest = module.PASSES[name]
+
+    def off(batches: Any, model: nn.Module) -> None:
+        update(batches, model)
+        for layer in model.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.running_var *= 1.05
+
+    monkeypatch.setitem(module.PASSES, name, (off, *rest))
+    work = module._contender(name).make(shared)
+    work.run()
+    with pytest.raises(AssertionError, match="is off by"):
+        work.check(work.run, 1)
+
+
+@pytest.mark.parametrize("before", [None, "1"])
+def test_equal_pages(bench: Any, before: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within, a pass of ours leaves malloc alone; afterwards the variable is what it was."""
+    variable = "SWA_FAST_KEEP_MEMORY"
+    monkeypatch.delenv(variable, raising=False)
+    if before is not None:
+        monkeypatch.setenv(variable, before)
+    kept: list[bool] = []
+    monkeypatch.setattr(
+        bench.bench_update_bn, "_kept_memory",
+        lambda on: contextlib.nullcontext(kept.append(os.environ.get(variable) == "0")),
+    )  # fmt: skip
+    with bench.bench_update_bn.equal_pages(True):
+        assert os.environ[variable] == "0"
+    # Not yet, or it would have been left alone itself.
+    assert kept == [False]
+    assert os.environ.get(variable) == before
 
 
 def test_the_reference_of_precise_bn_is_pooled_and_biased(bench: Any) -> None:
