@@ -507,7 +507,12 @@ def test_the_columns_of_a_gpu(bench: Any, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.gpu
-def test_a_batch_of_the_pass_is_counted(bench: Any, simulator: Any) -> None:
+def test_a_batch_of_the_pass_is_counted(
+    bench: Any,
+    simulator: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """torch adds one to num_batches_tracked and reads it in every layer. What swa_fast adds to the
     forward, one launch for all layers together, its fused ReLUs and the head take away again."""
     counter = bench.counts.Counter(bench.counts.simulator_counts, "simulator", 1e12, 1e-6)
@@ -517,6 +522,13 @@ def test_a_batch_of_the_pass_is_counted(bench: Any, simulator: Any) -> None:
     assert torchs["host syncs"] == torchs["copies"] == 7
     assert torchs["launches"] == forward["launches"] + 2 * 7
     assert forward["host syncs"] == 0 and forward["predicted us"] == f"{forward['launches']:.3g}"
+
+    nothing = (lambda batches, model: None, *bench.bench_update_bn.PASSES["torch"][1:])
+    monkeypatch.setitem(bench.bench_update_bn.PASSES, "torch", nothing)
+    monkeypatch.setattr(bench.bench_update_bn, "LIMIT", "torch")  # the first one, on new layers
+    found = {r["contender"]: r for r in bench.counts.count_pass("preresnet8", counter)}
+    assert "torch" not in found and "swa_fast" in found
+    assert "wrong: " in capsys.readouterr().out
 
 
 def test_a_source_of_counts_has_to_be_complete(bench: Any) -> None:

@@ -618,6 +618,47 @@ def test_a_call_that_turns_gradients_on() -> None:
         torch.testing.assert_close(value, theirs.state_dict()[key])
 
 
+def test_outputs_of_layers_carry_no_graph() -> None:
+    """Which would keep all activations of a forward."""
+    seen = []
+
+    def call(model: nn.Module, x: Tensor) -> None:
+        with torch.enable_grad():
+            seen.append(model(x).requires_grad)
+
+    swa_fast.update_bn([torch.randn(4, 3)] * 3, nn.BatchNorm1d(3), call=call)
+    assert seen == [False] * 3
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_parameter_that_is_replaced_between_batches(name: str) -> None:
+    class Changes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+            self.forwards = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.forwards += 1
+            setattr(self.first, name, nn.Parameter(torch.full((3,), float(self.forwards))))
+            return self.second(self.first(x))
+
+    ours, theirs = Changes(), Changes()
+    batches = drifting_batches((3,), (8, 8, 8))
+    swa_fast.update_bn(batches, ours)
+    swa_utils.update_bn(batches, theirs)
+    for key, value in ours.state_dict().items():
+        torch.testing.assert_close(value, theirs.state_dict()[key])
+
+
+def test_inputs_of_every_batch_are_checked() -> None:
+    model = nn.BatchNorm1d(3)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(TypeError, match=r"x: expected dtype .*, found int64"):
+        swa_fast.update_bn([torch.randn(4, 3), torch.ones(4, 3, dtype=torch.int64)], model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 def test_relus_are_fused_where_nobody_else_uses_the_output() -> None:
     with Recorder() as recorder:
         swa_fast.update_bn(drifting_batches((3, 8, 8), (4, 4)), Residual())
