@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from bench_average import size_of
-from competitors import AVERAGERS, Averaged, check_average, lerp_flat
+from competitors import AVERAGERS, Averaged, Expected, check_averages, lerp_flat
 from harness import Case, Contender, Run, Size, Suite, Work, main, pytest_cases
 from models import make_model
 from rows import OURS
@@ -32,10 +32,14 @@ def _together(model: nn.Module, backend: str | None = None) -> Work:
     averager = Averager(model, RULES, backend=backend)
 
     def check(run: Run, done: int) -> None:
-        for name, decay in (("swa", 0.0), ("short", 0.99), ("long", 0.999)):
-            found = Averaged(averager.update, lambda name=name: averager.averages[name])
-            check_average(model, found, name == "swa", run, done, decay)
-            done += 3
+        expected = [
+            Expected(
+                Averaged(averager.update, functools.partial(averager.averages.__getitem__, name)),
+                name == "swa", decay,
+            )
+            for name, decay in (("swa", 0.0), ("short", 0.99), ("long", 0.999))
+        ]  # fmt: skip
+        check_averages(model, expected, run, done)
 
     return Work(averager.update, check)
 
@@ -49,9 +53,7 @@ def _one_by_one(make: Callable[[nn.Module], Averaged], equal: bool, model: nn.Mo
             update()
 
     def check(run: Run, done: int) -> None:
-        for found in made:
-            check_average(model, found, equal, run, done)
-            done += 3
+        check_averages(model, [Expected(found, equal) for found in made], run, done)
 
     return Work(run, check)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,16 @@ from torch.optim import swa_utils
 import swa_fast
 from swa_fast import EMA, SWA, Averager
 
-__all__ = ["AVERAGERS", "DECAY", "Averaged", "averaging", "check_average", "lerp_flat"]
+__all__ = [
+    "AVERAGERS",
+    "DECAY",
+    "Averaged",
+    "Expected",
+    "averaging",
+    "check_average",
+    "check_averages",
+    "lerp_flat",
+]
 
 DECAY = 0.999
 PIECE = (
@@ -93,6 +102,30 @@ def _diffusers(model: nn.Module) -> Averaged:
     )
 
 
+def _foreach_cached(model: nn.Module) -> Averaged:
+    """What an expert writes: one foreach function over lists that are made once."""
+    parameters = [p.detach() for p in model.parameters()]
+    averages = [p.clone() for p in parameters]
+    names = _names(model)
+    return Averaged(
+        lambda: torch._foreach_lerp_(averages, parameters, 1 - DECAY),
+        lambda: dict(zip(names, averages, strict=True)),
+    )
+
+
+def _lerp_loop(model: nn.Module) -> Averaged:
+    """The shortest loop, over lists that are made once."""
+    parameters = [p.detach() for p in model.parameters()]
+    averages = [p.clone() for p in parameters]
+    names = _names(model)
+
+    def update() -> None:
+        for average, parameter in zip(averages, parameters, strict=True):
+            average.lerp_(parameter, 1 - DECAY)
+
+    return Averaged(update, lambda: dict(zip(names, averages, strict=True)))
+
+
 def _ema_pytorch(model: nn.Module) -> Averaged:
     from ema_pytorch import EMA as EmaPytorch
 
@@ -135,6 +168,8 @@ AVERAGERS: dict[str, tuple[str, Callable[[nn.Module], Averaged], bool]] = {
         lambda model: _torch(model, swa_utils.get_ema_multi_avg_fn(DECAY)),
         False,
     ),
+    "foreach_lerp_, cached lists": ("competitor", _foreach_cached, False),
+    "lerp_ loop, cached lists": ("competitor", _lerp_loop, False),
     "timm ModelEmaV3": ("competitor", _timm, False),
     "diffusers EMAModel foreach": ("competitor", _diffusers, False),
     "ema-pytorch foreach": ("competitor", _ema_pytorch, False),
@@ -164,53 +199,98 @@ def lerp_flat(model: nn.Module) -> Work:
 STEPS = (0.5, 4.0, 0.5)
 
 
+def _groups(names: Sequence[str], sizes: Sequence[int]) -> Iterator[list[str]]:
+    """Consecutive names whose tensors hold about PIECE elements together."""
+    group: list[str] = []
+    held = 0
+    for name, size in zip(names, sizes, strict=True):
+        if group and held + size > PIECE:
+            yield group
+            group, held = [], 0
+        group.append(name)
+        held += size
+    if group:
+        yield group
+
+
+def _joined(tensors: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
+    return torch.cat([tensors[name].detach().flatten() for name in names])
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """One average and its rule: equal weights, or a decay."""
+
+    found: Averaged
+    equal: bool
+    decay: float = DECAY
+
+    def weight(self, n: int) -> float:
+        return 1 / (n + 1) if self.equal else 1 - self.decay
+
+
 @torch.no_grad()
-def check_average(
-    model: nn.Module, found: Averaged, equal: bool, run: Run, done: int, decay: float = DECAY
-) -> None:
-    """Scales the weights before each of some updates and compares every average with fp64.
+def check_averages(model: nn.Module, averages: Sequence[Expected], run: Run, done: int) -> None:
+    """Scales the weights before each of CHECKED_RUNS updates and compares every average with fp64.
 
     Element by element to a few roundings of the average's type; below fp32 also the sum of all
     movements, because an average that does not move at all is within a rounding of where it
-    should be.
+    should be. Small tensors are compared together, or a model of thousands would take longer to
+    check than to time.
     """
     assert len(STEPS) == CHECKED_RUNS
     parameters = dict(model.named_parameters())
-    before = None
+    starts: list[dict[str, Tensor] | None] = [None] * len(averages)
     if done > 1:
-        averages = found.averages()
-        before = {k: averages[k].detach().clone() for k in parameters}
+        values = [each.found.averages() for each in averages]
+        starts = [{k: value[k].detach().clone() for k in parameters} for value in values]
     for factor in STEPS:
         torch._foreach_mul_(list(parameters.values()), factor)
         run()
-    averages = found.averages()
+    for each, before in zip(averages, starts, strict=True):
+        _compare(model, each, before, done)
+
+
+def _compare(
+    model: nn.Module, each: Expected, before: Mapping[str, Tensor] | None, done: int
+) -> None:
+    parameters = dict(model.named_parameters())
+    averages = each.found.averages()
     moved = expected = 0.0
-    coarse = False
-    for name, parameter in parameters.items():
-        value = averages[name].detach().flatten()
-        begin = None if before is None else before[name].flatten().split(PIECE)
-        coarse |= torch.finfo(value.dtype).bits < 32
-        pieces = zip(value.split(PIECE), parameter.flatten().split(PIECE), strict=True)
-        for number, (found_piece, piece) in enumerate(pieces):
-            source = piece.double()
-            # After its first update every average equals the weights.
-            start = source if begin is None else begin[number].double()
+    coarse = any(torch.finfo(averages[name].dtype).bits < 32 for name in parameters)
+    for names in _groups(list(parameters), [p.numel() for p in parameters.values()]):
+        joined = _joined(averages, names)
+        source = _joined(parameters, names)
+        # After its first update every average equals the weights.
+        begin = source if before is None else _joined(before, names)
+        what = f"the average of {names[0]}" + (f" to {names[-1]}" if len(names) > 1 else "")
+        pieces = zip(joined.split(PIECE), source.split(PIECE), begin.split(PIECE), strict=True)
+        for found_piece, source_piece, begin_piece in pieces:
+            exact_source, start = source_piece.double(), begin_piece.double()
             exact, scale = start, 1.0
             for n, factor in enumerate(STEPS, done):
                 scale *= factor
-                exact = torch.lerp(exact, source * scale, 1 / (n + 1) if equal else 1 - decay)
-            close(found_piece, exact, 8 * torch.finfo(value.dtype).eps, f"the average of {name}")
-            step = exact - start
-            moved += float((step * (found_piece.double() - start)).sum())
-            expected += float((step * step).sum())
+                exact = torch.lerp(exact, exact_source * scale, each.weight(n))
+            close(found_piece, exact, 8 * torch.finfo(joined.dtype).eps, what)
+            if coarse:
+                step = exact - start
+                moved += float((step * (found_piece.double() - start)).sum())
+                expected += float((step * step).sum())
     if coarse:
         share = moved / expected
         assert 0.9 < share < 1.1, f"the average moved {100 * share:.0f} % of its way"
     for name, buffer in model.named_buffers():
-        # They do not change here, so that copying and averaging agree.
+        # They do not change here, so that copying and averaging agree; averaging rounds each time.
         if name in averages and buffer.is_floating_point():
-            tolerance = 8 * torch.finfo(averages[name].dtype).eps
+            tolerance = (8 + done) * torch.finfo(averages[name].dtype).eps
             close(averages[name], buffer.double(), tolerance, f"the buffer {name}")
+
+
+def check_average(
+    model: nn.Module, found: Averaged, equal: bool, run: Run, done: int, decay: float = DECAY
+) -> None:
+    """:func:`check_averages` of one."""
+    check_averages(model, [Expected(found, equal, decay)], run, done)
 
 
 def averaging(

@@ -369,13 +369,14 @@ class _Ready:
             self.graph = graph.replay
 
 
-def _groups(case: Case, size: Size, dtype_bytes: int) -> list[list[str]]:
-    """Contenders that take turns together, the limit in each group."""
+def _groups(case: Case, size: Size, dtype_bytes: int, most: float = TURN_BYTES) -> list[list[str]]:
+    """Contenders that take turns together, the limit in each group. Together they hold at most
+    about ``most`` bytes."""
     names = list(case.contenders)
     limit = [n for n in names if case.contenders[n].side == "limit"]
     others = [n for n in names if n not in limit]
     each = max(1.0, case.copies * size.parameters * dtype_bytes)
-    count = max(2, min(len(others), int(TURN_BYTES / each))) if others else 1
+    count = max(2, min(len(others), int(most / each))) if others else 1
     return [limit + others[i : i + count] for i in range(0, len(others), count)] or [limit]
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from swa_fast.train.models import build_model
 
-__all__ = ["GROWTH", "MODELS", "make_model", "tensors_of_equal_size"]
+__all__ = ["GROWTH", "LARGE", "MODELS", "make_model", "tensors_of_equal_size"]
 
 
 def _paper(name: str, classes: int) -> nn.Module:
@@ -40,6 +40,11 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "10,000 tiny tensors": partial(tensors_of_equal_size, 10_000, 640_000),
 }
 
+# For a GPU alone: the weights of a language model of modest size.
+LARGE: dict[str, Callable[[], nn.Module]] = {
+    "10^9 in 300 tensors": partial(tensors_of_equal_size, 300, 10**9),
+}
+
 # Time against the number of elements and against the number of tensors.
 GROWTH: dict[str, Callable[[], nn.Module]] = {
     **{
@@ -57,7 +62,7 @@ GROWTH: dict[str, Callable[[], nn.Module]] = {
 def make_model(name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """A model with random values in every parameter and buffer of floating type, so that no two
     could be taken for each other. Initialisations, slow for large models, are not run."""
-    make = MODELS.get(name) or GROWTH[name]
+    make = {**MODELS, **GROWTH, **LARGE}[name]
     with torch.device("meta"):
         model = make()
     model = model.to(dtype).to_empty(device=device)

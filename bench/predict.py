@@ -1,0 +1,259 @@
+"""What the kernels should take on a GPU, from a model that PREDICTIONS.md explains.
+
+    python bench/predict.py            writes predictions.json for the kernels as they are
+    python bench/predict.py --print    prints it as a table
+
+Times are of ``bench/gpu_report.py``'s modes ``graph`` (back to back) and ``graph cold``. They are
+written before a run and not adjusted to what it measures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["MACHINES", "Launch", "Machine", "key", "load", "machine_of", "seconds"]
+
+FILE = Path(__file__).resolve().parent / "predictions.json"
+MODES = ("graph", "graph cold")
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Bandwidths by the vendors' data sheets; latencies as published microbenchmarks have them."""
+
+    multiprocessors: int
+    bandwidth: float  # of the memory, bytes a second, peak
+    cache: int  # L2, bytes
+    cache_bandwidth: float  # of L2, bytes a second
+    latency: float  # of a load from memory, s
+    cache_latency: float  # of a load from L2, s
+
+
+MACHINES = {
+    "A100": Machine(108, 2039e9, 40 << 20, 4.0e12, 560e-9, 200e-9),
+    "H100": Machine(132, 3350e9, 50 << 20, 5.5e12, 600e-9, 220e-9),
+    "H200": Machine(132, 4800e9, 50 << 20, 5.5e12, 600e-9, 220e-9),
+    "B200": Machine(148, 8000e9, 126 << 20, 10e12, 700e-9, 260e-9),
+}
+ACHIEVABLE = 0.90  # share of the peak bandwidth that a large copy reaches
+COLD_START = 4.0e-6  # s: two events, a replay, code that is not in the caches
+GAP = 1.5e-6  # s: from one kernel of a graph to the next
+CACHED = 0.6  # share of L2 below which repeated calls find what they need there
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One kernel launch as the model sees it."""
+
+    read: int  # bytes
+    written: int
+    blocks: int
+    resident: int  # blocks of a multiprocessor at a time
+    in_flight: int  # bytes that a block has asked for before it waits
+    chain: float  # loads from L2 or memory that wait for each other before the block's data
+    tail: float = 0.0  # loads from L2, one after the other, when all blocks are done
+    touched: int = 0  # bytes that repeated calls would need in L2; 0: read + written
+
+
+def seconds(machine: Machine, launch: Launch, mode: str) -> float:
+    """Time of one launch: a fixed cost, the largest of three terms, and the tail."""
+    touched = launch.touched or launch.read + launch.written
+    cached = mode == "graph" and touched <= CACHED * machine.cache
+    bandwidth = machine.cache_bandwidth if cached else ACHIEVABLE * machine.bandwidth
+    latency = machine.cache_latency if cached else machine.latency
+    slots = machine.multiprocessors * launch.resident
+    moving = (launch.read + launch.written) / bandwidth
+    asked = min(launch.blocks, slots) * launch.in_flight
+    little = launch.read * latency / asked
+    waves = math.ceil(launch.blocks / slots)
+    waiting = waves * (launch.chain * machine.cache_latency + latency)
+    fixed = COLD_START if mode == "graph cold" else GAP
+    return fixed + max(moving, little, waiting) + launch.tail * machine.cache_latency
+
+
+# ------------------------------------------------------------------- the kernels' own geometry
+
+# csrc/update_cuda.cu and kernels/update.py.
+RUN = 4096  # elements of a block
+UPDATE = {
+    "cuda": {"resident": 2, "in_flight": 256 * 128, "chain": 4.0},
+    "triton": {"resident": 3, "in_flight": 256 * 64, "chain": 8.0},
+}
+STOCHASTIC = {"resident": 3, "in_flight": 256 * 32, "chain": 5.0}
+
+
+def update_launch(
+    sizes: Sequence[int], buffers: Sequence[int], source: int, average: int, averages: int,
+    backend: str, stochastic: bool = False,
+) -> Launch:  # fmt: skip
+    """``sizes``: elements of each tensor; ``source`` and ``average``: bytes of an element;
+    ``buffers``: bytes of each tensor that is copied."""
+    elements = sum(sizes)
+    blocks = sum(-(-n // RUN) for n in (*sizes, *buffers))
+    facts = STOCHASTIC if stochastic else UPDATE[backend]
+    chain = facts["chain"] + 1.0 * (averages - 1)
+    return Launch(
+        read=elements * (source + average * averages) + sum(buffers) + 32 * blocks,
+        written=elements * average * averages + sum(buffers) * averages,
+        blocks=blocks, resident=int(facts["resident"]), in_flight=int(facts["in_flight"]),
+        chain=chain, touched=elements * (source + average * averages),
+    )  # fmt: skip
+
+
+def guard_launch(sizes: Sequence[int], source: int) -> Launch:
+    elements = sum(sizes)
+    blocks = sum(-(-n // RUN) for n in sizes)
+    return Launch(elements * source, 0, blocks, resident=8, in_flight=256 * 32, chain=1.0)
+
+
+BATCH_NORM = {"resident": 2, "in_flight": 256 * 64}
+
+
+def batch_norm_launches(
+    shape: Sequence[int], size: int, channels_last: bool, normalise: bool
+) -> list[Launch]:
+    """``size``: bytes of an element."""
+    n, c, s = shape[0], shape[1], math.prod(shape[2:])
+    moved = n * c * s * size
+    line = c if channels_last else s
+    pack = 16 // size if line % (16 // size) == 0 else 1
+    if channels_last:
+        packs = -(-c // pack)
+        lanes = 1
+        while lanes < min(32, 128 // pack) and lanes < packs:
+            lanes *= 2
+        tiles, units, beside = -(-packs // lanes), n * s, 256 // lanes
+        unroll = 8
+    else:
+        lanes, tiles, units, beside = 1, c, n * (s // pack), 256
+        unroll = 4 if pack > 1 else 8
+    most = min(512, -(-units // (beside * unroll)))
+    wanted = min(most, -(-1024 // tiles))
+    each = -(-(-(-units // (beside * wanted))) // unroll) * unroll
+    splits = -(-units // (beside * each))
+    channels = lanes * pack if channels_last else 1
+    tail = 2.0 + (splits * channels / 256) if splits > 1 else 0.0
+    facts = {"resident": BATCH_NORM["resident"], "in_flight": 256 * unroll * pack * size}
+    found = [Launch(moved, 0, tiles * splits, chain=2.0, tail=tail, **facts)]
+    if normalise:
+        found.append(Launch(moved, moved, tiles * splits, chain=2.0, **facts))
+    return found
+
+
+def _total(machine: Machine, launches: Sequence[Launch], mode: str) -> float:
+    """Of launches one after the other; the second may find in L2 what the first one read."""
+    first = seconds(machine, launches[0], mode)
+    rest = 0.0
+    for launch in launches[1:]:
+        warm = "graph" if launch.read <= CACHED * machine.cache else mode
+        rest += seconds(machine, launch, warm) + (GAP if warm == "graph cold" else 0.0)
+        if warm == "graph cold":
+            rest -= COLD_START
+    return first + rest
+
+
+# ---------------------------------------------------------------------------------- the cases
+
+
+def _update_launches(op: str, contender: str, shared: Any, dtype: str) -> list[Launch]:
+    sizes = [p.numel() for p in shared.parameters()]
+    buffers = [b.numel() * b.element_size() for b in shared.buffers()]
+    source = 2 if dtype == "bfloat16" else 4
+    backend = "triton" if contender.endswith("triton") else "cuda"
+    average = 2 if op.startswith("bf16 average") else 4
+    averages = 3 if "3 averages" in op else 1
+    launches = [
+        update_launch(
+            sizes, buffers, source, average, averages, backend, op.startswith("bf16 average")
+        )
+    ]
+    if "NaN" in op:
+        launches.insert(0, guard_launch(sizes, source))
+    return launches
+
+
+def predictions() -> dict[str, dict[str, float]]:
+    """Seconds by machine, by what :func:`key` makes of a row; of our contenders."""
+    import gpu_cases
+    import torch
+    from rows import OURS
+
+    meta = torch.device("meta")
+    found: dict[str, dict[str, float]] = {}
+
+    def add(case: Any, launches_of: Any) -> None:
+        shared = case.make()
+        for name, contender in case.contenders.items():
+            if contender.side != OURS:
+                continue
+            launches = launches_of(name, shared)
+            for mode in MODES:
+                row = {
+                    "op": case.op, "model": case.model, "dtype": case.dtype, "contender": name,
+                    "mode": mode,
+                }  # fmt: skip
+                found[key(row)] = {
+                    machine: float(f"{_total(facts, launches, mode):.3g}")
+                    for machine, facts in MACHINES.items()
+                }
+
+    for case in gpu_cases.update_cases(meta, small=False):
+        add(case, lambda name, shared, case=case: _update_launches(
+            case.op, name, shared, case.dtype))  # fmt: skip
+    for case in gpu_cases.batch_norm_cases(meta, small=False):
+        size = 2 if case.dtype == "bfloat16" else 4
+        shape = [int(part) for part in case.model.split()[0].split("x")]
+        add(case, lambda name, shared, case=case, size=size, shape=shape: batch_norm_launches(
+            shape, size, "channels_last" in case.model, case.op == "BN layer"))  # fmt: skip
+    return found
+
+
+def key(row: Mapping[str, Any]) -> str:
+    return "|".join(str(row[name]) for name in ("op", "model", "dtype", "contender", "mode"))
+
+
+def machine_of(device: str) -> str | None:
+    """The machine whose name is part of a device's."""
+    return next((name for name in MACHINES if name in device), None)
+
+
+@functools.cache
+def load(path: Path = FILE) -> dict[str, dict[str, float]]:
+    """Seconds by machine and key; empty where nothing was written."""
+    if not path.exists():
+        return {}
+    found: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))["seconds"]
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--print", action="store_true", help="as a table, nothing is written")
+    parser.add_argument("--out", type=Path, default=FILE)
+    options = parser.parse_args(arguments)
+    found = predictions()
+    if options.print:
+        print(f"{'us':110}" + "".join(f"{name:>9}" for name in MACHINES))
+        for name, times in found.items():
+            print(f"{name:110}" + "".join(f"{1e6 * t:9.1f}" for t in times.values()))
+        return 0
+    machines = {name: dataclasses.asdict(machine) for name, machine in MACHINES.items()}
+    text = json.dumps({"machines": machines, "seconds": found}, indent=1) + "\n"
+    part = options.out.with_name(f".{options.out.name}.tmp")
+    part.write_text(text, encoding="utf-8")
+    part.replace(options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
