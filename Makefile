@@ -5,11 +5,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 
-.PHONY: help demo test lint types bench bench-quick bench-record bench-report wheel clean
+.PHONY: help demo test test-gpu lint types bench bench-quick bench-record bench-report wheel clean
 
 help:
 	@echo "make demo   install and train with SGD and SWA on a small real dataset (RUN=folder)"
 	@echo "make test   install with the test extras and run the tests"
+	@echo "make test-gpu  the tests marked gpu, on the CUDA device or, without one, under tests/gpusim"
 	@echo "make lint   ruff, clang-format"
 	@echo "make types  mypy --strict"
 	@echo "make wheel  build the wheel into dist/ and check it"
@@ -38,11 +39,22 @@ demo: $(VENV)/.train
 test: $(VENV)/.test
 	$(BIN)/pytest
 
+# Without a device the simulator's own tests come first: where they fail the others mean nothing.
+GPUSIM := $(BIN)/python tests/gpusim run $(BIN)/python
+test-gpu: export SWA_FAST_REQUIRE_GPU = 1
+test-gpu: $(VENV)/.test
+	if $(BIN)/python -c "import torch; exit(not torch.cuda.is_available())"; then \
+	  $(BIN)/pytest -m gpu; \
+	else \
+	  $(GPUSIM) -m pytest tests/gpusim/tests && $(GPUSIM) -m pytest -m gpu; \
+	fi
+
+GPUSIM_SOURCES := $(wildcard tests/gpusim/src/*.cpp tests/gpusim/src/*.h tests/gpusim/tests/ext/*)
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python bench/report.py --check
-	$(BIN)/clang-format --dry-run --Werror csrc/*
+	$(BIN)/clang-format --dry-run --Werror csrc/* $(GPUSIM_SOURCES)
 
 types: $(VENV)/.dev
 	$(BIN)/mypy

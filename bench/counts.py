@@ -1,6 +1,7 @@
 """What one steady-state update and one BatchNorm batch cost a CUDA device: counted, not timed.
 
     python bench/counts.py                                     on whatever CUDA device is there
+    python bench/counts.py --simulate                          on the simulator in tests/gpusim
     python bench/counts.py --out bench/results/counts.csv
     python bench/counts.py --source MODULE:FUNCTION            counts from somewhere else
 
@@ -10,8 +11,8 @@ batch of the BatchNorm pass is what a pass of five batches costs beyond one of f
 forward's own operators; the pass that only runs forwards tells how many those are.
 
 On a real device the counts come from torch.profiler and from the allocator's statistics, and no
-bytes are known. Where the device is simulated by a gpusim that can be imported, they come from its
-counters, which count one operator of torch as one launch. ``--source`` (or the variable
+bytes are known. Under the simulator (``--simulate`` starts this script again under it) they come
+from its counters, which count one operator of torch as one launch. ``--source`` (or the variable
 SWA_FAST_COUNTS) names a function that is called with a function without arguments, runs it, and
 returns a mapping with ``launches``, ``host_syncs``, ``allocations``, ``copies`` and, if known,
 ``bytes``.
@@ -30,7 +31,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import bench_average
 import bench_batch_norm
@@ -46,6 +47,7 @@ from swa_fast import _backends
 
 __all__ = ["Counts", "main", "predicted_seconds", "profiler_counts", "simulator_counts"]
 
+SIMULATOR = Path(__file__).resolve().parent.parent / "tests" / "gpusim"
 # Peak bandwidth of the memory in GB/s by the vendor's data sheets.
 BANDWIDTH = {"H200": 4800.0, "H100": 3350.0, "A100": 2039.0, "B200": 8000.0}
 SUITES = [
@@ -142,6 +144,20 @@ def simulator_counts(run: Run) -> dict[str, int | None]:
         "copies": copies,
         "bytes": None if operators or copies else moved,
     }
+
+
+def simulate(folder: Path, arguments: Sequence[str]) -> NoReturn:
+    """Starts this script again under the simulator in ``folder``, in place of this process. Raises
+    FileNotFoundError where there is no simulator."""
+    if not (folder / "__main__.py").is_file():
+        raise FileNotFoundError(
+            f"there is no simulator in {folder}: it is part of the repository and of the source "
+            f"distribution, not of a wheel"
+        )
+    os.execv(
+        sys.executable,
+        [sys.executable, str(folder), "run", sys.executable, __file__, *arguments],
+    )
 
 
 def source_named(name: str) -> Source:
@@ -248,6 +264,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--models", nargs="+", default=MODELS, help="as bench/run.py --list names")
     parser.add_argument("--ops", nargs="+", help="only these operations")
+    parser.add_argument(
+        "--simulate", action="store_true", help="on the simulator of the tests, without a GPU"
+    )
     parser.add_argument("--source", default=os.environ.get("SWA_FAST_COUNTS"))
     parser.add_argument(
         "--bandwidth", type=float, metavar="GB/s",
@@ -259,8 +278,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="FILE.csv")
     options = parser.parse_args(arguments)
+    if options.simulate and not simulated():
+        try:
+            simulate(SIMULATOR, sys.argv[1:] if arguments is None else arguments)
+        except FileNotFoundError as problem:
+            parser.error(f"--simulate: {problem}")
     if not torch.cuda.is_available():
-        parser.error("there is no CUDA device, real or simulated")
+        parser.error("there is no CUDA device; --simulate counts without one")
     source, by = profiler_counts, "torch.profiler"
     if options.source:
         source, by = source_named(options.source), options.source

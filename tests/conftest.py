@@ -14,6 +14,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import gpusim
 import helpers
 
 
@@ -39,7 +40,6 @@ def _seeded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def simulator() -> Any:
     """The simulator of GPUs, which counts launches, waits and bytes. A real GPU counts none of
     them by itself, and without counts there is nothing to test."""
-    gpusim = pytest.importorskip("gpusim")
     if not gpusim.active():
         pytest.skip("counts need the simulated GPU, and this one is real")
     return gpusim

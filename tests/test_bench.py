@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import os
 import random
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -529,6 +530,33 @@ def test_a_batch_of_the_pass_is_counted(
     found = {r["contender"]: r for r in bench.counts.count_pass("preresnet8", counter)}
     assert "torch" not in found and "swa_fast" in found
     assert "wrong: " in capsys.readouterr().out
+
+
+def test_counts_start_again_under_the_simulator(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[list[str]] = []
+
+    def execv(program: str, command: list[str]) -> None:
+        started.append(command)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setattr(bench.counts, "simulated", lambda: False)
+    with pytest.raises(SystemExit):
+        bench.counts.main(["--simulate", "--ops", "update"])
+    (command,) = started
+    python, folder, run, *script = command
+    assert (python, run, script[0]) == (sys.executable, "run", sys.executable)
+    assert script[1:] == [bench.counts.__file__, "--simulate", "--ops", "update"]
+    usage = subprocess.run([python, folder], capture_output=True, text=True, check=False)
+    assert usage.returncode == 2 and "run CMD..." in usage.stdout
+
+    # A benchmark that was copied out of the repository.
+    monkeypatch.setattr(bench.counts, "SIMULATOR", tmp_path / "tests" / "gpusim")
+    with pytest.raises(SystemExit, match="2"):
+        bench.counts.main(["--simulate"])
+    assert "not of a wheel" in capsys.readouterr().err and len(started) == 1
 
 
 def test_a_source_of_counts_has_to_be_complete(bench: Any) -> None:
