@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 
-.PHONY: help demo test test-gpu lint types bench bench-quick bench-record bench-report wheel clean
+.PHONY: help demo test test-gpu lint types bench bench-quick bench-record bench-report gpu-report wheel clean
 
 help:
 	@echo "make demo   install and train with SGD and SWA on a small real dataset (RUN=folder)"
@@ -19,6 +19,7 @@ help:
 	@echo "make bench         everything that is timed, rows into OUT (runs/bench.csv)"
 	@echo "make bench-record  the rows in bench/results again, then README and charts from them"
 	@echo "make bench-report  README and charts from the rows in bench/results"
+	@echo "make gpu-report    everything about this machine's GPU in MINUTES (8), into OUT (runs/gpu)"
 
 # torch comes first and the build is not isolated, so that torch is fetched once.
 $(VENV)/.torch: pyproject.toml
@@ -76,6 +77,12 @@ bench-record: $(VENV)/.bench
 
 bench-report: $(VENV)/.bench
 	$(BIN)/python bench/report.py
+
+# A GPU's own machine, where nothing can be installed, needs the last line alone (with python3).
+MINUTES ?= 8
+gpu-report: OUT = runs/gpu
+gpu-report: $(VENV)/.bench
+	$(BIN)/python bench/gpu_report.py --minutes $(MINUTES) --out $(OUT)
 
 # setuptools packs whatever lies in build/, so files renamed since would be in the wheel too.
 wheel: $(VENV)/.dev

@@ -142,7 +142,8 @@ def update_cases(device: torch.device, small: bool) -> list[Case]:
                 **_limit(), **_ours(device, "Averager SWA", on_nonfinite="skip"),
             }, _size_of_guarded),
             case("update from misaligned memory", name, fp32, {
-                **_limit(), **_ours(device, "Averager SWA"), **_theirs("foreach_lerp_, cached lists"),
+                **_limit(), **_ours(device, "Averager SWA"),
+                **_theirs("foreach_lerp_, cached lists"),
             }, make=misaligned),
             case("update from misaligned memory", name, bf16, {
                 **_limit(), **_ours(device, "Averager EMA", EMA(DECAY)),

@@ -190,8 +190,8 @@ def summary(data: dict[str, Any]) -> str:
     if found:
         far = [e for e in found if e["far"]]
         lines.append(
-            f"  {len(found)} times predicted, {len(far)} off by more than {100 * FAR:.0f} %; median "
-            f"ratio {statistics.median(e['ratio'] for e in found):.2f}"
+            f"  {len(found)} times predicted, {len(far)} off by more than {100 * FAR:.0f} %; "
+            f"median ratio {statistics.median(e['ratio'] for e in found):.2f}"
         )
     return "\n".join(lines)
 

@@ -13,9 +13,9 @@ fails or takes too long is reported and the next one starts, in a new process wh
 Ctrl-C leaves what was measured. Every contender is checked against fp64 before it is timed.
 
 DIR gets rows.csv (the columns of all benchmarks here), report.json, report.md, report.html and
-log.txt. Needed: torch with CUDA, swa_fast built for it (``pip install dist/*.whl``, or this checkout
-built in place), and what each competitor needs; ncu, compute-sanitizer, timm, matplotlib and pytest
-are used where they are.
+log.txt. Needed: torch with CUDA, and swa_fast built for it (``pip install dist/*.whl``, or this
+checkout built in place). ncu, compute-sanitizer, timm, matplotlib and pytest are used where they
+are.
 """
 
 from __future__ import annotations
@@ -316,9 +316,8 @@ def _simulate() -> int | None:
 
     if torch.cuda.is_available() or torch.version.cuda is None or not SIMULATOR.is_dir():
         return None
-    path = os.pathsep.join([str(SIMULATOR), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "gpusim", "run", sys.executable, *sys.argv]
-    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode
+    command = [sys.executable, str(SIMULATOR), "run", sys.executable, *sys.argv]
+    return subprocess.run(command, check=False).returncode
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -290,6 +290,16 @@ def _median_seconds(clock: Clock, run: Run, rounds: int) -> float:
     return statistics.median(clock.cold(run) for _ in range(rounds))
 
 
+def _limits(clock: Clock, device: torch.device, elements: int, rounds: int) -> tuple[float, float]:
+    """Seconds of a copy and of an in-place lerp_ of fp32 elements."""
+    source = torch.rand(elements, device=device)
+    target = torch.empty_like(source)
+    return (
+        _median_seconds(clock, lambda: target.copy_(source), rounds),
+        _median_seconds(clock, lambda: target.lerp_(source, 0.001), rounds),
+    )
+
+
 FIRST_UPDATE = """
 import time
 begin = time.perf_counter()
@@ -334,14 +344,10 @@ def step_facts(context: Context) -> None:
     rounds = 2 if context.small else 10
     clock = Clock(device, context.small)
     elements = 1 << 12 if context.small else 1 << 29  # 2 GiB
-    source = torch.rand(elements, device=device)
-    target = torch.empty_like(source)
-    seconds = _median_seconds(clock, lambda: target.copy_(source), rounds)
-    context.copy_bandwidth = 8 * elements / seconds
+    copied, lerped = _limits(clock, device, elements, rounds)
+    context.copy_bandwidth = 8 * elements / copied
     context.fact("copy limit", context.copy_bandwidth / 1e9, "GB/s", "read and write counted")
-    seconds = _median_seconds(clock, lambda: target.lerp_(source, 0.001), rounds)
-    context.fact("lerp_ limit", 12 * elements / seconds / 1e9, "GB/s", "12 bytes an element")
-    del source, target
+    context.fact("lerp_ limit", 12 * elements / lerped / 1e9, "GB/s", "12 bytes an element")
     one = torch.zeros(1, device=device)
     graph = torch.cuda.CUDAGraph()
     one.add_(1)
@@ -804,14 +810,14 @@ def step_inside(context: Context) -> None:
 
 def step_trainer(context: Context) -> None:
     """Epochs of PreResNet-164 with the trainer, on made-up images of CIFAR's size."""
-    model, epochs = ("preresnet8", 3) if context.small else ("preresnet164", 4)
+    model, epochs = ("preresnet8", 2) if context.small else ("preresnet164", 4)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         command = [
             sys.executable, "-m", "swa_fast.train", "--dataset", "synthetic", "--model",
             model, "--width", "8" if context.small else "16", "--epochs", str(epochs), "--methods",
             "ema,swa", "--batch-size", "128", "--quiet", "--out", str(out), "--device",
-            context.device.type,
+            context.device.type, *(["--fraction", "0.1"] if context.small else []),
         ]  # fmt: skip
         _output(
             command, 150.0 if context.small else max(20.0, context.left()), cwd=folder,
@@ -821,7 +827,7 @@ def step_trainer(context: Context) -> None:
     # Of the last epoch of the trajectory that averages at every step; the first ones warm up.
     records = [r for r in results["records"] if "ema" in r["averages"]]
     seconds = records[-1]["seconds"]
-    images = results["data"]["train_images"] if "train_images" in results["data"] else 2000
+    images = results["data"]["train_images"]
     training = sum(seconds[phase] for phase in ("data", "forward_backward", "optimizer"))
     context.fact(f"trainer, {model}", images / (training + seconds["average"]), "images/s")
     context.fact("trainer, share of averaging at every step",

@@ -123,22 +123,26 @@ def batch_norm_launches(
     """``size``: bytes of an element."""
     n, c, s = shape[0], shape[1], math.prod(shape[2:])
     moved = n * c * s * size
+
+    def up(a: int, b: int) -> int:
+        return (a + b - 1) // b
+
     line = c if channels_last else s
     pack = 16 // size if line % (16 // size) == 0 else 1
     if channels_last:
-        packs = -(-c // pack)
+        packs = up(c, pack)
         lanes = 1
         while lanes < min(32, 128 // pack) and lanes < packs:
             lanes *= 2
-        tiles, units, beside = -(-packs // lanes), n * s, 256 // lanes
+        tiles, units, beside = up(packs, lanes), n * s, 256 // lanes
         unroll = 8
     else:
         lanes, tiles, units, beside = 1, c, n * (s // pack), 256
         unroll = 4 if pack > 1 else 8
-    most = min(512, -(-units // (beside * unroll)))
-    wanted = min(most, -(-1024 // tiles))
-    each = -(-(-(-units // (beside * wanted))) // unroll) * unroll
-    splits = -(-units // (beside * each))
+    most = min(512, up(units, beside * unroll))
+    wanted = min(most, up(1024, tiles))
+    each = up(up(units, beside * wanted), unroll) * unroll
+    splits = up(units, beside * each)
     channels = lanes * pack if channels_last else 1
     tail = 2.0 + (splits * channels / 256) if splits > 1 else 0.0
     facts = {"resident": BATCH_NORM["resident"], "in_flight": 256 * unroll * pack * size}

@@ -15,7 +15,9 @@ with ``<!-- bench:KIND option="value" ... -->`` and ends with ``<!-- /bench -->`
 * ``layers``: another contender's time over ours, least, median and most over the shapes, by type
   and layout (``op``, ``ours``, ``other``);
 * ``counts``: launches, waits, allocations and copies counted (``op``, ``model``);
-* ``overhead``: SWA's share in training.
+* ``overhead``: SWA's share in training;
+* ``gpu``: rows of ``bench/gpu_report.py`` in bench/results/gpu/*/rows.csv, or that there are none
+  (``table`` machine, update, layers or pass; ``models`` with | between them; ``op``).
 
 Charts: bench/results/growth.svg and update.svg. Drawing needs matplotlib, all else nothing.
 """
@@ -67,6 +69,7 @@ class Data:
 
     def __init__(self, folder: Path) -> None:
         self.rows = read(sorted(folder.glob("rows_*.csv")))
+        self.gpu = read(sorted(folder.glob("gpu/*/rows.csv")))
         self.counts = self._plain(folder, "counts_*.csv")
         self.overhead = self._plain(folder, "overhead_*.csv")
 
@@ -236,6 +239,50 @@ def machine(data: Data, options: dict[str, str]) -> str:
     return "\n\n".join(lines) + "\n"
 
 
+def _gpu_cell(rows: Sequence[Row]) -> str:
+    """Device time with cold caches: of a captured graph, else of the queued calls."""
+    for mode in ("graph cold", "queued cold", "pass"):
+        for row in rows:
+            if row.mode == mode and row.median:
+                scale = 1e3 if mode == "pass" else 1e6
+                share = f" ({row.percent_of_limit:.0f} %)" if row.percent_of_limit else ""
+                return significant(scale * row.median) + share
+    return rows[0].status if rows else ""
+
+
+def gpu(data: Data, options: dict[str, str]) -> str:
+    """Tables of measured GPUs; one of each for every device."""
+    if not data.gpu:
+        return "No GPU has been measured yet: there are no such rows.\n"
+    parts = []
+    for device in _unique(r.device for r in data.gpu):
+        rows = [r for r in data.gpu if r.device == device]
+        if options["table"] == "machine":
+            parts.append(f"{device}, torch {rows[0].torch}, {rows[0].date}.\n")
+            continue
+        wanted = options["models"].split("|") if "models" in options else None
+        rows = [r for r in rows if r.op == options["op"] and (wanted is None or r.model in wanted)]
+        columns = _unique((r.model, r.dtype) for r in rows)
+        names = _unique(r.contender for r in rows)
+        if options["table"] == "layers":
+            head = [device, *names]
+            lines = [
+                [f"{m}, {d}", *(_gpu_cell([r for r in rows if (r.model, r.dtype, r.contender)
+                                           == (m, d, n)]) for n in names)]
+                for m, d in columns
+            ]  # fmt: skip
+        else:
+            several = len({dtype for _, dtype in columns}) > 1
+            head = [device, *(f"{m}, {d}" if several else m for m, d in columns)]
+            lines = [
+                [n, *(_gpu_cell([r for r in rows if (r.model, r.dtype, r.contender)
+                                 == (m, d, n)]) for m, d in columns)]
+                for n in names
+            ]  # fmt: skip
+        parts.append(markdown(head, lines))
+    return "\n".join(parts)
+
+
 KINDS: dict[str, Callable[[Data, dict[str, str]], str]] = {
     "machine": machine,
     "times": times,
@@ -244,6 +291,7 @@ KINDS: dict[str, Callable[[Data, dict[str, str]], str]] = {
     "layers": layers,
     "counts": counts,
     "overhead": overhead,
+    "gpu": gpu,
 }
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ class Script:
     """A worker that says what it is told to: for each step a list of replies, of which None is the
     end of its process and an exception one that reaches the supervisor. After them it is silent."""
 
-    replies: dict[str, list[Any]] = {}
+    replies: ClassVar[dict[str, list[Any]]] = {}
     started = 0
     ended = 0
 
