@@ -28,7 +28,7 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-TORCH_TARGET_VERSION = "0x020d000000000000"  # 2.13, the oldest torch the binary runs on
+TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11, the oldest torch the binary runs on
 DEFAULT_ARCH_LIST = "8.0;9.0+PTX"
 MIN_TOOLKIT = (12, 1)  # kernel arguments of more than 4 KB
 
@@ -248,12 +248,12 @@ def extensions(info: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
             extra_compile_args={"cxx": cxx, "nvcc": nvcc},
             **common,
         )
-        # Neither libtorch_cuda nor libc10_cuda: the stable ABI reaches streams through
-        # libtorch_cpu, so the same file loads in every torch with this major version of the
-        # CUDA runtime.
-        module.libraries = ["c10", "torch", "torch_cpu"]
+        # Not libtorch_cuda itself, which a CPU build of torch lacks: libtorch needs nothing and
+        # brings libtorch_cuda where there is one, with the symbol that finds the current stream.
+        module.libraries = ["c10", "torch_cpu"]
         module.library_dirs.append(str(cudart.parent))
-        module.extra_link_args = [*module.extra_link_args, f"-l:{cudart.name}"]
+        brings_cuda = ["-Wl,--push-state,--no-as-needed", "-ltorch", "-Wl,--pop-state"]
+        module.extra_link_args = [*module.extra_link_args, *brings_cuda, f"-l:{cudart.name}"]
         modules.append(module)
         info["cuda"] = ".".join(map(str, toolkit_version(toolkit)))
         info["arch_list"] = arch_list

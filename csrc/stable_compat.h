@@ -5,6 +5,10 @@
 // torch from the target version on. Including <ATen/ATen.h> does not compile.
 #pragma once
 
+#ifdef __CUDACC__
+#define USE_CUDA  // declares aoti_torch_get_current_cuda_stream
+#endif
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -29,6 +33,16 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using BFloat16 = c10::BFloat16;
 using Half = c10::Half;
+
+#ifdef __CUDACC__
+// torch's current stream of a device, a cudaStream_t. The stable API's own way to it is newer than
+// the oldest torch that the binary serves.
+inline void* current_stream(int32_t device) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return stream;
+}
+#endif
 
 // Calls f(T{}) with the C++ type of `type`. The schema's Python front checks dtypes and
 // names the tensor; the message here is the backstop for callers of the raw op.
