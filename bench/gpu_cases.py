@@ -220,6 +220,8 @@ def _collect(normalise: bool, backend: str | None, shared: Inputs) -> Work:
 
 def _torch_layer(cudnn: bool, shared: Inputs) -> Work:
     x, weight, bias = shared
+    if cudnn and x.dtype == torch.bfloat16:
+        weight, bias = weight.to(x.dtype), bias.to(x.dtype)  # it takes no other
     mean, variance = torch.zeros_like(weight), torch.ones_like(weight)
     layer = torch.cudnn_batch_norm if cudnn else torch.native_batch_norm
 

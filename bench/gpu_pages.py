@@ -19,6 +19,7 @@ __all__ = ["compared", "markdown_page", "summary", "write"]
 
 DEVICE_MODES = ("graph cold", "queued cold")
 FAR = 0.25  # a measured time that is off by more from its prediction is marked
+SHOWN = 40  # lines of the table of predictions
 Rows = Sequence[dict[str, Any]]
 
 
@@ -218,7 +219,13 @@ def _sections(data: dict[str, Any]) -> list[tuple[str, str]]:
             "Predictions were written before the first run (bench/predictions.json, explained in "
             "bench/PREDICTIONS.md). ** marks what is off by more than 25 %.\n\n"
         )
-        sections.append(("Measured against predicted", text + _prediction_table(found)))
+        shown = found[:SHOWN]
+        if len(found) > len(shown):
+            text += (
+                f"The {len(shown)} that are furthest off, of {len(found)}, of which "
+                f"{sum(e['far'] for e in found)} are marked; all are in report.json.\n\n"
+            )
+        sections.append(("Measured against predicted", text + _prediction_table(shown)))
     for step in data["steps"]:
         parts = []
         if step["facts"]:
@@ -397,6 +404,7 @@ def _replace(path: Path, text: str) -> None:
 
 def write(out: Path, data: dict[str, Any]) -> None:
     """Replaces the three pages in a folder, each at once."""
-    _replace(out / "report.json", json.dumps(data, indent=1) + "\n")
+    whole = {**data, "predictions": compared(data)}
+    _replace(out / "report.json", json.dumps(whole, indent=1) + "\n")
     _replace(out / "report.md", markdown_page(data))
     _replace(out / "report.html", html_page(data))

@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import ctypes
 import dataclasses
 import functools
 import gc
+import importlib.util
 import inspect
 import io
 import json
@@ -236,7 +238,9 @@ def measure_all(context: Context, cases: Sequence[Case], seconds: float) -> None
     for index, case in enumerate(cases):
         if context.left() < 1.0 and not context.small:
             rest = [f"{c.op}: {c.model}, {c.dtype}" for c in cases[index:]]
-            context.remark(f"left out for want of time: {'; '.join(rest)}")
+            context.remark(
+                f"left out for want of time: {len(rest)} of {len(cases)} cases, from {rest[0]} on"
+            )
             return
         try:
             measure(context, case, seconds)
@@ -361,26 +365,52 @@ def step_facts(context: Context) -> None:
     torch.cuda.empty_cache()
 
     # What someone waits for who runs one update in a new process.
-    for name, environment in (
-        ("native", {}),
-        ("PTX", {"CUDA_FORCE_PTX_JIT": "1", "CUDA_CACHE_DISABLE": "1"}),
-    ):
-        if name == "PTX" and (context.small or context.left() < 10):
-            continue
-        try:
-            text = _output(
-                [sys.executable, "-c", FIRST_UPDATE], max(20.0, context.left()),
-                env={**os.environ, **environment, "PYTHONPATH": _python_path()},
-            )  # fmt: skip
-        except (RuntimeError, subprocess.TimeoutExpired) as error:
-            context.remark(f"time until the first update, {name}: {error}")
-            continue
-        numbers = [float(word) for word in text.split()]
+    try:
+        text = _output(
+            [sys.executable, "-c", FIRST_UPDATE], max(20.0, context.left()),
+            env={**os.environ, "PYTHONPATH": _python_path()},
+        )  # fmt: skip
+    except (RuntimeError, subprocess.TimeoutExpired) as error:
+        context.remark(f"time until the first update: {error}")
+    else:
         for what, value in zip(
             ("import torch", "import swa_fast", "first CUDA tensor", "first update", "second"),
-            numbers, strict=True,
+            map(float, text.split()), strict=True,
         ):  # fmt: skip
-            context.fact(f"{what}, new process, {name}", value, "s")
+            context.fact(f"{what}, in a new process", value, "s")
+    if not simulated():
+        compile_ptx(context)
+
+
+def compile_ptx(context: Context) -> None:
+    """How long the driver takes to compile the library's PTX, as at the first use on a GPU that
+    the library has no code for. (The environment variable that forces it stops torch's own
+    kernels, most of which have no PTX.)"""
+    tool = shutil.which("cuobjdump")
+    library = Path(swa_fast.__file__).with_name("_C_cuda.abi3.so")
+    if tool is None or not library.exists():
+        context.remark("no cuobjdump or no CUDA library: the compilation of PTX was not timed")
+        return
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        with tempfile.TemporaryDirectory() as folder:
+            _output([tool, "--extract-ptx", "all", str(library)], 20, cwd=folder)
+            files = sorted(Path(folder).glob("*.ptx"))
+            for file in files:
+                module = ctypes.c_void_p()
+                begin = time.perf_counter()
+                status = driver.cuModuleLoadData(ctypes.byref(module), file.read_bytes() + b"\0")
+                seconds = time.perf_counter() - begin
+                if status == 0:
+                    driver.cuModuleUnload(module)
+                    # Named as a_b_cuda.N.sm_NN.ptx; a second time comes from the driver's cache.
+                    context.fact(f"PTX compiled by the driver, {file.stem}", seconds, "s")
+                else:
+                    context.remark(f"PTX of {file.stem}: the driver answered {status}")
+            if not files:
+                context.remark("the library holds no PTX")
+    except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
+        context.remark(f"PTX: {error}")
 
 
 def _python_path() -> str:
@@ -392,7 +422,7 @@ def _python_path() -> str:
 # ---------------------------------------------------------------------------------- b: the tests
 
 # A test of each kernel and of what only a real device can show: streams, graphs, no waiting.
-CHOSEN = "graph or stream or stochastic or misaligned or every_average or update_bn or exact"
+CHOSEN = "(graph or stream or stochastic or misaligned or unaligned or estimator) and not triton"
 
 
 def step_tests(context: Context) -> None:
@@ -408,11 +438,14 @@ def step_tests(context: Context) -> None:
         selection = ["--collect-only"] if context.device.type == "cuda" else ["--version"]
     else:
         selection = []
+    if not context.small and importlib.util.find_spec("xdist") is not None:
+        # Most of the time goes into the host's work and Triton's compiler.
+        selection += ["-n", str(min(8, os.cpu_count() or 1))]
     allowed = 120.0 if context.small else max(10.0, min(60.0, context.left() - 2))
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [
-            sys.executable, "-m", "pytest", "-q", "-x", "--maxfail=20", "-m", "gpu", "-k", CHOSEN,
+            sys.executable, "-m", "pytest", "-q", "--maxfail=20", "-m", "gpu", "-k", CHOSEN,
             "-p", "no:cacheprovider", "-W", "default", f"--junitxml={report}", *selection,
             *(str(ROOT / "tests" / f) for f in ("test_averager.py", "test_update_bn.py")
               if (ROOT / "tests" / f).exists()),
@@ -473,6 +506,16 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
         model.train()
 
 
+@contextlib.contextmanager
+def _without_tf32() -> Iterator[None]:
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 def measure_passes(context: Context, seconds: float) -> None:
     """Whole BatchNorm passes, wall-clock time of a batch."""
     import bench_update_bn
@@ -518,7 +561,8 @@ def measure_passes(context: Context, seconds: float) -> None:
                 **about,
             }  # fmt: skip
             try:
-                with autocast():
+                # Rounded to TF32, convolutions would hide what the statistics are off by.
+                with autocast(), _without_tf32():
                     run(given, model)
                 if side != "limit":
                     error, layer = bench_update_bn.largest_error(model, exact)
@@ -690,9 +734,9 @@ def counted(context: Context) -> None:
 
 # ------------------------------------------------------------------------- f: inside the kernels
 
-NCU_SECTIONS = ("SpeedOfLight", "Occupancy", "LaunchStats", "WarpStateStats")
-# The launches of --kernels, ncu's name for them; each is preceded by some that are not profiled.
-NCU_KERNELS = "regex:update_kernel|statistics|normalise|exchange_kernel|swap_kernel|guard|finite"
+NCU_SECTIONS = ("SpeedOfLight", "Occupancy", "LaunchStats", "WarpStateStats")  # few passes
+# Ours among the launches of --kernels.
+NCU_KERNELS = "regex:update_kernel|statistics|normalise|guard|finite"
 
 
 def run_kernels(small: bool) -> None:
@@ -704,17 +748,22 @@ def run_kernels(small: bool) -> None:
     name = "PreResNet-20" if small else "ResNet-50"
     model = make_model(name, torch.float32, device)
     shape = (2, 8, 6, 6) if small else (64, 256, 56, 56)
+    runs: list[Run] = []
     for backend in ("cuda", "triton"):
         averager = Averager(model, {"swa": SWA()}, backend=backend, on_nonfinite="skip")
-        for _ in range(2):
-            averager.update()
-        with averager.applied("swa"):
-            pass
+        runs.append(averager.update)
         for layout, dtype in (("channels_last", torch.bfloat16), ("contiguous", torch.float32)):
-            work = _collect(True, backend, _inputs(shape, layout, dtype, device))
-            for _ in range(2):
-                work.run()
+            runs.append(_collect(True, backend, _inputs(shape, layout, dtype, device)).run)
+    for run in runs:
+        for _ in range(2):
+            run()
     torch.cuda.synchronize()
+    # With --profile-from-start off a profiler sees what follows, where everything is warm.
+    torch.cuda.cudart().cudaProfilerStart()
+    for run in runs:
+        run()
+    torch.cuda.synchronize()
+    torch.cuda.cudart().cudaProfilerStop()
 
 
 def parse_ncu(text: str) -> list[dict[str, Any]]:
@@ -775,13 +824,11 @@ def step_inside(context: Context) -> None:
         sections = [word for section in NCU_SECTIONS for word in ("--section", section)]
         try:
             text = _output(
-                ["ncu", "--csv", "--page", "raw", "--clock-control", "none", *sections,
-                 "--kernel-name", NCU_KERNELS, "--target-processes", "all", *command],
-                max(15.0, 0.6 * context.left()), env=environment,
+                ["ncu", "--csv", "--page", "raw", "--clock-control", "none",
+                 "--profile-from-start", "off", *sections, "--kernel-name", NCU_KERNELS, *command],
+                max(15.0, 0.75 * context.left()), env=environment,
             )  # fmt: skip
-            # The last launch of each kernel is the warm one.
-            last = {(e["kernel"], e["blocks"]): e for e in parse_ncu(text)}
-            for entry in last.values():
+            for entry in parse_ncu(text):
                 context.emit({"ncu": entry})
         except (RuntimeError, ValueError, subprocess.TimeoutExpired) as error:
             context.remark(f"ncu: {str(error).splitlines()[0][:300]}")
@@ -810,13 +857,13 @@ def step_inside(context: Context) -> None:
 
 def step_trainer(context: Context) -> None:
     """Epochs of PreResNet-164 with the trainer, on made-up images of CIFAR's size."""
-    model, epochs = ("preresnet8", 2) if context.small else ("preresnet164", 4)
+    model, epochs = ("preresnet8", 2) if context.small else ("preresnet164", 3)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         command = [
             sys.executable, "-m", "swa_fast.train", "--dataset", "synthetic", "--model",
             model, "--width", "8" if context.small else "16", "--epochs", str(epochs), "--methods",
-            "ema,swa", "--batch-size", "128", "--quiet", "--out", str(out), "--device",
+            "ema", "--batch-size", "128", "--quiet", "--out", str(out), "--device",
             context.device.type, *(["--fraction", "0.1"] if context.small else []),
         ]  # fmt: skip
         _output(
