@@ -217,6 +217,7 @@ void fence_event(Warp&, const Inst&, uint32_t);
 Fn ld_fn(int elem_size, int vec);
 Fn st_fn(int elem_size, int vec);
 void atom_addresses(Warp& w, const Inst& I, uint32_t m, uint32_t bytes, uint8_t** ptr);
+void matrices(Warp& w, const Inst& I, uint32_t m);
 void cp_async(Warp& w, const Inst& I, uint32_t m);
 void cvta(Warp& w, const Inst& I, uint32_t m);
 void isspacep(Warp& w, const Inst& I, uint32_t m);

@@ -436,6 +436,33 @@ static void h_st(Warp& w, const Inst& I, uint32_t m) {
       }
   }
 }
+// ldmatrix and stmatrix: I.vec matrices of 8 x 8 values of 16 bits in shared memory, of which lane
+// 8 i + r gives the address of row r of matrix i. A lane's register of matrix i holds the values
+// (lane / 4, 2 (lane % 4)) and the one right of it; sub 1: of the transposed matrix.
+void matrices(Warp& w, const Inst& I, uint32_t m) {
+  if (m != ~0u)
+    report(w, I, __builtin_ctz(m), "a matrix is loaded or stored by a warp with missing lanes", 719,
+           true);
+  const bool load = I.kind == K_LD;
+  uint64_t ad[32];
+  addresses(w, I, m, ad);
+  const uint32_t rows = I.vec == 4 ? ~0u : (1u << 8 * I.vec) - 1;
+  resolve(w, I, rows, ad, 16, load ? ACC_LD : ACC_ST);
+  for (int v = 0; v < I.vec; ++v) {
+    uint32_t* r = (uint32_t*)(w.R + I.ops[v].off);
+    for (int l = 0; l < 32; ++l)
+      for (int half = 0; half < 2; ++half) {
+        int row = l / 4, column = l % 4 * 2 + half;
+        if (I.sub & 1) std::swap(row, column);
+        uint16_t* at = (uint16_t*)ad[8 * v + row] + column;
+        uint16_t* of = (uint16_t*)&r[l] + half;
+        if (load)
+          *of = *at;
+        else
+          *at = *of;
+      }
+  }
+}
 template <class T>
 static Fn ld_fn_of(int v) {
   return v == 1   ? h_ld<T, 1>

@@ -2094,6 +2094,27 @@ void bind(Builder& B, Inst& I, const std::vector<std::string_view>& op, std::vec
     }
     return ok(load ? ld_fn(es, vec) : st_fn(es, vec));
   }
+  if (b == "ldmatrix" || b == "stmatrix") {
+    need(2);
+    const bool load = b == "ldmatrix";
+    if (!has("m8n8") || !has("b16")) B.fail("matrices of another shape or type");
+    I.kind = load ? K_LD : K_ST;
+    I.space = SP_SHARED;
+    I.sub = has("trans");
+    I.vec = has("x4") ? 4 : has("x2") ? 2 : 1;
+    B.mem(I, A[load ? 1 : 0], false);
+    Operand& V = A[load ? 0 : 1];
+    if (V.k == Operand::VEC && (int)V.v.size() != I.vec) B.fail("as many registers as matrices");
+    if (V.k != Operand::VEC && I.vec > 1) B.fail("vector operand expected");
+    for (int v = 0; v < I.vec; ++v) {
+      Operand& o = V.k == Operand::VEC ? V.v[v] : V;
+      I.ops.push_back(load ? dreg(o, 4) : B.reg(o, 4));
+      if (I.ops[v].size != 4) B.fail("registers of 32 bits expected");
+    }
+    I.e = B.cst(~0u, 4);
+    I.ctl = C_WSYNC;
+    return ok(matrices);
+  }
   if (b == "atom" || b == "red") {
     if (op.size() > 1 && op[1] == "async") B.fail("instruction not implemented");
     I.space = space();

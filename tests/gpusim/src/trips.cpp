@@ -79,7 +79,8 @@ void trips_control(Warp& w, const Inst& I) {
   TripState& t = w.trips;
   switch (I.ctl) {
     case C_WSYNC:
-      if (I.d.off < 0) trips_end_segment(t);  // bar.warp; shuffles and votes move as others do
+      // bar.warp; shuffles, votes and matrices move as others do
+      if (I.d.off < 0 && I.kind == K_PLAIN) trips_end_segment(t);
       break;
     case C_YIELD:
     case C_NONE:
