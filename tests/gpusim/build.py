@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SRC = Path(__file__).resolve().parent / "src"
-CORE = ["memory", "ptx_parse", "ptx_exec", "ptx_ops", "cudart", "cuda_driver", "stubs"]
+CORE = ["memory", "ptx_parse", "ptx_exec", "ptx_ops", "trips", "cudart", "cuda_driver", "stubs"]
 
 
 def cache_dir():

@@ -19,6 +19,7 @@ struct Options {
   uint64_t race_threads = 1u << 20;  // GPUSIM_RACE_THREADS: biggest launch that is race-checked
   uint64_t race_bytes = 64u << 20;   // GPUSIM_RACE_BYTES: biggest allocation that gets a shadow
   uint64_t max_instr = 40000000000ull;  // GPUSIM_MAX_INSTR: per launch, then "does not end"
+  bool trips = true;                    // GPUSIM_TRIPS: count round trips to global memory
   bool trace = false;                   // GPUSIM_TRACE: one line per launch
   bool report = false;                  // GPUSIM_REPORT: counters at exit
 };
@@ -70,6 +71,7 @@ struct KernelStat {
   uint64_t ld_bytes = 0, st_bytes = 0, ld_req = 0, st_req = 0, ld_sectors = 0, st_sectors = 0;
   uint64_t atomics = 0, atom_sectors = 0, shared_ld = 0, shared_st = 0, local_bytes = 0;
   uint32_t widest_ld = 0, widest_st = 0;
+  uint32_t load_round_trips = 0;  // of the block with most
   uint64_t threads = 0, blocks = 0, smem = 0;
   uint32_t grid[3] = {0, 0, 0}, block[3] = {0, 0, 0};
 };

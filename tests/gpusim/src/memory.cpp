@@ -58,6 +58,7 @@ void init() {
   static bool done = [] {
     opt.uninit = env_flag("GPUSIM_UNINIT", true);
     opt.race = env_flag("GPUSIM_RACE", true);
+    opt.trips = env_flag("GPUSIM_TRIPS", true);
     opt.race_threads = env_num("GPUSIM_RACE_THREADS", opt.race_threads);
     opt.race_bytes = env_num("GPUSIM_RACE_BYTES", opt.race_bytes);
     opt.max_instr = env_num("GPUSIM_MAX_INSTR", opt.max_instr);
@@ -265,6 +266,7 @@ static void stat_json(std::ostringstream& o, const KernelStat& s) {
   kv(o, "local_bytes", s.local_bytes, f);
   kv(o, "widest_ld", s.widest_ld, f);
   kv(o, "widest_st", s.widest_st, f);
+  if (opt.trips) kv(o, "load_round_trips", s.load_round_trips, f);
   kv(o, "threads", s.threads, f);
   kv(o, "blocks", s.blocks, f);
   kv(o, "dynamic_smem", s.smem, f);
@@ -303,6 +305,7 @@ std::string counters_json() {
     tot.local_bytes += s.local_bytes;
     tot.widest_ld = std::max(tot.widest_ld, s.widest_ld);
     tot.widest_st = std::max(tot.widest_st, s.widest_st);
+    tot.load_round_trips = std::max(tot.load_round_trips, s.load_round_trips);
     tot.threads += s.threads;
     tot.blocks += s.blocks;
   }
@@ -335,7 +338,7 @@ void print_report() {
             "  kernel %s\n    launches %llu  last grid (%u,%u,%u) block (%u,%u,%u)  instr %llu\n"
             "    loads  %llu B in %llu requests, %llu sectors (%.0f%% useful, widest %u B)\n"
             "    stores %llu B in %llu requests, %llu sectors (%.0f%% useful, widest %u B)  "
-            "atomics %llu\n",
+            "atomics %llu  round trips %u\n",
             demangle(e.first).c_str(), (unsigned long long)s.launches, s.grid[0], s.grid[1],
             s.grid[2], s.block[0], s.block[1], s.block[2], (unsigned long long)s.instr,
             (unsigned long long)s.ld_bytes, (unsigned long long)s.ld_req,
@@ -344,7 +347,7 @@ void print_report() {
             (unsigned long long)s.st_bytes, (unsigned long long)s.st_req,
             (unsigned long long)s.st_sectors,
             s.st_sectors ? 100.0 * s.st_bytes / (32.0 * s.st_sectors) : 100.0, s.widest_st,
-            (unsigned long long)s.atomics);
+            (unsigned long long)s.atomics, s.load_round_trips);
   }
   uint64_t n = 0;
   for (auto& e : g_aten) n += e.second;

@@ -77,13 +77,17 @@ enum {
   FL_ATOMICLD = 128,
   FL_RELU = 256,
   FL_ALIGNED = 512,
-  FL_COUNT = 1024
+  FL_COUNT = 1024,
+  FL_NC = 2048
 };
+enum Kind : uint8_t { K_PLAIN, K_MOVE, K_LD, K_ST, K_ATOM, K_ASYNC, K_FENCE };  // for trips.h
 struct Inst {
   Fn fn = nullptr;
   int32_t pred = -1;
   bool pred_neg = false;
   Ctl ctl = C_NONE;
+  Kind kind = K_PLAIN;
+  bool unpacks = false;  // a move into several registers, ops
   uint8_t size = 0, vec = 1, space = SP_GENERIC, sub = 0;
   uint32_t flags = 0, line = 0, target = 0;
   Opn d, d2, a, b, c, e;
@@ -91,6 +95,21 @@ struct Inst {
   std::vector<Opn> ops;
   std::vector<uint32_t> targets;
   mutable Alloc* cache = nullptr;
+};
+
+// An instruction's place in the count of round trips (trips.h).
+struct TripStep {
+  uint32_t slots = 0;  // in Kernel::trip_slots: registers read, then registers written
+  uint16_t reads = 0, writes = 0;
+  bool leads = false;  // the target of a branch
+};
+// Times of a warp, in round trips.
+struct TripState {
+  uint32_t floor = 0;           // when the segment began: nothing of it issues earlier
+  uint32_t last = 0;            // when the last instruction so far issued
+  uint32_t horizon = 0;         // when all loads so far have arrived
+  uint32_t stored[2] = {0, 0};  // when the last store issued: global, shared and local
+  std::vector<uint32_t> ready;  // when the value of a register exists
 };
 
 struct Module;
@@ -114,6 +133,8 @@ struct Kernel {
   uint32_t smem_static = 0, local_bytes = 0;
   uint32_t max_threads = 1024;
   uint32_t nregs = 0;
+  std::vector<TripStep> trip_steps;  // one for each of code; empty until they are counted
+  std::vector<uint32_t> trip_slots;
 };
 static const uint32_t kSmemDyn = 0x10000,
                       kSmemStatic = 0x400;  // offsets of dynamic and static shared memory
@@ -140,6 +161,7 @@ struct Barrier {
   uint64_t red_cnt = 0;
   bool any = false;
   uint32_t line = 0;
+  uint32_t trips = 0;  // the latest arrival
 };
 struct Block;
 struct Warp {
@@ -152,6 +174,7 @@ struct Warp {
   uint32_t bar_id[32];
   uint32_t rot = 0;
   uint32_t group = 0;  // lanes executing now, before predication (activemask)
+  TripState trips;
 };
 struct Launch;
 struct Block {
@@ -167,6 +190,7 @@ struct Block {
   bool fresh = true;        // special registers not yet filled in
   bool fence = false;       // a gpu-scope fence was executed
   uint32_t acquire_at = 0;  // time of the last acquire
+  uint32_t trips_from = 0;  // round trips at its start
 };
 struct Launch {
   Kernel* k;
@@ -193,6 +217,7 @@ void fence_event(Warp&, const Inst&, uint32_t);
 Fn ld_fn(int elem_size, int vec);
 Fn st_fn(int elem_size, int vec);
 void atom_addresses(Warp& w, const Inst& I, uint32_t m, uint32_t bytes, uint8_t** ptr);
+void matrices(Warp& w, const Inst& I, uint32_t m);
 void cp_async(Warp& w, const Inst& I, uint32_t m);
 void cvta(Warp& w, const Inst& I, uint32_t m);
 void isspacep(Warp& w, const Inst& I, uint32_t m);

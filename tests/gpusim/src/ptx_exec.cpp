@@ -5,7 +5,7 @@
 #include <cstdio>
 #include <cstdlib>
 
-#include "ptx.h"
+#include "trips.h"
 
 namespace gs {
 uint64_t g_clock = 0;
@@ -436,6 +436,33 @@ static void h_st(Warp& w, const Inst& I, uint32_t m) {
       }
   }
 }
+// ldmatrix and stmatrix: I.vec matrices of 8 x 8 values of 16 bits in shared memory, of which lane
+// 8 i + r gives the address of row r of matrix i. A lane's register of matrix i holds the values
+// (lane / 4, 2 (lane % 4)) and the one right of it; sub 1: of the transposed matrix.
+void matrices(Warp& w, const Inst& I, uint32_t m) {
+  if (m != ~0u)
+    report(w, I, __builtin_ctz(m), "a matrix is loaded or stored by a warp with missing lanes", 719,
+           true);
+  const bool load = I.kind == K_LD;
+  uint64_t ad[32];
+  addresses(w, I, m, ad);
+  const uint32_t rows = I.vec == 4 ? ~0u : (1u << 8 * I.vec) - 1;
+  resolve(w, I, rows, ad, 16, load ? ACC_LD : ACC_ST);
+  for (int v = 0; v < I.vec; ++v) {
+    uint32_t* r = (uint32_t*)(w.R + I.ops[v].off);
+    for (int l = 0; l < 32; ++l)
+      for (int half = 0; half < 2; ++half) {
+        int row = l / 4, column = l % 4 * 2 + half;
+        if (I.sub & 1) std::swap(row, column);
+        uint16_t* at = (uint16_t*)ad[8 * v + row] + column;
+        uint16_t* of = (uint16_t*)&r[l] + half;
+        if (load)
+          *of = *at;
+        else
+          *at = *of;
+      }
+  }
+}
 template <class T>
 static Fn ld_fn_of(int v) {
   return v == 1   ? h_ld<T, 1>
@@ -702,6 +729,10 @@ static void bar_release(Block& b, Barrier& br, uint32_t id) {
       report(w, *first, fl, s, 719, false);
     }
     w.barwait &= ~m;
+    if (waiting) {
+      w.trips.last = std::max(w.trips.last, br.trips);
+      trips_end_segment(w.trips);
+    }
   }
   (void)id;
   br = Barrier();
@@ -729,6 +760,7 @@ static void do_bar(Warp& w, const Inst& I, uint32_t m) {
   br.mask[w.id] |= m;
   br.arrived += __builtin_popcount(m);
   br.line = cnt ? (uint32_t)cnt : 0;
+  br.trips = std::max(br.trips, w.trips.last);
   if (I.sub == 1) {
     GS_LANES(m, l) w.pc[l]++;
   } else
@@ -750,6 +782,8 @@ static RunResult run_warp(Warp& w, int64_t quantum) {
   Block& b = *w.blk;
   Launch& L = *b.L;
   const Inst* code = L.k->code.data();
+  const TripStep* steps = opt.trips ? L.k->trip_steps.data() : nullptr;
+  const uint32_t* slots = L.k->trip_slots.data();
   uint64_t ti = 0, wi = 0;
   struct Flush {
     Launch& L;
@@ -842,6 +876,7 @@ static RunResult run_warp(Warp& w, int64_t quantum) {
       }
       uint32_t m = mask;
       if (I.pred >= 0) m &= pred_mask(w, I);
+      if (steps) trips_step(w, I, m, steps[pc], slots);
       if (I.ctl == C_NONE) {
         if (m) {
           w.group = m;
@@ -1160,6 +1195,7 @@ static void start_block(Kernel& k, Launch& L, Block* b, uint32_t linear) {
   b->idx = Dim{linear % L.grid.x, linear / L.grid.x % L.grid.y, linear / L.grid.x / L.grid.y};
   b->fence = false;
   b->acquire_at = 0;
+  if (opt.trips) trips_start(*b);
   // shared memory starts out as signalling garbage, so that a read before any write shows up in
   // results
   if (k.smem_static > kSmemStatic) memset(b->smem + kSmemStatic, 0xFF, k.smem_static - kSmemStatic);
@@ -1204,7 +1240,10 @@ static bool run_block(Block* b, int64_t warp_quantum, int rounds) {
     if (all_done) {
       bool live = false;
       for (auto& w : b->warps) live |= w.live != 0;
-      if (!live) return true;
+      if (!live) {
+        if (opt.trips) trips_finish(*b);
+        return true;
+      }
     }
     if (!progress) {
       bool any = false;
@@ -1251,6 +1290,7 @@ void kernel_run(Kernel* kp, Dim grid, Dim block, uint32_t dyn, const void* param
   L.race = opt.race && grid.n() > 1 && grid.n() * block.n() <= opt.race_threads;
   if (L.race) L.releases.resize(grid.n());
   for (auto& I : k.code) I.cache = nullptr;
+  if (opt.trips && k.trip_steps.empty()) trips_prepare(k);
   if (k.sreg_codes.empty())
     for (auto& s : k.sregs) k.sreg_codes.push_back({sreg_code(s.first, k), s.second});
   if (coop) {

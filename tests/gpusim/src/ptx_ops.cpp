@@ -1930,6 +1930,7 @@ void bind(Builder& B, Inst& I, const std::vector<std::string_view>& op, std::vec
   // ---- moves and conversions
   if (b == "mov") {
     need(2);
+    I.kind = K_MOVE;
     if (A[0].k == Operand::VEC && A[1].k == Operand::VEC) B.fail("vector to vector move");
     if (A[1].k == Operand::VEC) {
       I.d = B.reg(A[0], ty_size(t));
@@ -1944,6 +1945,7 @@ void bind(Builder& B, Inst& I, const std::vector<std::string_view>& op, std::vec
       return ok(h_pack);
     }
     if (A[0].k == Operand::VEC) {
+      I.unpacks = true;
       I.a = B.reg(A[1], ty_size(t));
       I.size = (uint8_t)(ty_size(t) / A[0].v.size());
       for (auto& o : A[0].v) {
@@ -2022,6 +2024,7 @@ void bind(Builder& B, Inst& I, const std::vector<std::string_view>& op, std::vec
   }
   if (b == "cvta") {
     need(2);
+    I.kind = K_MOVE;
     I.d = dreg(A[0], ty_size(t));
     I.a = B.reg(A[1], ty_size(t));
     I.sub = has("to");
@@ -2069,6 +2072,8 @@ void bind(Builder& B, Inst& I, const std::vector<std::string_view>& op, std::vec
   if (b == "ld" || b == "ldu" || b == "st") {
     need(2);
     bool load = b != "st";
+    I.kind = load ? K_LD : K_ST;
+    if (has("nc")) I.flags |= FL_NC;
     Operand& M = load ? A[1] : A[0];
     Operand& V = load ? A[0] : A[1];
     I.space = space();
@@ -2089,10 +2094,32 @@ void bind(Builder& B, Inst& I, const std::vector<std::string_view>& op, std::vec
     }
     return ok(load ? ld_fn(es, vec) : st_fn(es, vec));
   }
+  if (b == "ldmatrix" || b == "stmatrix") {
+    need(2);
+    const bool load = b == "ldmatrix";
+    if (!has("m8n8") || !has("b16")) B.fail("matrices of another shape or type");
+    I.kind = load ? K_LD : K_ST;
+    I.space = SP_SHARED;
+    I.sub = has("trans");
+    I.vec = has("x4") ? 4 : has("x2") ? 2 : 1;
+    B.mem(I, A[load ? 1 : 0], false);
+    Operand& V = A[load ? 0 : 1];
+    if (V.k == Operand::VEC && (int)V.v.size() != I.vec) B.fail("as many registers as matrices");
+    if (V.k != Operand::VEC && I.vec > 1) B.fail("vector operand expected");
+    for (int v = 0; v < I.vec; ++v) {
+      Operand& o = V.k == Operand::VEC ? V.v[v] : V;
+      I.ops.push_back(load ? dreg(o, 4) : B.reg(o, 4));
+      if (I.ops[v].size != 4) B.fail("registers of 32 bits expected");
+    }
+    I.e = B.cst(~0u, 4);
+    I.ctl = C_WSYNC;
+    return ok(matrices);
+  }
   if (b == "atom" || b == "red") {
     if (op.size() > 1 && op[1] == "async") B.fail("instruction not implemented");
     I.space = space();
     sem();
+    I.kind = K_ATOM;
     bool at = b == "atom";
     size_t k = at ? 1 : 0;
     need(k + 2);
@@ -2129,7 +2156,9 @@ void bind(Builder& B, Inst& I, const std::vector<std::string_view>& op, std::vec
     return ok(h_atom);
   }
   if (b == "cp" && op.size() > 1 && op[1] == "async") {
-    if (has("commit_group") || has("wait_group") || has("wait_all")) return ok(h_nop);
+    if (has("wait_group") || has("wait_all")) I.kind = K_FENCE;
+    if (has("commit_group") || I.kind == K_FENCE) return ok(h_nop);
+    I.kind = K_ASYNC;
     if (has("bulk") || has("mbarrier")) B.fail("bulk copies and mbarriers are not implemented");
     need(3);
     Inst t1, t2i;
@@ -2160,6 +2189,7 @@ void bind(Builder& B, Inst& I, const std::vector<std::string_view>& op, std::vec
   // ---- synchronization
   if (b == "membar" || b == "fence") {
     if (has("cta") || (b == "fence" && has("proxy"))) return ok(h_nop);
+    I.kind = K_FENCE;
     return ok(fence_event);
   }
   if (b == "nanosleep") {

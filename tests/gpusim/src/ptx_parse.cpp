@@ -1119,9 +1119,11 @@ struct Decoder : Builder {
       ld.size = (uint8_t)n;
       ld.a = cst(srcoff + o, 8);
       ld.ops = {t};
+      ld.kind = K_LD;
       ld.fn = ld_fn(n, 1);
       Inst st = ld;
       st.a = cst(dst + o, 8);
+      st.kind = K_ST;
       st.fn = st_fn(n, 1);
       k->code.push_back(ld);
       k->code.push_back(st);
@@ -1170,6 +1172,7 @@ struct Decoder : Builder {
         st.size = (uint8_t)fr.param_size[j];
         st.a = cst(fr.param_off[j], 8);
         st.ops = {reg(params[j], fr.param_size[j])};
+        st.kind = K_ST;
         st.fn = st_fn(fr.param_size[j], 1);
         k->code.push_back(st);
       }
@@ -1190,6 +1193,7 @@ struct Decoder : Builder {
         ld.size = (uint8_t)fr.ret_size[j];
         ld.a = cst(fr.ret_off[j], 8);
         ld.ops = {reg(rets[j], fr.ret_size[j])};
+        ld.kind = K_LD;
         ld.fn = ld_fn(fr.ret_size[j], 1);
         k->code.push_back(ld);
       }

@@ -94,3 +94,81 @@ def test_unknown_instruction_is_a_launch_error():
     )
     faults = gpusim.take_faults()
     assert len(faults) == 1 and "frob.b32" in faults[0] and "not implemented" in faults[0]
+
+
+MATRIX = """.version 8.0
+.target sm_90
+.address_size 64
+.visible .entry k(.param .u64 px, .param .u64 po)
+{
+  .reg .b32 %%r<16>; .reg .b64 %%rd<8>;
+  .shared .align 16 .b8 sh[512];
+  mov.u32 %%r1, %%tid.x;
+  ld.param.u64 %%rd1, [px];
+  ld.param.u64 %%rd2, [po];
+  mul.wide.u32 %%rd3, %%r1, 16;
+  add.s64 %%rd1, %%rd1, %%rd3;
+  add.s64 %%rd2, %%rd2, %%rd3;
+  mov.u32 %%r2, sh;
+  mad.lo.u32 %%r3, %%r1, 16, %%r2;
+  %s
+  ret;
+}
+"""
+LOADED = """
+  ld.global.v4.b32 {%%r4, %%r5, %%r6, %%r7}, [%%rd1];
+  st.shared.v4.b32 [%%r3], {%%r4, %%r5, %%r6, %%r7};
+  bar.sync 0;
+  ldmatrix.sync.aligned.m8n8.x%d%s.shared.b16 {%s}, [%%r3];
+  st.global.v4.b32 [%%rd2], {%%r4, %%r5, %%r6, %%r7};
+"""
+STORED = """
+  ld.global.v4.b32 {%%r4, %%r5, %%r6, %%r7}, [%%rd1];
+  stmatrix.sync.aligned.m8n8.x%d%s.shared.b16 [%%r3], {%s};
+  bar.sync 0;
+  ld.shared.v4.b32 {%%r4, %%r5, %%r6, %%r7}, [%%r3];
+  st.global.v4.b32 [%%rd2], {%%r4, %%r5, %%r6, %%r7};
+"""
+
+
+@pytest.mark.parametrize("trans", [False, True])
+@pytest.mark.parametrize("n", [1, 2, 4])
+@pytest.mark.parametrize("load", [True, False])
+def test_matrices(load, n, trans):
+    """The fragments of 8 x 8 matrices, by the layout that the PTX manual draws: register i of the
+    lane 4 r + c holds the values (r, 2 c) and (r, 2 c + 1) of matrix i."""
+    import ctypes
+
+    import torch
+
+    registers = ", ".join(f"%r{4 + i}" for i in range(n))
+    body = (LOADED if load else STORED) % (n, ".trans" if trans else "", registers)
+    lib = ctypes.CDLL("libcuda.so.1")
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    assert lib.cuModuleLoadData(ctypes.byref(module), (MATRIX % body).encode()) == 0
+    assert lib.cuModuleGetFunction(ctypes.byref(function), module, b"k") == 0
+    given = torch.arange(256, dtype=torch.int16)
+    x, out = given.cuda(), torch.zeros(256, dtype=torch.int16, device="cuda")
+    addresses = ctypes.c_uint64(x.data_ptr()), ctypes.c_uint64(out.data_ptr())
+    args = (ctypes.c_void_p * 2)(
+        *[ctypes.cast(ctypes.pointer(a), ctypes.c_void_p) for a in addresses]
+    )
+    assert lib.cuLaunchKernel(function, 1, 1, 1, 32, 1, 1, 0, None, args, None) == 0
+
+    def of_fragments(values):  # [lane, register, half] -> [matrix, row, column]
+        return values.view(8, 4, 4, 2).permute(2, 0, 1, 3).reshape(4, 8, 8)
+
+    def to_fragments(matrices):
+        return matrices.view(4, 8, 4, 2).permute(1, 2, 0, 3).reshape(256)
+
+    def turned(matrices):
+        return matrices.mT.contiguous() if trans else matrices
+
+    if load:
+        expected = to_fragments(turned(given.view(4, 8, 8))).view(32, 4, 2)
+        unread = given.view(32, 4, 2)
+        expected = torch.cat([expected[:, :n], unread[:, n:]], 1).flatten()
+        assert torch.equal(out.cpu(), expected)
+    else:
+        expected = turned(of_fragments(given))[:n].flatten()
+        assert torch.equal(out.cpu()[: 64 * n], expected)
