@@ -38,8 +38,8 @@ _REAL = {
     torch.complex32: torch.float16,
 }
 
-# Most elements of a run; the CPU's threads cut runs by themselves. On a GPU a block or program takes
-# a run, in CUDA of as many bytes of the larger type as its threads load at once.
+# Most elements of a run; the CPU's threads cut runs by themselves. On a GPU a block or program
+# takes a run, in CUDA of as many bytes of the larger type as its threads load at once.
 _RUN_ELEMENTS = {"triton": 4096, "cpu": 1 << 30, "reference": 1 << 30}
 _CUDA_RUN_BYTES = 16384
 # Such a run is short: one warp loads it at once, and it comes last in the table.
