@@ -20,6 +20,9 @@ __all__ = ["exchange_", "update_"]
 
 BLOCK = 4096  # most elements of a run, as in swa_fast/engine.py
 NUM_WARPS = 4  # with BLOCK: 32 elements, or eight 16-byte fp32 packs, per thread
+# Most registers of a thread, for four and three programs on a multiprocessor. Left to itself, the
+# compiler spills for one more.
+REGISTERS, STOCHASTIC_REGISTERS = 128, 168
 TYPES = tl.constexpr((tl.float32, tl.float64, tl.bfloat16, tl.float16))  # by type code
 BYTES = tl.constexpr(4)  # type code of a run that is copied unchanged
 LANES = tl.constexpr(128)  # threads of a program: what is loaded by LANES is loaded once
@@ -351,6 +354,7 @@ def update_(
             GUARD=guard,
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,
+            maxnreg=REGISTERS if seed is None else STOCHASTIC_REGISTERS,
         )
 
 
