@@ -9,6 +9,8 @@ it has them, else its PTX, assembled. Triton kernels are compiled as the package
 representative types and layouts. The limits are in bench/kernel_limits.json. A kernel is over them
 when it needs more registers, more stack or local memory, more shared memory, or lost its 128-bit
 loads or stores. Register numbers are compared only for the compilers that they were recorded with.
+Of kernels that live on many loads in flight, the blocks that fit on a multiprocessor are compared
+with what hides the memory's latency, instead of registers with a recorded number.
 
 Needs cuobjdump and ptxas, which are taken from the triton package, CUDA_HOME or PATH. Without the
 CUDA library or without Triton their kernels are left out, which --require turns into an error.
@@ -37,6 +39,11 @@ __all__ = ["Facts", "main", "worse"]
 ARCHES = (80, 90, 100)
 LIMITS = Path(__file__).with_name("kernel_limits.json")
 
+# Threads of a block, and how many blocks must fit on a multiprocessor. With 128 bytes a thread on
+# their way, three blocks of the update hold 96 KB; an H100 needs about 20 at full bandwidth (3.35
+# TB/s for 700 ns over 132 multiprocessors), a B200 about 40.
+RESIDENT = {"update_kernel": (256, 3), "guard_kernel": (256, 4), "exchange_kernel": (256, 4)}
+
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
@@ -59,6 +66,14 @@ def worse(found: Facts, limit: Facts, registers: bool = True) -> list[str]:
         if getattr(limit, name) and not getattr(found, name):
             over.append(f"no {name.replace('wide_', '128-bit ')} any more")
     return over
+
+
+def resident_blocks(registers: int, threads: int) -> int:
+    """Blocks of a multiprocessor whose registers suffice: 16,384 for each of four schedulers,
+    given out to warps in units of 256."""
+    warps = threads // 32
+    of_a_warp = max(-(-registers * 32 // 256) * 256, 256)
+    return min(16384 // of_a_warp, 16) * 4 // warps
 
 
 # ---------------------------------------------------------------------------------------- tools
@@ -299,7 +314,13 @@ def check(
         if name not in limits:
             problems.append(f"{name} has no limits: record them (--record)")
             continue
-        over = worse(facts, limits[name], same_compiler.get(name.split()[0], False))
+        kind, _, kernel = name.split(maxsplit=2)
+        wanted = RESIDENT.get(kernel.partition("<")[0]) if kind == "cuda" else None
+        over = worse(facts, limits[name], wanted is None and same_compiler.get(kind, False))
+        if wanted is not None and (fit := resident_blocks(facts.registers, wanted[0])) < wanted[1]:
+            over.append(
+                f"{fit} blocks a multiprocessor < {wanted[1]} ({facts.registers} registers)"
+            )
         if over:
             problems.append(f"{name}: {', '.join(over)}")
     kinds = {name.split()[0] for name in found}

@@ -262,7 +262,7 @@ bool all_finite(const void* data, int64_t begin, int64_t end) {
 
 void update_cpu(std::vector<Tensor> averages, Tensor state, Tensor rules, Tensor table,
                 std::vector<Tensor> /*sources*/, int64_t /*pairs*/, std::optional<int64_t> seed,
-                bool guard) {
+                bool guard, int64_t /*short_runs*/) {
   Update update{check_update_arguments(averages, state, rules, table), {}, {}, seed};
   STD_TORCH_CHECK(averages[0].is_cpu() && state.is_cpu(),
                   "update_.cpu: averages and state must be on the CPU");
@@ -293,7 +293,7 @@ void update_cpu(std::vector<Tensor> averages, Tensor state, Tensor rules, Tensor
 }
 
 void exchange_cpu(std::vector<Tensor> averages, std::vector<Tensor> /*sources*/, Tensor table,
-                  int64_t row) {
+                  int64_t row, int64_t /*short_runs*/) {
   STD_TORCH_CHECK(!averages.empty() && 0 <= row && row < averages[0].size(0),
                   "exchange_.cpu: no row ", row);
   Table(table).for_each([&](const Run& run, int64_t begin, int64_t end) {

@@ -20,31 +20,74 @@ __all__ = ["exchange_", "update_"]
 
 BLOCK = 4096  # most elements of a run, as in swa_fast/engine.py
 NUM_WARPS = 4  # with BLOCK: 32 elements, or eight 16-byte fp32 packs, per thread
-LANES = tl.constexpr(128)  # threads of a program: what is loaded by LANES is loaded once
+# Most registers of a thread, for four and three programs on a multiprocessor. Left to itself, the
+# compiler spills for one more.
+REGISTERS, STOCHASTIC_REGISTERS = 128, 168
 TYPES = tl.constexpr((tl.float32, tl.float64, tl.bfloat16, tl.float16))  # by type code
 BYTES = tl.constexpr(4)  # type code of a run that is copied unchanged
+LANES = tl.constexpr(128)  # threads of a program: what is loaded by LANES is loaded once
+WARP = tl.constexpr(32)  # what is loaded by WARP every warp has a copy of, without a barrier
 
 
 @triton.jit
-def _pick(values, index, wanted):
-    """One element of a vector as a scalar."""
-    return tl.sum(tl.where(index == wanted, values, tl.zeros_like(values)))
+def _add4(a0, a1, a2, a3, b0, b1, b2, b3):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
 
 
 @triton.jit
-def _weight(rules, lane, row, n):
+def _load_run(table_ptr):
+    """This program's row of the table: source, average, bytes between averages, packed."""
+    lane = tl.arange(0, LANES)
+    entry = tl.load(table_ptr + tl.program_id(0).to(tl.int64) * 4 + lane, mask=lane < 4, other=0)
+    zero = tl.zeros_like(entry)
+    # All four at once, because the threads of a program wait for each other at every reduction.
+    return tl.reduce(
+        (
+            tl.where(lane == 0, entry, zero),
+            tl.where(lane == 1, entry, zero),
+            tl.where(lane == 2, entry, zero),
+            tl.where(lane == 3, entry, zero),
+        ),
+        0,
+        _add4,
+    )
+
+
+@triton.jit
+def _load_scalar(pointer):
+    lane = tl.arange(0, WARP)
+    return tl.sum(tl.load(pointer + lane, mask=lane == 0, other=0))
+
+
+@triton.jit
+def _add5(a0, a1, a2, a3, a4, b0, b1, b2, b3, b4):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4
+
+
+@triton.jit
+def _weight(rule_ptr, n):
     """The source's weight in fp64; kinds and columns as in csrc/update.h."""
-    kind = _pick(rules, lane, row * 8)
-    decay = _pick(rules, lane, row * 8 + 1)
-    min_decay = _pick(rules, lane, row * 8 + 2)
-    gamma = _pick(rules, lane, row * 8 + 3)
-    power = _pick(rules, lane, row * 8 + 4)
-    s = n.to(tl.float64) - _pick(rules, lane, row * 8 + 5)
+    kind = _load_scalar(rule_ptr)
     one = tl.full([], 1.0, tl.float64)
     weight = one / (n + 1).to(tl.float64)
     if kind == 4.0:
         weight = tl.where(n == 0, one, 0.0 * one)
     elif kind > 0.0:
+        column = tl.arange(0, LANES)
+        rule = tl.load(rule_ptr + column, mask=(column > 0) & (column < 6), other=0.0)
+        zero = tl.zeros_like(rule)
+        decay, min_decay, gamma, power, after = tl.reduce(
+            (
+                tl.where(column == 1, rule, zero),
+                tl.where(column == 2, rule, zero),
+                tl.where(column == 3, rule, zero),
+                tl.where(column == 4, rule, zero),
+                tl.where(column == 5, rule, zero),
+            ),
+            0,
+            _add5,
+        )
+        s = n.to(tl.float64) - after
         d = decay
         if kind == 2.0:
             d = 1.0 - tl.exp(-power * tl.log(1.0 + tl.maximum(s, one) / gamma))
@@ -81,9 +124,8 @@ def _rows(
     place,
     count,
     copied,
-    state,
-    rules,
-    lane,
+    state_ptr,
+    rules_ptr,
     seed,
     AVERAGE: tl.constexpr,
     SOURCE: tl.constexpr,
@@ -110,10 +152,10 @@ def _rows(
     mask = element < count
     source = tl.load(source_ptr + element, mask=mask).to(MATH)
     for row in range(rows):
-        n = _pick(state, lane, row)
+        n = _load_scalar(state_ptr + row)
         weight64 = tl.full([], 1.0, tl.float64)
         if copied == 0:
-            weight64 = _weight(rules, lane, row, n)
+            weight64 = _weight(rules_ptr + row * 8, n)
         weight = weight64.to(MATH)
         average_ptr = (average_address + row * row_bytes).to(tl.pointer_type(AVERAGE))
         average_ptr = tl.multiple_of(average_ptr, AVERAGE_BYTES)
@@ -172,26 +214,14 @@ def _update_kernel(
     GUARD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    lane = tl.arange(0, LANES)
-    run = tl.program_id(0).to(tl.int64)
-    entry = tl.load(table_ptr + run * 4 + lane, mask=lane < 4, other=0)
-    # Without the ticket, which other programs are drawing from.
-    counters = lane < rows
-    if GUARD:
-        counters = counters | ((lane > rows) & (lane < rows + 3))
-    state = tl.load(state_ptr + lane, mask=counters, other=0)
-    rules = tl.load(rules_ptr + lane, mask=(lane < rows * 8) & (lane % 8 < 6), other=0.0)
-    address = _pick(entry, lane, 0)
-    average = _pick(entry, lane, 1)
-    row_bytes = _pick(entry, lane, 2)
-    packed = _pick(entry, lane, 3)
+    address, average, row_bytes, packed = _load_run(table_ptr)
     place = (average - bfloat16_ptr.to(tl.int64)) // 2
     count = packed & 0xFFFFFFFF
     pair = ((packed >> 32) & 0xFF) * 4 + ((packed >> 40) & 0xFF)
     copied = (packed >> 48) & 1
     skip = tl.full([], 0, tl.int64)
     if GUARD:
-        skip = _pick(state, lane, rows + 1)
+        skip = _load_scalar(state_ptr + rows + 1)
 
     if skip == 0:
         if pair == BYTES * 4 + BYTES:
@@ -209,8 +239,8 @@ def _update_kernel(
                     ROUND: tl.constexpr = STOCHASTIC and candidate // 4 == 2 and candidate % 4 != 1
                     if (address | count) % 16 == 0:
                         _rows(
-                            average, row_bytes, rows, address, place, count, copied, state,
-                            rules, lane, seed, AVERAGE, SOURCE, MATH, ROUND, True, BLOCK,
+                            average, row_bytes, rows, address, place, count, copied, state_ptr,
+                            rules_ptr, seed, AVERAGE, SOURCE, MATH, ROUND, True, BLOCK,
                         )  # fmt: skip
                     else:
                         # In pieces of another shape: the compiler gives tensors of one shape one
@@ -219,30 +249,27 @@ def _update_kernel(
                             _rows(
                                 average + start * (AVERAGE.primitive_bitwidth // 8), row_bytes,
                                 rows, address + start * (SOURCE.primitive_bitwidth // 8),
-                                place + start, count - start, copied, state, rules, lane, seed,
+                                place + start, count - start, copied, state_ptr, rules_ptr, seed,
                                 AVERAGE, SOURCE, MATH, ROUND, False, BLOCK // 2,
                             )  # fmt: skip
 
-    # The counters were read above, so this program may draw its ticket.
+    # All threads have read the counters, so this program may draw its ticket.
+    tl.debug_barrier()
     drawn = tl.atomic_add(state_ptr + rows, 1)
     if drawn == tl.num_programs(0) - 1:
-        advanced = tl.where(lane < rows, state + 1, 0)
-        if GUARD:
-            if skip != 0:
-                advanced = tl.where(lane < rows, state, 0)
-            skipped = tl.where(skip != 0, state + 1, state)
-            advanced = tl.where(lane == rows + 2, skipped, advanced)
-        tl.store(state_ptr + lane, advanced, mask=counters | (lane == rows))
+        tl.store(state_ptr + rows, 0)
+        if skip != 0:
+            tl.store(state_ptr + rows + 1, 0)
+            tl.store(state_ptr + rows + 2, tl.load(state_ptr + rows + 2) + 1)
+        else:
+            for row in range(rows):
+                tl.store(state_ptr + row, tl.load(state_ptr + row) + 1)
 
 
 @triton.jit
 def _guard_kernel(table_ptr, flag_ptr, BLOCK: tl.constexpr):
     """Sets the flag if an averaged source holds an infinity or NaN."""
-    lane = tl.arange(0, LANES)
-    run = tl.program_id(0).to(tl.int64)
-    entry = tl.load(table_ptr + run * 4 + lane, mask=lane < 4, other=0)
-    address = _pick(entry, lane, 0)
-    packed = _pick(entry, lane, 3)
+    address, _, _, packed = _load_run(table_ptr)
     code = (packed >> 40) & 0xFF
     element = tl.arange(0, BLOCK)
     mask = element < (packed & 0xFFFFFFFF)
@@ -268,12 +295,8 @@ def _guard_kernel(table_ptr, flag_ptr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _exchange_kernel(table_ptr, row: tl.int64, BLOCK: tl.constexpr):
-    lane = tl.arange(0, LANES)
-    run = tl.program_id(0).to(tl.int64)
-    entry = tl.load(table_ptr + run * 4 + lane, mask=lane < 4, other=0)
-    address = _pick(entry, lane, 0)
-    average = _pick(entry, lane, 1) + row * _pick(entry, lane, 2)
-    packed = _pick(entry, lane, 3)
+    address, average, row_bytes, packed = _load_run(table_ptr)
+    average += row * row_bytes
     code = (packed >> 40) & 0xFF
     size = tl.where(code == 1, 8, tl.where(code == 0, 4, tl.where(code == BYTES, 1, 2)))
     count = (packed & 0xFFFFFFFF) * size
@@ -331,6 +354,7 @@ def update_(
             GUARD=guard,
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,
+            maxnreg=REGISTERS if seed is None else STOCHASTIC_REGISTERS,
         )
 
 

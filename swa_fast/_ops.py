@@ -42,9 +42,11 @@ _AVERAGE_SCHEMA = "(Tensor(a!)[] averages, Tensor[] sources, Tensor n_averaged, 
 # alive. `sources` are the same memory as tensors and are read by the reference backend only.
 _UPDATE_SCHEMA = (
     "(Tensor(a!)[] averages, Tensor(b!) state, Tensor rules, Tensor table, Tensor[] sources, "
-    "int pairs, int? seed, bool guard) -> ()"
+    "int pairs, int? seed, bool guard, int short_runs=0) -> ()"
 )
-_EXCHANGE_SCHEMA = "(Tensor(a!)[] averages, Tensor(b!)[] sources, Tensor table, int row) -> ()"
+_EXCHANGE_SCHEMA = (
+    "(Tensor(a!)[] averages, Tensor(b!)[] sources, Tensor table, int row, int short_runs=0) -> ()"
+)
 
 _COLLECT_SCHEMA = (
     "(Tensor x, Tensor? weight, Tensor? bias, float eps, bool relu, bool normalise, "
@@ -88,6 +90,7 @@ def _update_fake(
     pairs: int,
     seed: int | None,
     guard: bool,
+    short_runs: int = 0,
 ) -> None:
     torch._check(all(a.dim() == 2 for a in averages))
     torch._check(state.dtype == torch.int64 and rules.dtype == torch.float64)
@@ -102,6 +105,7 @@ def _update_triton(
     pairs: int,
     seed: int | None,
     guard: bool,
+    short_runs: int = 0,
 ) -> None:
     from .kernels import update
 
@@ -109,13 +113,21 @@ def _update_triton(
 
 
 def _exchange_fake(
-    averages: Sequence[Tensor], sources: Sequence[Tensor], table: Tensor, row: int
+    averages: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    table: Tensor,
+    row: int,
+    short_runs: int = 0,
 ) -> None:
     torch._check(all(0 <= row < a.shape[0] for a in averages))
 
 
 def _exchange_triton(
-    averages: list[Tensor], sources: list[Tensor], table: Tensor, row: int
+    averages: list[Tensor],
+    sources: list[Tensor],
+    table: Tensor,
+    row: int,
+    short_runs: int = 0,
 ) -> None:
     from .kernels import update
 
@@ -244,6 +256,7 @@ def update_(
     pairs: int,
     seed: int | None,
     guard: bool,
+    short_runs: int = 0,
 ) -> None:
     r"""Every average of one device moves towards its sources, in one launch.
 
@@ -268,14 +281,23 @@ def update_(
         seed: round bfloat16 averages stochastically with it; None rounds to nearest.
         guard: if an averaged source holds an infinity or NaN, write nothing but the count of
             skipped updates.
+        short_runs: how many runs at the end of the table are short enough for one warp to read at
+            once; what cuda shares the work by. The result does not depend on it.
     """
-    _update_overloads[backend](averages, state, rules, table, sources, pairs, seed, guard)
+    _update_overloads[backend](
+        averages, state, rules, table, sources, pairs, seed, guard, short_runs
+    )
     # The stable ABI has no version counter, see average_.
     torch.autograd.graph.increment_version(averages)
 
 
 def exchange_(
-    backend: str, averages: list[Tensor], sources: list[Tensor], table: Tensor, row: int
+    backend: str,
+    averages: list[Tensor],
+    sources: list[Tensor],
+    table: Tensor,
+    row: int,
+    short_runs: int = 0,
 ) -> None:
     """Exchanges the contents of the table's runs between average ``row`` and the sources.
 
@@ -285,8 +307,9 @@ def exchange_(
         sources: as in :func:`update_`; written.
         table: as in :func:`update_`; both sides of a run have one type.
         row: of ``averages``.
+        short_runs: as in :func:`update_`.
     """
-    getattr(torch.ops.swa_fast.exchange_, backend)(averages, sources, table, row)
+    getattr(torch.ops.swa_fast.exchange_, backend)(averages, sources, table, row, short_runs)
     torch.autograd.graph.increment_version(averages)
 
 

@@ -38,8 +38,12 @@ _REAL = {
     torch.complex32: torch.float16,
 }
 
-# Elements of a run. A GPU's block or program takes one; the CPU's threads cut runs by themselves.
-_RUN_ELEMENTS = {"cuda": 4096, "triton": 4096, "cpu": 1 << 30, "reference": 1 << 30}
+# Most elements of a run; the CPU's threads cut runs by themselves. On a GPU a block or program
+# takes a run, in CUDA of as many bytes of the larger type as its threads load at once.
+_RUN_ELEMENTS = {"triton": 4096, "cpu": 1 << 30, "reference": 1 << 30}
+_CUDA_RUN_BYTES = 16384
+# Such a run is short: one warp loads it at once, and it comes last in the table.
+_CUDA_SHORT_BYTES = 2048
 
 
 def dense_strides(tensor: Tensor) -> tuple[int, ...]:
@@ -168,6 +172,7 @@ class FlatAverages:
         self._host_rules = torch.tensor([rule_row(rule) for rule in rules], dtype=torch.float64)
         self._table = torch.empty((0, 4), dtype=torch.int64)
         self._exchange_table = self._table
+        self._short_runs = self._exchange_short_runs = 0
         self._sources: list[Tensor] = []
         self._exchange_sources: list[Tensor] = []
         self._staged: list[tuple[Tensor, Tensor]] = []
@@ -261,8 +266,10 @@ class FlatAverages:
                     exchanged.append((index, source))
                 addresses.add(source.data_ptr())
             runs.append((index, source))
-        self._table, self._sources, self._pairs = self._build(runs)
-        self._exchange_table, self._exchange_sources, _ = self._build(exchanged)
+        self._table, self._sources, self._pairs, self._short_runs = self._build(runs)
+        (self._exchange_table, self._exchange_sources, _, self._exchange_short_runs) = self._build(
+            exchanged
+        )
         self.exchanged = frozenset(index for index, _ in exchanged)
         self._in_place = frozenset(in_place)
         self._staged = staged
@@ -274,9 +281,9 @@ class FlatAverages:
         self._keep, self._bound, self._sources, self._exchange_sources = [], [], [], []
         self._staged = []
 
-    def _build(self, pairs: Sequence[tuple[int, Tensor]]) -> tuple[Tensor, list[Tensor], int]:
-        """The table of runs, for the reference backend the runs' sources, and the bit mask of the
-        type pairs."""
+    def _build(self, pairs: Sequence[tuple[int, Tensor]]) -> tuple[Tensor, list[Tensor], int, int]:
+        """The table of runs, for the reference backend the runs' sources, the bit mask of the type
+        pairs, and how many runs at the table's end are short."""
         type_pairs = 0
         columns: list[tuple[int, ...]] = []
         flats: list[Tensor] = []
@@ -309,14 +316,19 @@ class FlatAverages:
                 )
             )
             flats.append(flat)
-        limit = _RUN_ELEMENTS[self.backend]
         address, target, row_bytes, count, packed_, source_size, average_size_ = (
             np.array(columns, dtype=np.int64).reshape(-1, 7).T
         )
+        larger = np.maximum(source_size, average_size_)
+        if self.backend == "cuda":
+            limit = _CUDA_RUN_BYTES // larger
+        else:
+            limit = np.full_like(count, _RUN_ELEMENTS[self.backend])
         pieces = -(-count // limit)
         tensor = np.repeat(np.arange(len(count)), pieces)
-        first = (np.arange(len(tensor)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * limit
-        length = np.minimum(count[tensor] - first, limit)
+        first = np.arange(len(tensor)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        first *= limit[tensor]
+        length = np.minimum(count[tensor] - first, limit[tensor])
         table = np.stack(
             [
                 address[tensor] + first * source_size[tensor],
@@ -326,6 +338,13 @@ class FlatAverages:
             ],
             axis=1,
         )
+        short_runs = 0
+        if self.backend == "cuda":
+            # Long runs first, so that short ones fill the gaps at the end; runs of one length stay
+            # in the order of their memory.
+            size = length * larger[tensor]
+            table = table[np.argsort(-size, kind="stable")]
+            short_runs = int((size <= _CUDA_SHORT_BYTES).sum())
         if self.backend != "reference":
             flats = []
         elif len(table) > len(flats):
@@ -334,7 +353,7 @@ class FlatAverages:
                 for t, a, n in zip(tensor.tolist(), first.tolist(), length.tolist(), strict=True)
             ]
         on_device = "cpu" if self.backend == "reference" else self.device
-        return torch.from_numpy(table).to(on_device), flats, type_pairs
+        return torch.from_numpy(table).to(on_device), flats, type_pairs, short_runs
 
     def _capturing(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -359,6 +378,7 @@ class FlatAverages:
                 self._pairs,
                 self.seed,
                 self.guard,
+                self._short_runs,
             )
         else:
             self.n_averaged.add_(1)
@@ -398,7 +418,12 @@ class FlatAverages:
         """
         if len(self._exchange_table) > 0:
             _ops.exchange_(
-                self.backend, self.rows, self._exchange_sources, self._exchange_table, row
+                self.backend,
+                self.rows,
+                self._exchange_sources,
+                self._exchange_table,
+                row,
+                self._exchange_short_runs,
             )
         done = [s for i, s in enumerate(sources) if i in self._in_place]
         torch.autograd.graph.increment_version(done)

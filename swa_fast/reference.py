@@ -159,6 +159,7 @@ def update_(
     pairs: int,
     seed: int | None,
     guard: bool,
+    short_runs: int = 0,
 ) -> None:
     r"""Every average of one device moves towards its sources, see :func:`swa_fast._ops.update_`.
 
@@ -198,7 +199,13 @@ def update_(
     state[-1] += ~proceed
 
 
-def exchange_(averages: list[Tensor], sources: list[Tensor], table: Tensor, row: int) -> None:
+def exchange_(
+    averages: list[Tensor],
+    sources: list[Tensor],
+    table: Tensor,
+    row: int,
+    short_runs: int = 0,
+) -> None:
     """Exchanges the runs of the table between average ``row`` and ``sources``, in place."""
     for run, source in zip(table.tolist(), sources, strict=True):
         memory = _memory(averages, row, run, source.numel())

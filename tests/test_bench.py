@@ -591,6 +591,23 @@ def test_kernels_over_their_limits_are_found(bench: Any) -> None:
     assert facts.check({}, limits, {}) == []
 
 
+def test_blocks_that_fit_are_what_counts_for_memory_bound_kernels(bench: Any) -> None:
+    facts = bench.kernel_facts
+    # As the occupancy tables of NVIDIA have it.
+    for registers, blocks in ((32, 8), (40, 6), (48, 5), (64, 4), (65, 3), (80, 3), (94, 2)):
+        assert facts.resident_blocks(registers, 256) == blocks
+    name = "cuda sm_90 update_kernel<false>"
+    limits = {name: facts.Facts(64, 0, 0, 0, True, True)}
+    for registers in (64, 80):
+        found = {name: dataclasses.replace(limits[name], registers=registers)}
+        assert facts.check(found, limits, {"cuda": True}) == []
+    for same in (True, False):
+        found = {name: dataclasses.replace(limits[name], registers=94)}
+        (problem,) = facts.check(found, limits, {"cuda": same})
+        assert "2 blocks a multiprocessor < 3" in problem
+    assert facts.check({name: dataclasses.replace(limits[name], local=1)}, limits, {})
+
+
 def test_limits_survive_their_file(bench: Any, tmp_path: Path) -> None:
     found = {"triton sm_80 k[fp32]": bench.kernel_facts.Facts(40, 8, 2, 32, True, False)}
     bench.kernel_facts.save({"triton": "3"}, found, tmp_path / "limits.json")
