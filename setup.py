@@ -1,8 +1,8 @@
 """Builds the C++ and CUDA libraries; everything static is in pyproject.toml.
 
 swa_fast._C (CPU) is always built, swa_fast._C_cuda when a CUDA toolkit is found. Both use the
-libtorch stable ABI and Python's limited API, so one wheel serves every torch from 2.13 and every
-CPython from 3.10.
+libtorch stable ABI and Python's limited API, so one wheel, built with any torch from 2.11, serves
+every torch from 2.11 and every CPython from 3.10.
 
     SWA_FAST_NO_EXT=1     build neither: a pure-Python wheel (reference and Triton backends)
     SWA_FAST_CUDA=auto    build _C_cuda if a toolkit is found (default)
@@ -28,7 +28,7 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-TORCH_TARGET_VERSION = "0x020d000000000000"  # 2.13, the oldest torch the binary runs on
+TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11, the oldest torch the binary runs on
 DEFAULT_ARCH_LIST = "8.0;9.0+PTX"
 MIN_TOOLKIT = (12, 1)  # kernel arguments of more than 4 KB
 
@@ -186,7 +186,7 @@ def extensions(info: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         from torch.utils import cpp_extension
     except ImportError as error:
         fail(
-            f"torch cannot be imported ({error}): with --no-build-isolation, install torch>=2.13 "
+            f"torch cannot be imported ({error}): with --no-build-isolation, install torch>=2.11 "
             "first"
         )
     info["torch"] = torch.__version__
@@ -248,12 +248,14 @@ def extensions(info: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
             extra_compile_args={"cxx": cxx, "nvcc": nvcc},
             **common,
         )
-        # Neither libtorch_cuda nor libc10_cuda: the stable ABI reaches streams through
-        # libtorch_cpu, so the same file loads in every torch with this major version of the
-        # CUDA runtime.
-        module.libraries = ["c10", "torch", "torch_cpu"]
+        # One function of libtorch_cuda is called (current_stream in csrc/stable_compat.h). It is
+        # left undefined here, since a torch built for the CPU has no such library to link with.
+        # Where this file is loaded it is found through libtorch, which is nothing but the list of
+        # torch's libraries: hence it has to stay needed, although it defines no symbol.
+        module.libraries = ["c10", "torch_cpu"]
         module.library_dirs.append(str(cudart.parent))
-        module.extra_link_args = [*module.extra_link_args, f"-l:{cudart.name}"]
+        keep_torch = ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
+        module.extra_link_args = [*module.extra_link_args, *keep_torch, f"-l:{cudart.name}"]
         modules.append(module)
         info["cuda"] = ".".join(map(str, toolkit_version(toolkit)))
         info["arch_list"] = arch_list

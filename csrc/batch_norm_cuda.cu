@@ -398,11 +398,6 @@ Geometry make_geometry(const Activations& shape) {
   return g;
 }
 
-cudaStream_t current_stream(const Tensor& tensor) {
-  return static_cast<cudaStream_t>(
-      torch::stable::accelerator::getCurrentStream(tensor.get_device_index()).nativeHandle());
-}
-
 void check_launch() {
   const cudaError_t status = cudaGetLastError();
   STD_TORCH_CHECK(status == cudaSuccess,
@@ -447,7 +442,7 @@ struct Collect {
     arguments.eps = eps;
     arguments.batch = batch;
     const unsigned blocks = static_cast<unsigned>(g.tiles * g.splits);
-    const cudaStream_t stream = current_stream(x);
+    const cudaStream_t stream = current_stream(x.get_device_index());
     statistics_kernel<Traits><<<blocks, kThreads, 0, stream>>>(arguments);
     check_launch();
     if (!normalise) return;
@@ -502,9 +497,9 @@ void merge_cuda(Tensor accumulators, Tensor batch, int64_t estimator) {
   if (total == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(batch.get_device_index());
   merge_kernel<<<static_cast<unsigned>(ceil_div(total, kThreads)), kThreads, 0,
-                 current_stream(batch)>>>(static_cast<double*>(accumulators.mutable_data_ptr()),
-                                          static_cast<double*>(batch.mutable_data_ptr()), total,
-                                          static_cast<int>(estimator));
+                 current_stream(batch.get_device_index())>>>(
+      static_cast<double*>(accumulators.mutable_data_ptr()),
+      static_cast<double*>(batch.mutable_data_ptr()), total, static_cast<int>(estimator));
   check_launch();
 }
 

@@ -328,9 +328,7 @@ struct Launch {
 
   explicit Launch(const Tensor& table_)
       : guard(table_.get_device_index()),
-        stream(static_cast<cudaStream_t>(
-            torch::stable::accelerator::getCurrentStream(table_.get_device_index())
-                .nativeHandle())),
+        stream(current_stream(table_.get_device_index())),
         table(static_cast<const Run*>(table_.const_data_ptr())),
         runs(table_.numel() / 4) {
     STD_TORCH_CHECK(table_.is_cuda(), "update_.cuda: table must be on a CUDA device");
