@@ -187,6 +187,8 @@ def _why_not_interpreted() -> str | None:
             f"the interpreter of Triton {triton} does not work beside numpy {numpy}: "
             "`pip install 'numpy<2.4'`"
         )
+    if _release(triton) == (3, 9):
+        return f"the interpreter of Triton {triton} refuses a mask that is the & of two comparisons"
     return None
 
 

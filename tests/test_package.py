@@ -267,7 +267,7 @@ def test_a_library_that_does_not_load_names_the_remedy(
     assert [r.levelname for r in caplog.records] == ["WARNING"]
 
 
-def test_an_interpreter_that_numpy_broke_says_so(fresh, monkeypatch) -> None:
+def test_an_interpreter_that_does_not_work_says_so(fresh, monkeypatch) -> None:
     triton = pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(triton, "__version__", "3.6.0")
@@ -275,6 +275,9 @@ def test_an_interpreter_that_numpy_broke_says_so(fresh, monkeypatch) -> None:
     assert "Triton 3.6.0 does not work beside numpy 2.10.1" in str(
         _backends.why_unusable("triton", "cpu")
     )
+    _backends._triton_reason.cache_clear()
+    monkeypatch.setattr(triton, "__version__", "3.9.0")
+    assert "Triton 3.9.0 refuses a mask" in str(_backends.why_unusable("triton", "cpu"))
 
 
 @pytest.mark.gpu
