@@ -35,6 +35,7 @@ SYSTEM = {"libc.so.6", "libm.so.6", "libgcc_s.so.1", "libstdc++.so.6", "libpthre
 SYSTEM |= {"libgomp.so.1", "ld-linux-x86-64.so.2"}
 NEEDED = {"_C": {"libc10.so", "libtorch.so", "libtorch_cpu.so"}}
 NEEDED["_C_cuda"] = NEEDED["_C"] | {"libcudart.so"}
+FACTS = ("80", "90", "100")  # architectures of bench/kernel_limits.json
 problems: list[str] = []
 
 
@@ -84,12 +85,23 @@ def check_kernels(tool: str, library: Path) -> None:
     usage = subprocess.run(
         [tool, "--dump-resource-usage", str(library)], capture_output=True, text=True, check=True
     ).stdout
-    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
-    kernels = [k for k in found if re.search(r"\d(update|exchange|guard)_kernel", k[0])]
-    check(bool(kernels), f"{len(found)} kernels, {len(kernels)} of them of the update")
-    registers = max((int(k[1]) for k in kernels), default=0)
-    spilled = [name for name, _, stack, _, local in kernels if int(stack) or int(local)]
-    check(not spilled, f"at most {registers} registers, none spilled {spilled or ''}")
+    registers, spilled, kernels = 0, [], 0
+    for part in re.split(r"^arch = ", usage, flags=re.MULTILINE)[1:]:
+        arch = part.split()[0].removeprefix("sm_")
+        found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", part)
+        for name, used, stack, local in found:
+            if re.search(r"\d(update|exchange|guard)_kernel", name):
+                kernels += 1
+                registers = max(registers, int(used))
+                if int(stack) or int(local):
+                    spilled.append((arch, name, f"{stack} bytes of stack"))
+    check(kernels > 0, f"{kernels} kernels of the update")
+    # bench/kernel_facts.py holds every kernel of these to its limits; of others it is said only.
+    known = [entry for entry in spilled if entry[0] in FACTS]
+    check(not known, f"at most {registers} registers, none spilled {known or ''}")
+    for entry in spilled:
+        if entry not in known:
+            print("note  spilled, sm_" + ", ".join(entry))
     code = subprocess.run([tool, "-sass", str(library)], capture_output=True, text=True, check=True)
     for function in code.stdout.split("Function : ")[1:]:
         name = function.split()[0]
