@@ -1,14 +1,15 @@
 """Builds the C++ and CUDA libraries; everything static is in pyproject.toml.
 
 swa_fast._C (CPU) is always built, swa_fast._C_cuda when a CUDA toolkit is found. Both use the
-libtorch stable ABI and Python's limited API, so one wheel serves every torch from 2.13 and every
-CPython from 3.10.
+libtorch stable ABI and Python's limited API, so one wheel, built with any torch from 2.11, serves
+every torch from 2.11 and every CPython from 3.10.
 
     SWA_FAST_NO_EXT=1     build neither: a pure-Python wheel (reference and Triton backends)
     SWA_FAST_CUDA=auto    build _C_cuda if a toolkit is found (default)
                   1       ... and fail if none is
                   0       do not look for one
-    TORCH_CUDA_ARCH_LIST  such as "8.0;9.0+PTX" (the default), as PyTorch reads it
+    TORCH_CUDA_ARCH_LIST  such as "9.0" or "8.0;9.0+PTX", as PyTorch reads it. The default is for a
+                          wheel that is carried elsewhere; one architecture builds much faster
     CUDA_HOME             the toolkit to use
 """
 
@@ -29,7 +30,16 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11, the oldest torch the binary runs on
-DEFAULT_ARCH_LIST = "8.0;9.0+PTX"
+# Turing to consumer Blackwell. Code for X.0 also runs on later devices of the same major version
+# (8.6 and 8.9, 10.3, 12.1). The PTX of 9.0 is for what lies between (11.0), that of 12.0 for what
+# comes after.
+DEFAULT_ARCH_LIST = "7.5;8.0;9.0+PTX;10.0;12.0+PTX"
+CUDA_SOURCES = [
+    "csrc/module_cuda.cpp",
+    "csrc/average_cuda.cu",
+    "csrc/batch_norm_cuda.cu",
+    "csrc/update_cuda.cu",
+]
 MIN_TOOLKIT = (12, 1)  # kernel arguments of more than 4 KB
 
 
@@ -145,6 +155,19 @@ def gencode_flags(arch_list: str) -> list[str]:
     return flags
 
 
+def nvcc_options(toolkit: tuple[int, int], architectures: int) -> list[str]:
+    """What makes the library small and its build quick, as far as this nvcc knows it."""
+    # ninja compiles the files side by side; cores that it leaves idle share the architectures.
+    cores = int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
+    threads = max(1, min(architectures, cores // sum(s.endswith(".cu") for s in CUDA_SOURCES)))
+    options = [f"--threads={threads}"]
+    if toolkit >= (12, 6):
+        options.append("-static-global-template-stub=true")
+    if toolkit >= (12, 8):
+        options.append("--compress-mode=size")
+    return options
+
+
 def compiler_version(compiler: str) -> str:
     output = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
     return output.stdout.splitlines()[0] if output.stdout else compiler
@@ -186,7 +209,7 @@ def extensions(info: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         from torch.utils import cpp_extension
     except ImportError as error:
         fail(
-            f"torch cannot be imported ({error}): with --no-build-isolation, install torch>=2.13 "
+            f"torch cannot be imported ({error}): with --no-build-isolation, install torch>=2.11 "
             "first"
         )
     info["torch"] = torch.__version__
@@ -235,25 +258,26 @@ def extensions(info: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         cudart = cudart_library(toolkit)
         nvcc = ["-O3", "-Xcompiler=-fvisibility=hidden", *abi, *gencode_flags(arch_list)]
         nvcc += [f"-Xcompiler={prefix_map}" for prefix_map in prefix_maps]
+        nvcc += nvcc_options(toolkit_version(toolkit), len(arch_list.split(";")))
         # With a CPU build of torch the environment variable alone would have no effect.
         cpp_extension.CUDA_HOME = str(toolkit)
         module = cpp_extension.CUDAExtension(
             "swa_fast._C_cuda",
-            [
-                "csrc/module_cuda.cpp",
-                "csrc/average_cuda.cu",
-                "csrc/batch_norm_cuda.cu",
-                "csrc/update_cuda.cu",
-            ],
-            extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+            CUDA_SOURCES,
+            extra_compile_args={
+                "cxx": [*cxx, f'-DSWA_FAST_ARCH_LIST="{arch_list}"'],
+                "nvcc": nvcc,
+            },
             **common,
         )
-        # Not libtorch_cuda itself, which a CPU build of torch lacks: libtorch needs nothing and
-        # brings libtorch_cuda where there is one, with the symbol that finds the current stream.
+        # One function of libtorch_cuda is called (current_stream in csrc/stable_compat.h). It is
+        # left undefined here, since a torch built for the CPU has no such library to link with.
+        # Where this file is loaded it is found through libtorch, which is nothing but the list of
+        # torch's libraries: hence it has to stay needed, although it defines no symbol.
         module.libraries = ["c10", "torch_cpu"]
         module.library_dirs.append(str(cudart.parent))
-        brings_cuda = ["-Wl,--push-state,--no-as-needed", "-ltorch", "-Wl,--pop-state"]
-        module.extra_link_args = [*module.extra_link_args, *brings_cuda, f"-l:{cudart.name}"]
+        keep_torch = ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
+        module.extra_link_args = [*module.extra_link_args, *keep_torch, f"-l:{cudart.name}"]
         modules.append(module)
         info["cuda"] = ".".join(map(str, toolkit_version(toolkit)))
         info["arch_list"] = arch_list

@@ -1,4 +1,4 @@
-"""Checks a built wheel: tag, contents, ABI, device code, and no path of the build machine.
+"""Checks a built wheel: size, tag, contents, ABI, libraries, device code, no path of its builder.
 
     python .ci/check_wheel.py dist/swa_fast-*.whl
 
@@ -27,7 +27,20 @@ MODULES = (
     "swa_fast/kernels/average.py",
     "swa_fast/train/cli.py",
 )
+MAX_BYTES = 25_000_000
+OLDEST_TORCH = "2.11.0"
+# Whatever a machine with torch on it has: libtorch_cuda is not there with a torch for the CPU, and
+# is reached through libtorch. The CUDA runtime is the one that torch came with.
+SYSTEM = {"libc.so.6", "libm.so.6", "libgcc_s.so.1", "libstdc++.so.6", "libpthread.so.0"}
+SYSTEM |= {"libgomp.so.1", "ld-linux-x86-64.so.2"}
+NEEDED = {"_C": {"libc10.so", "libtorch.so", "libtorch_cpu.so"}}
+NEEDED["_C_cuda"] = NEEDED["_C"] | {"libcudart.so"}
+FACTS = ("80", "90", "100")  # architectures of bench/kernel_limits.json
 problems: list[str] = []
+
+
+def version(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(".")))
 
 
 def check(condition: bool, message: str) -> None:
@@ -72,12 +85,23 @@ def check_kernels(tool: str, library: Path) -> None:
     usage = subprocess.run(
         [tool, "--dump-resource-usage", str(library)], capture_output=True, text=True, check=True
     ).stdout
-    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
-    kernels = [k for k in found if re.search(r"\d(update|exchange|guard)_kernel", k[0])]
-    check(bool(kernels), f"{len(found)} kernels, {len(kernels)} of them of the update")
-    registers = max((int(k[1]) for k in kernels), default=0)
-    spilled = [name for name, _, stack, _, local in kernels if int(stack) or int(local)]
-    check(not spilled, f"at most {registers} registers, none spilled {spilled or ''}")
+    registers, spilled, kernels = 0, [], 0
+    for part in re.split(r"^arch = ", usage, flags=re.MULTILINE)[1:]:
+        arch = part.split()[0].removeprefix("sm_")
+        found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", part)
+        for name, used, stack, local in found:
+            if re.search(r"\d(update|exchange|guard)_kernel", name):
+                kernels += 1
+                registers = max(registers, int(used))
+                if int(stack) or int(local):
+                    spilled.append((arch, name, f"{stack} bytes of stack"))
+    check(kernels > 0, f"{kernels} kernels of the update")
+    # bench/kernel_facts.py holds every kernel of these to its limits; of others it is said only.
+    known = [entry for entry in spilled if entry[0] in FACTS]
+    check(not known, f"at most {registers} registers, none spilled {known or ''}")
+    for entry in spilled:
+        if entry not in known:
+            print("note  spilled, sm_" + ", ".join(entry))
     code = subprocess.run([tool, "-sass", str(library)], capture_output=True, text=True, check=True)
     for function in code.stdout.split("Function : ")[1:]:
         name = function.split()[0]
@@ -85,6 +109,17 @@ def check_kernels(tool: str, library: Path) -> None:
             wide = all(f"{access}.E.128" in function for access in ("LDG", "STG"))
             if not wide:
                 check(False, f"128-bit accesses to global memory in {name}")
+
+
+def check_needed(name: str, library: Path) -> None:
+    output = subprocess.run(
+        ["readelf", "-d", str(library)], capture_output=True, text=True, check=True
+    ).stdout
+    needed = set(re.findall(r"\(NEEDED\).*\[(.+)\]", output))
+    torch = {n.removesuffix(".13").removesuffix(".12") for n in needed - SYSTEM}
+    check(torch <= NEEDED[name], f"{name} needs {', '.join(sorted(needed))}")
+    if name == "_C_cuda":
+        check("libtorch.so" in torch, "_C_cuda finds libtorch_cuda through libtorch")
 
 
 def check_no_build_path(file: Path, shown: str) -> None:
@@ -98,6 +133,8 @@ def check_no_build_path(file: Path, shown: str) -> None:
 
 
 def main(wheel: Path) -> int:
+    size = wheel.stat().st_size
+    check(size <= MAX_BYTES, f"{size / 1e6:.1f} MB, at most {MAX_BYTES / 1e6:.0f}")
     with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as scratch:
         archive.extractall(scratch)
         names = archive.namelist()
@@ -124,7 +161,12 @@ def main(wheel: Path) -> int:
             )
             print(audit.stdout)
             check(audit.returncode == 0, f"torch-abi-audit accepts {name}")
-            check("Min torch:   2.13.0" in audit.stdout, f"{name} needs no torch after 2.13.0")
+            newest = re.search(r"Min torch: +([\d.]+)", audit.stdout)
+            check(
+                newest is not None and version(newest.group(1)) <= version(OLDEST_TORCH),
+                f"{name} needs no torch after {OLDEST_TORCH}",
+            )
+            check_needed(Path(name).name.split(".")[0], root / name)
         for name in names:
             if not name.endswith("/"):
                 check_no_build_path(root / name, name)

@@ -188,7 +188,7 @@ void average_cuda(std::vector<Tensor> averages, std::vector<Tensor> sources, Ten
 
   // Launches go to the current device's context, which need not be the tensors' device.
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const auto stream = static_cast<cudaStream_t>(current_stream(device));
+  const cudaStream_t stream = current_stream(device);
   const Rule rule(decay);
 
   std::vector<size_t> pending;

@@ -398,10 +398,6 @@ Geometry make_geometry(const Activations& shape) {
   return g;
 }
 
-cudaStream_t stream_of(const Tensor& tensor) {
-  return static_cast<cudaStream_t>(current_stream(tensor.get_device_index()));
-}
-
 void check_launch() {
   const cudaError_t status = cudaGetLastError();
   STD_TORCH_CHECK(status == cudaSuccess,
@@ -446,7 +442,7 @@ struct Collect {
     arguments.eps = eps;
     arguments.batch = batch;
     const unsigned blocks = static_cast<unsigned>(g.tiles * g.splits);
-    const cudaStream_t stream = stream_of(x);
+    const cudaStream_t stream = current_stream(x.get_device_index());
     statistics_kernel<Traits><<<blocks, kThreads, 0, stream>>>(arguments);
     check_launch();
     if (!normalise) return;
@@ -500,7 +496,8 @@ void merge_cuda(Tensor accumulators, Tensor batch, int64_t estimator) {
   STD_TORCH_CHECK(batch.is_cuda(), "batch_norm_merge_.cuda: batch must be on a CUDA device");
   if (total == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(batch.get_device_index());
-  merge_kernel<<<static_cast<unsigned>(ceil_div(total, kThreads)), kThreads, 0, stream_of(batch)>>>(
+  merge_kernel<<<static_cast<unsigned>(ceil_div(total, kThreads)), kThreads, 0,
+                 current_stream(batch.get_device_index())>>>(
       static_cast<double*>(accumulators.mutable_data_ptr()),
       static_cast<double*>(batch.mutable_data_ptr()), total, static_cast<int>(estimator));
   check_launch();

@@ -5,9 +5,11 @@
 // torch from the target version on. Including <ATen/ATen.h> does not compile.
 #pragma once
 
-#ifdef __CUDACC__
-#define USE_CUDA  // declares aoti_torch_get_current_cuda_stream
+// libtorch's C shim declares its CUDA functions for who asks for them by this name.
+#if defined(__CUDACC__) && !defined(USE_CUDA)
+#define USE_CUDA
 #endif
+
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -34,16 +36,6 @@ using torch::stable::Tensor;
 using BFloat16 = c10::BFloat16;
 using Half = c10::Half;
 
-#ifdef __CUDACC__
-// torch's current stream of a device, a cudaStream_t. The stable API's own way to it is newer than
-// the oldest torch that the binary serves.
-inline void* current_stream(int32_t device) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  return stream;
-}
-#endif
-
 // Calls f(T{}) with the C++ type of `type`. The schema's Python front checks dtypes and
 // names the tensor; the message here is the backstop for callers of the raw op.
 template <typename F>
@@ -63,5 +55,20 @@ void dispatch_floating(ScalarType type, const F& f) {
                       static_cast<int>(type));
   }
 }
+
+#ifdef __CUDACC__
+// torch's current stream on a CUDA device, on which everything of ours is launched.
+//
+// The C++ front of the stable ABI gives the handle since torch 2.13 only, the C shim always did.
+// The shim's function lies in libtorch_cuda, which a torch without CUDA does not have: setup.py
+// says how it is found at load time.
+inline cudaStream_t current_stream(int32_t device_index) {
+  void* stream = nullptr;
+  const AOTITorchError status = aoti_torch_get_current_cuda_stream(device_index, &stream);
+  STD_TORCH_CHECK(status == AOTI_TORCH_SUCCESS,
+                  "torch gives no current stream for cuda:", device_index);
+  return static_cast<cudaStream_t>(stream);
+}
+#endif
 
 }  // namespace swa_fast

@@ -493,7 +493,7 @@ struct Launch {
 
   explicit Launch(const Tensor& table_, int64_t short_runs_)
       : guard(table_.get_device_index()),
-        stream(static_cast<cudaStream_t>(current_stream(table_.get_device_index()))),
+        stream(current_stream(table_.get_device_index())),
         table(static_cast<const Run*>(table_.const_data_ptr())),
         runs(table_.numel() / 4),
         short_runs(short_runs_) {

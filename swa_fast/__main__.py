@@ -36,15 +36,47 @@ def _self_check(backend: str, device: str) -> str:
     return "passed" if error < 1e-6 else f"failed: the mean of 1, 2, 6 came out {3.0 + error}"
 
 
+def _code(device: str) -> dict[str, str]:
+    """What tensors on a device will be served by: ``kind`` and, as a sentence, ``text``.
+
+    ``kind`` is "native" (machine code), "ptx" (compiled by the driver at first use), "triton",
+    "cpu" (C++), "reference" (plain PyTorch), or "none": SWA_FAST_BACKEND asks for the impossible.
+    """
+    try:
+        backend = _backends.choose_backend(device)
+    except (_backends.BackendError, ValueError) as error:
+        return {"kind": "none", "text": str(error)}
+    if backend == "cuda":
+        code = _backends.cuda_code(torch.device(device).index)[0] or ""
+        if code.startswith("sm_"):
+            return {"kind": "native", "text": f"native code ({code})"}
+        text = f"PTX ({code}), compiled by the driver at first use, which takes seconds"
+        return {"kind": "ptx", "text": text}
+    text = {
+        "triton": "Triton, compiled at first use, which takes seconds",
+        "cpu": "C++ kernels",
+        "reference": "plain PyTorch",
+    }[backend]
+    preferred = "cuda" if device.startswith("cuda") else "cpu"
+    reason = _backends.why_unusable(preferred, device)
+    if reason is None:
+        because = "" if backend == preferred else ", as SWA_FAST_BACKEND asks"
+    else:
+        because = f"; the {preferred} backend cannot serve it: {reason}"
+    return {"kind": backend, "text": text + because}
+
+
 def report() -> dict[str, Any]:
     """Everything a bug report needs.
 
     Returns:
-        ``versions`` (str or None each), ``build`` (facts recorded at build time), ``devices``, and
-        ``backends``: for each name ``usable`` (bool), ``device`` (where it was checked), ``reason``
-        (why not, or None) and ``self_check`` ("passed", "failed: ..." or None).
+        ``versions`` (str or None each), ``build`` (facts recorded at build time), ``devices``,
+        ``code`` (for each device what it will run: ``kind`` and ``text``), and ``backends``: for
+        each name ``usable`` (bool), ``device`` (where it was checked), ``reason`` (why not, or
+        None) and ``self_check`` ("passed", "failed: ..." or None).
     """
     cuda = torch.cuda.is_available()
+    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count() if cuda else 0))]
     backends = {}
     for backend in _backends.BACKENDS:
         device = "cuda" if backend in ("cuda", "triton") else "cpu"
@@ -74,6 +106,7 @@ def report() -> dict[str, Any]:
             if cuda
             else [],
         },
+        "code": {device: _code(device) for device in devices},
         "backends": backends,
     }
 
@@ -83,6 +116,9 @@ def _print(facts: dict[str, Any]) -> None:
         print(section)
         for key, value in facts[section].items() or [("(none)", "this copy was never built")]:
             print(f"  {key:12} {value if value not in (None, []) else '-'}")
+    print("code that tensors are served by")
+    for device, code in facts["code"].items():
+        print(f"  {device:12} {code['text']}")
     print("backends")
     for name, state in facts["backends"].items():
         if state["usable"]:

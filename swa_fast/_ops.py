@@ -425,7 +425,7 @@ def average_(
             _check_pair(average, source, f"pair {i}" if names is None else names[i])
         served = chosen.get(device)
         if served is None:
-            served = chosen[device] = _backends.choose_backend(device.type, backend)
+            served = chosen[device] = _backends.choose_backend(device, backend)
         if served != "reference" and not same_dense_layout(average, source):
             served = "reference"
         group = groups.get((served, device))
@@ -557,7 +557,7 @@ def batch_norm_collect(
         BackendError: the requested backend cannot serve ``x``.
     """
     check_batch_norm_collect(x, weight, bias, batch, tickets)
-    served = _backends.choose_backend(x.device.type, backend)
+    served = _backends.choose_backend(x.device, backend)
     if tickets is None and served in ("cuda", "triton"):
         tickets = batch_norm_tickets(x.device, x.shape[1])
     y: Tensor = getattr(torch.ops.swa_fast.batch_norm_collect, served)(
@@ -637,7 +637,7 @@ def batch_norm_merge_(
             f"batch: expected {accumulators.shape[1]} channels on {accumulators.device} as "
             f"accumulators, found {batch.shape[1]} on {batch.device}"
         )
-    served = _backends.choose_backend(batch.device.type, backend)
+    served = _backends.choose_backend(batch.device, backend)
     getattr(torch.ops.swa_fast.batch_norm_merge_, served)(
         accumulators, batch, _ESTIMATORS.index(estimator)
     )

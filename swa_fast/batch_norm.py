@@ -250,7 +250,7 @@ class _Statistics:
         self.layers = layers
         self.device = device
         self.estimator = estimator
-        self.backend = _backends.choose_backend(device.type, backend)
+        self.backend = _backends.choose_backend(device, backend)
         start = 0
         for place, layer in enumerate(layers):
             layer.statistics = self

@@ -227,7 +227,7 @@ class FlatAverages:
                 "table of their addresses cannot be copied to the device during capture"
             )
         # Not earlier: an average may be built on one device, to be moved to another one.
-        self.backend = _backends.choose_backend(self.device.type, self._requested)
+        self.backend = _backends.choose_backend(self.device, self._requested)
         self.rules = self._host_rules.to(self.device if self.backend == "triton" else "cpu")
         runs, staged = [], []
         exchanged: list[tuple[int, Tensor]] = []

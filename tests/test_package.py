@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
 import swa_fast
+import swa_fast.__main__ as swa_fast_main
 from swa_fast import _backends
 from swa_fast.__main__ import main
 
@@ -93,6 +98,193 @@ def test_why_unusable() -> None:
     with pytest.raises(ValueError, match="backend: expected one of"):
         _backends.why_unusable("fast", "cpu")
     assert _backends.choose_backend("mps") == "reference"
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch_list", "code"),
+    [
+        ((8, 0), "8.0;9.0+PTX", "sm_80"),
+        ((8, 9), "8.0;8.6;9.0+PTX", "sm_86"),
+        ((8, 0), "8.6+PTX", None),
+        ((7, 5), "8.0;9.0+PTX", None),
+        ((9, 0), "9.0+PTX", "sm_90"),
+        ((9, 0), "8.0+PTX", "compute_80"),
+        ((10, 3), "9.0 10.0", "sm_100"),
+        ((12, 0), "8.0+PTX;9.0+PTX", "compute_90"),
+        ((12, 0), "9.0;10.0", None),
+        ((9, 0), "9.0a", "sm_90a"),
+        ((10, 0), "9.0a+PTX", None),
+        ((10, 3), "10.0a", None),
+        ((10, 3), "10.0f", "sm_100f"),
+        ((10, 0), "", None),
+    ],
+)
+def test_code_for_a_device(capability: tuple[int, int], arch_list: str, code: str | None) -> None:
+    assert _backends.code_for(capability, arch_list) == code
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing remembered of what loads and who serves, before and after."""
+    remembered = (
+        _backends.build_info,
+        _backends._load_library,
+        _backends.cuda_code,
+        _backends._triton_reason,
+        _backends._log_choice,
+    )
+    for function in remembered:
+        function.cache_clear()
+    yield
+    monkeypatch.undo()
+    for function in remembered:
+        function.cache_clear()
+
+
+@pytest.fixture
+def devices(fresh: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, tuple[int, int]]]:
+    """CUDA devices that exist by name and capability only, and a library for 8.0 and PTX of 9.0."""
+    capabilities = {0: (8, 6), 1: (10, 0), 2: (7, 5)}
+    library = ModuleType("swa_fast._C_cuda")
+    library.arch_list = "8.0;9.0+PTX"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "swa_fast._C_cuda", library)
+    monkeypatch.setattr(_backends, "_load_library", functools.cache(lambda name: None))
+    monkeypatch.setattr(_backends, "_triton_reason", functools.cache(lambda: None))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for name, function in {
+        "is_available": lambda: True,
+        "device_count": lambda: len(capabilities),
+        "current_device": lambda: 2,
+        "get_device_capability": lambda i=None: capabilities[2 if i is None else i],
+        "get_device_name": lambda i=None: f"GPU {2 if i is None else i}",
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    yield capabilities
+
+
+def test_a_device_without_code_is_served_by_triton(devices, caplog) -> None:
+    caplog.set_level("INFO", "swa_fast")
+    chosen = [_backends.choose_backend(torch.device("cuda", i)) for i in (0, 1, 2, 2)]
+    assert chosen == ["cuda", "cuda", "triton", "triton"]
+    assert _backends.choose_backend("cuda") == "triton"  # the current device
+    reason = _backends.why_unusable("cuda", "cuda:2")
+    assert reason is not None
+    assert (
+        "holds code for 8.0;9.0+PTX" in reason and "GPU 2) is of compute capability 7.5" in reason
+    )
+    assert 'TORCH_CUDA_ARCH_LIST="7.5"' in reason
+    said = [r for r in caplog.records if "cuda:2" in r.getMessage()]
+    assert [r.levelname for r in said] == ["WARNING"]
+    assert "served by the triton backend, because cuda cannot" in said[0].getMessage()
+    with pytest.raises(_backends.BackendError, match=r"compute capability 7\.5"):
+        _backends.choose_backend(torch.device("cuda", 2), "cuda")
+
+
+def test_report_says_which_code_each_device_runs(devices, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(swa_fast_main, "_self_check", lambda backend, device: "passed")
+    assert main(["--json"]) == 0
+    code = json.loads(capsys.readouterr().out)["code"]
+    assert [code[f"cuda:{i}"]["kind"] for i in range(3)] == ["native", "ptx", "triton"]
+    assert code["cpu"]["kind"] == "cpu"
+    main([])
+    text = capsys.readouterr().out
+    assert "cuda:0       native code (sm_80)" in text
+    assert "cuda:1       PTX (compute_90), compiled by the driver at first use, which takes" in text
+    assert "cuda:2       Triton" in text and "compute capability 7.5" in text
+    monkeypatch.setenv("SWA_FAST_BACKEND", "reference")
+    main([])
+    assert "cuda:0       plain PyTorch, as SWA_FAST_BACKEND asks" in capsys.readouterr().out
+    monkeypatch.setenv("SWA_FAST_BACKEND", "cpu")
+    main(["--json"])
+    assert json.loads(capsys.readouterr().out)["code"]["cuda:0"]["kind"] == "none"
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "torch_cuda", "built", "error", "expected"),
+    [
+        (
+            "2.10.1+cu130",
+            "13.0",
+            {},
+            "",
+            r"needs torch 2.11 or newer .* 2.10.1.*--upgrade 'torch>=",
+        ),
+        (
+            "2.14.1+cu128",
+            "12.8",
+            {"cuda": "13.0"},
+            "",
+            r"built for CUDA 13 and .* for CUDA 12.8: in",
+        ),
+        (
+            "2.14.1+cu128",
+            "12.8",
+            {},
+            "libcudart.so.13: cannot open shared object file: No such file or directory",
+            r"built for CUDA 13 and .* for CUDA 12.8: install a torch for CUDA 13, or build .* 12 ",
+        ),
+        (
+            "2.14.1+cu130",
+            "13.0",
+            {"cuda": "13.0"},
+            "libcudart.so.13: cannot open shared object file: No such file or directory",
+            r"CUDA runtime .* is not found; install it with `pip install nvidia-cuda-runtime`",
+        ),
+        (
+            "2.12.0+cu130",
+            "13.0",
+            {"cuda": "13.0", "torch": "2.14.1"},
+            "/x/_C_cuda.abi3.so: undefined symbol: torch_new_function",
+            r"torch 2.12.0.cu130 has no torch_new_function .* with torch 2.14.1 .* reinstall",
+        ),
+    ],
+    ids=["old torch", "other CUDA", "other CUDA, no facts", "no runtime", "symbol"],
+)
+def test_a_library_that_does_not_load_names_the_remedy(
+    fresh, monkeypatch, caplog, torch_version, torch_cuda, built, error, expected
+) -> None:
+    real = importlib.import_module
+
+    def import_module(name: str, *arguments: Any) -> Any:
+        if name == "swa_fast._C_cuda":
+            assert error, "it was loaded although that could not work"
+            raise ImportError(error)
+        return real(name, *arguments)
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(_backends, "build_info", functools.cache(lambda: built))
+    monkeypatch.setattr(_backends, "_triton_reason", functools.cache(lambda: None))
+    monkeypatch.setattr(torch, "__version__", torch_version)
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    reason = _backends.why_unusable("cuda", "cuda")
+    assert reason is not None and re.search(expected, reason)
+    with pytest.raises(_backends.BackendError, match=expected):
+        _backends.choose_backend("cuda", "cuda")
+    assert [_backends.choose_backend("cuda") for _ in range(2)] == ["triton", "triton"]
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+
+
+def test_an_interpreter_that_does_not_work_says_so(fresh, monkeypatch) -> None:
+    triton = pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    monkeypatch.setattr("numpy.__version__", "2.10.1")
+    assert "Triton 3.6.0 does not work beside numpy 2.10.1" in str(
+        _backends.why_unusable("triton", "cpu")
+    )
+    _backends._triton_reason.cache_clear()
+    monkeypatch.setattr(triton, "__version__", "3.9.0")
+    assert "Triton 3.9.0 refuses a mask" in str(_backends.why_unusable("triton", "cpu"))
+
+
+@pytest.mark.gpu
+def test_the_library_says_for_which_devices_it_is() -> None:
+    assert _backends.why_unusable("cuda", "cuda") is None
+    code, reason = _backends.cuda_code(None)
+    assert code is not None and re.fullmatch(r"(sm|compute)_\d+[af]?", code) and reason is None
 
 
 @pytest.fixture
@@ -261,6 +453,35 @@ def test_gencode_flags(setup_script) -> None:
         setup_script.gencode_flags("8.0;Hopper")
     with pytest.raises(SystemExit, match="at least one architecture"):
         setup_script.gencode_flags(";")
+
+
+def test_the_oldest_torch_is_the_same_everywhere(setup_script) -> None:
+    major, minor = _backends._OLDEST_TORCH
+    assert int(setup_script.TORCH_TARGET_VERSION, 16) == (major << 56) + (minor << 48)
+    for file in ("pyproject.toml", "Makefile", "README.md", "setup.py"):
+        found = set(re.findall(r"torch>=([\d.]+)", (CHECKOUT / file).read_text()))
+        assert found == {f"{major}.{minor}"}, file
+
+
+def test_the_carried_wheel_serves_every_device_since_turing(setup_script) -> None:
+    carried = setup_script.DEFAULT_ARCH_LIST
+    capabilities = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1)]
+    for capability in capabilities:
+        code = _backends.code_for(capability, carried)
+        assert code is not None and code.startswith("sm_"), capability
+    assert _backends.code_for((11, 0), carried) == "compute_90"
+    assert _backends.code_for((13, 0), carried) == "compute_120"
+    assert _backends.code_for((7, 0), carried) is None
+
+
+def test_nvcc_options(setup_script, monkeypatch) -> None:
+    monkeypatch.setenv("MAX_JOBS", "16")
+    assert setup_script.nvcc_options((12, 1), 7) == ["--threads=5"]
+    assert setup_script.nvcc_options((13, 0), 1) == [
+        "--threads=1",
+        "-static-global-template-stub=true",
+        "--compress-mode=size",
+    ]
 
 
 @pytest.mark.parametrize(

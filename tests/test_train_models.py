@@ -519,6 +519,8 @@ def test_shake_draws_the_same_in_all_precisions() -> None:
     torch.testing.assert_close(draws[2], draws[0], rtol=2**-8, atol=0)
 
 
+# The compiler of torch 2.11 makes an instance of a class of functions, which torch warns about.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_shake_compiles() -> None:
     block = ShakeShake(8, width=4).layer2[0]
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)

@@ -239,7 +239,7 @@ class Trainer:
         try:
             average = WeightAverage(probe, None, backend=self.config.backend)
             average.capture(probe, self.probabilities)
-            backend: str = swa_fast.choose_backend(self.device.type, self.config.backend)
+            backend: str = swa_fast.choose_backend(self.device, self.config.backend)
             return backend
         except (RuntimeError, ValueError, TypeError) as error:
             raise TrainError(f"--backend: {error}") from error
