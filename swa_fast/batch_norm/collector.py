@@ -129,43 +129,51 @@ class Collector:
         weight: Tensor | None = None
         bias: Tensor | None = None
 
-        def forward(input: Tensor) -> Tensor:
+        def estimate(input: Tensor) -> Tensor:
             nonlocal dtype, device, weight, bias
-            # The model, or the user's call, may have turned gradients on again.
-            with torch._C.DisableTorchFunction(), torch.no_grad():
-                module._check_input_dim(input)
-                batch, last = self._begin_call(layer, input)
-                if (
-                    input.dtype is not dtype
-                    or input.device != device
-                    or module.weight is not weight
-                    or module.bias is not bias
-                    or input.layout is not torch.strided
-                ):
-                    _ops.check_batch_norm_collect(input, module.weight, module.bias, batch, tickets)
-                    dtype, device = input.dtype, input.device
-                    weight, bias = module.weight, module.bias
-                key = self.calls[-1]
-                fused = key in self.fused
-                y = collect(
-                    input if _ops.is_dense(input) else input.contiguous(),
-                    weight if weight is None else weight.contiguous(),
-                    bias if bias is None else bias.contiguous(),
-                    module.eps,
-                    fused,
-                    not last,
-                    batch,
-                    tickets,
-                )
-                if last:
-                    self.stopping = True
-                    raise _Stop
-                if self.may_fuse:
-                    output = Output(key, fused)
-                    self.outputs.append(output)
-                    y._swa_fast_output = output
-                assert isinstance(y, Tensor)
-                return y
+            module._check_input_dim(input)
+            batch, last = self._begin_call(layer, input)
+            # nn.Module looks parameters up slowly, so once.
+            scale, shift = module.weight, module.bias
+            if (
+                input.dtype is not dtype
+                or input.device != device
+                or scale is not weight
+                or shift is not bias
+                or input.layout is not torch.strided
+            ):
+                _ops.check_batch_norm_collect(input, scale, shift, batch, tickets)
+                dtype, device = input.dtype, input.device
+                weight, bias = scale, shift
+            key = self.calls[-1]
+            fused = key in self.fused
+            y = collect(
+                input if _ops.is_dense(input) else input.contiguous(),
+                scale if scale is None else scale.contiguous(),
+                shift if shift is None else shift.contiguous(),
+                module.eps,
+                fused,
+                not last,
+                batch,
+                tickets,
+            )
+            if last:
+                self.stopping = True
+                raise _Stop
+            if self.may_fuse:
+                output = Output(key, fused)
+                self.outputs.append(output)
+                y._swa_fast_output = output
+            assert isinstance(y, Tensor)
+            return y
+
+        def forward(input: Tensor) -> Tensor:
+            with torch._C.DisableTorchFunction():
+                if not torch.is_grad_enabled():
+                    return estimate(input)
+                # The model, or the user's call, has turned gradients on again.
+                with torch.no_grad():
+                    return estimate(input)
 
         return forward
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 _RELU_IN_PLACE = frozenset({torch.relu_, F.relu_, Tensor.relu_})
@@ -27,6 +27,8 @@ _METADATA = frozenset(
 class Output:
     """Counts the users of the output of one BatchNorm call."""
 
+    __slots__ = ("fused", "key", "others", "relus")
+
     def __init__(self, key: tuple[int, int], fused: bool) -> None:
         self.key = key
         self.fused = fused
@@ -39,6 +41,7 @@ class Output:
 
 
 _SEQUENCES = (list, tuple)
+_NEVER_OUTPUTS = frozenset({int, bool, float, str, type(None), nn.Parameter, torch.dtype})
 
 
 def _tracked(arguments: Iterable[Any]) -> list[Output]:
@@ -46,6 +49,8 @@ def _tracked(arguments: Iterable[Any]) -> list[Output]:
     # arguments: other tensors, numbers, and the strides and paddings of convolutions.
     found: list[Output] = []
     for argument in arguments:
+        if type(argument) in _NEVER_OUTPUTS:
+            continue
         if isinstance(argument, Tensor):
             output = getattr(argument, "_swa_fast_output", None)
             if output is not None:
