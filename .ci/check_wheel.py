@@ -24,6 +24,7 @@ MODULES = (
     "swa_fast/__init__.py",
     "swa_fast/py.typed",
     "swa_fast/_build_info.json",
+    "swa_fast/batch_norm/run.py",
     "swa_fast/kernels/average.py",
     "swa_fast/train/cli.py",
 )

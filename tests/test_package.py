@@ -291,9 +291,10 @@ def test_the_library_says_for_which_devices_it_is() -> None:
 def copied(tmp_path: Path) -> Path:
     """The package's Python files alone, as in a checkout that was never built."""
     source = Path(swa_fast.__file__).parent
-    for file in source.glob("*.py"):
-        (tmp_path / "swa_fast").mkdir(exist_ok=True)
-        (tmp_path / "swa_fast" / file.name).write_text(file.read_text())
+    for file in [*source.glob("*.py"), *source.glob("batch_norm/*.py")]:
+        copy = tmp_path / "swa_fast" / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(file.read_text())
     return tmp_path
 
 

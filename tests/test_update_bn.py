@@ -22,7 +22,9 @@ from torch.optim import swa_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import swa_fast
-from swa_fast import batch_norm, precise_bn
+from swa_fast import precise_bn
+from swa_fast.batch_norm import batches as batches_module
+from swa_fast.batch_norm import convergence, layers, malloc
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 ESTIMATORS = ["torch", "weighted", "pooled"]
@@ -297,7 +299,7 @@ def test_tensors_in_any_structure_are_moved() -> None:
     swa_fast.update_bn([batch], model, "cpu", call=call)
     (moved,) = seen
     assert isinstance(moved, Pair) and moved.y == 3 and moved.x["a"][1][0] == "b"
-    meta = batch_norm._move(batch, torch.device("meta"), False)
+    meta = batches_module.move(batch, torch.device("meta"), False)
     assert meta.x["a"][0].is_meta and meta.x["a"][1][1].is_meta
 
 
@@ -456,9 +458,7 @@ def test_sync_batch_norm_keeps_its_own_forward(
     estimator: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Several ranks need several GPUs: here a layer only believes that there are others."""
-    monkeypatch.setattr(
-        batch_norm, "_synchronises", lambda layer: isinstance(layer, nn.SyncBatchNorm)
-    )
+    monkeypatch.setattr(layers, "_synchronises", lambda layer: isinstance(layer, nn.SyncBatchNorm))
     ours = nn.SyncBatchNorm.convert_sync_batchnorm(conv_net())
     theirs = copy.deepcopy(ours)
     batches = drifting_batches((3, 8, 8), (8, 8, 4))
@@ -804,9 +804,9 @@ def test_malloc_keeps_memory_for_the_time_of_the_pass(
 ) -> None:
     for name in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES", "SWA_FAST_KEEP_MEMORY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(batch_norm, "_libc", lambda: "glibc")
+    monkeypatch.setattr(malloc, "_libc", lambda: "glibc")
     libc = Libc()
-    monkeypatch.setattr(batch_norm.ctypes, "CDLL", lambda name: libc)
+    monkeypatch.setattr(malloc.ctypes, "CDLL", lambda name: libc)
     during: list[int] = []
 
     def batches() -> Iterator[Tensor]:
@@ -1141,6 +1141,27 @@ def test_tolerance_is_noticed_on_a_gpu() -> None:
     batches = [torch.randn(32, 4, device="cpu") for _ in range(20)]
     report = swa_fast.update_bn(batches, model, "cuda", tolerance=0.2)
     assert 4 <= report.batches < 20 and report.converged
+
+
+@pytest.mark.gpu
+def test_the_event_behind_the_errors_is_one_of_their_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With one GPU: the stream that it is recorded on is looked up by the errors' own device."""
+    asked: list[Any] = []
+    current = torch.cuda.current_stream
+
+    def current_stream(device: Any = None) -> torch.cuda.Stream:
+        asked.append(device)
+        return current(device)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
+    errors = torch.tensor([0.5, 0.25]).cuda()
+    found, event = convergence._copy_to_host(errors)
+    assert event is not None and event.device == errors.device == torch.device("cuda", 0)
+    assert asked == [errors.device]
+    event.synchronize()
+    assert found.is_pinned() and found.tolist() == [0.5, 0.25]
 
 
 @pytest.mark.gpu

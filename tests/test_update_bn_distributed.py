@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import swa_fast
-from swa_fast import batch_norm
+from swa_fast.batch_norm import layers
 
 # Which batches each rank reads; the sizes of all batches.
 SIZES = (8, 8, 8, 5, 8, 3)
@@ -56,13 +56,13 @@ def results(rank: int, ranks: int) -> dict[str, Any]:
 def shared_normalisation(rank: int, ranks: int) -> dict[str, Any]:
     """Layers that are taken for synchronising ones, which themselves need GPUs: their own forward
     runs, and their statistics are those of the rank's batches."""
-    original = batch_norm._synchronises
-    batch_norm._synchronises = lambda layer: True
+    original = layers._synchronises
+    layers._synchronises = lambda layer: True
     try:
         model = make_model()
         swa_fast.update_bn(share(rank, ranks), model, estimator="pooled", group=True)
     finally:
-        batch_norm._synchronises = original
+        layers._synchronises = original
     return model.state_dict()
 
 

@@ -1,0 +1,146 @@
+"""``update_bn``, the public front of the pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .options import Call, Options, device_of, process_group
+from .report import BNReport
+from .run import reestimate
+
+
+@torch.no_grad()
+def update_bn(
+    loader: Iterable[Any],
+    model: nn.Module,
+    device: int | str | torch.device | None = None,
+    *,
+    estimator: str = "torch",
+    unbiased: bool = True,
+    max_batches: int | None = None,
+    tolerance: float | None = None,
+    call: Call | None = None,
+    group: dist.ProcessGroup | bool | None = None,
+    progress: bool = False,
+    backend: str | None = None,
+    channels_last: bool | None = None,
+) -> BNReport:
+    r"""Replaces the running statistics of every BatchNorm layer by those of one pass over
+    ``loader``. Drop-in for ``torch.optim.swa_utils.update_bn``.
+
+    With the batches' sizes :math:`b_k`, numbers of values per channel :math:`m_k`, means
+    :math:`\mu_k`, biased variances :math:`\sigma_k^2` and unbiased ones
+    :math:`s_k^2 = \sigma_k^2 m_k / (m_k - 1)`, over :math:`K` batches, :math:`N = \sum b_k` and
+    :math:`M = \sum m_k`:
+
+    ========  =====================================================================================
+    torch     :math:`\mu = \frac1K \sum \mu_k` and :math:`\sigma^2 = \frac1K \sum s_k^2`, what
+              torch's function computes: a short last batch weighs as much as a full one
+    weighted  :math:`\mu = \sum \frac{b_k}{N} \mu_k` and
+              :math:`\sigma^2 = \sum \frac{b_k}{N} s_k^2`, the rule of the SWA paper's authors
+    pooled    :math:`\mu = \sum \frac{m_k}{M} \mu_k` and
+              :math:`\sigma^2 = \sum \frac{m_k}{M} (\sigma_k^2 + (\mu_k - \mu)^2)`, times
+              :math:`M/(M-1)` if ``unbiased``: exactly the statistics of all values together, also
+              where the batches' means differ (small batches, data in order)
+    ========  =====================================================================================
+
+    As in training each layer normalises by the statistics of its batch. Statistics are merged in
+    float64 and written once, at the end.
+
+    **Cost.** A layer reads its input once for the statistics, and is fused with a ReLU that alone
+    uses its output. One launch per batch merges all layers. The device is never waited for during
+    the pass, and once at its end, to raise on values that are not finite. A forward is left behind
+    the last layer where that is safe: neither ``call`` nor a forward hook anywhere in the model nor
+    FSDP, each layer is used exactly once in a forward, and the first two batches, which ran in
+    full, and this one used the layers in the same order. State that modules behind that layer keep
+    by themselves is then not updated. ReLUs are fused as the first batch shows, if no module has a
+    forward hook; a later batch that does otherwise is repeated without. Which operations use an
+    output is seen for everything that goes through torch functions, but not for extension code
+    that is handed tensors without them.
+
+    **The best setting** for the pass is the one of the training: call this inside the same
+    ``torch.autocast``. On the CPU, images are handed to models with convolutions in channels-last
+    memory format, which is faster, unless the model cannot bear it (or ``channels_last=False``;
+    random masks such as dropout's are then drawn in another order). With glibc, malloc keeps large
+    blocks for the time of the pass instead of returning them to the system, because clearing fresh
+    pages takes as long as the computation; the setting is the whole process's, and afterwards it is
+    what glibc arrives at by itself in a process that works with large tensors. A process that sets
+    malloc by environment variables, or ``SWA_FAST_KEEP_MEMORY=0``, is left alone. Most of a pass
+    over a large data set is spent on precision that nobody needs: see ``tolerance``.
+
+    **Modes.** A model in eval mode is put into training mode. A model in training mode is left as
+    it is, submodules in eval mode included. BatchNorm layers that are in eval mode then are frozen:
+    they keep their statistics and normalise by them. Modes are those of the model inside
+    AveragedModel, ``torch.compile``, DataParallel and DistributedDataParallel, and the pass calls
+    that model, uncompiled. All modes are restored.
+
+    **Layers.** Without running statistics: left alone. Used several times in a forward: each use
+    counts as a batch, as for torch. Not used: statistics stay (torch resets them). Subclasses with
+    a forward of their own: it is run. Lazy modules are initialised by a forward of the first batch.
+    SyncBatchNorm that normalises over several ranks keeps doing so; unless the estimator is
+    ``torch`` it needs ``group``, and it cannot have ``tolerance``. On the CPU, where it cannot
+    synchronise, it is BatchNorm.
+
+    Whatever raises, forwards, modes and momenta are restored, and no statistics have changed.
+
+    Args:
+        loader: batches: a tensor; a list or tuple, whose first element is the model's input; or
+            anything else that contains tensors (a dict, say), which is the model's input as it is.
+        model: the model; one without layers to estimate is left alone and ``loader`` is not read.
+        device: where tensors are moved before the forward, in nested lists, tuples and dicts too;
+            pinned ones asynchronously. None leaves them.
+        estimator: ``torch``, ``weighted`` or ``pooled``, see above.
+        unbiased: for pooled, whether the variance is divided by :math:`M - 1` or :math:`M`.
+        max_batches: read no more than this many batches.
+        tolerance: stop when the standard errors of all channels are below it: of the mean, relative
+            to the standard deviation :math:`\sqrt{\sigma^2 + \epsilon}`, and of the variance,
+            relative to :math:`\sigma^2 + \epsilon`. They are estimated from the scatter of the
+            batches' statistics, :math:`\sqrt{\sum_k (\mu_k - \bar\mu)^2 / (K (K - 1))}`, for at
+            least 4 batches, which have to be independent: the loader must shuffle. On a GPU the
+            comparison lags behind by a batch or more. With ``group``, each rank stops by itself.
+        call: ``call(model, batch)`` runs the forward, for models with other inputs; it is handed
+            the whole batch, on ``device``, and the model without its wrappers.
+        group: a process group, or True for the default one: every rank reads its own share of the
+            data, of any length, and all end with the same statistics, those of all shares together.
+            Ranks compare their layers before the pass and exchange statistics in one collective
+            after it. A rank that fails makes all raise; one that is interrupted does not.
+        progress: show a progress bar (tqdm).
+        backend: ``cuda``, ``triton``, ``cpu`` or ``reference``; None chooses by device.
+        channels_last: hand 4-dimensional tensors on the CPU over in channels-last memory format;
+            None does for models with 2-d convolutions.
+
+    Returns:
+        What was done, see :class:`BNReport`.
+
+    Raises:
+        ValueError: ``loader`` yields no batch; a batch has one value per channel in some layer
+            (with pooled that is allowed, and such a layer puts out its bias); an argument outside
+            its range; ranks whose layers differ.
+        TypeError: a batch without a tensor.
+        FloatingPointError: activations that are not finite; the message names the first layer.
+        ImportError: ``progress`` without tqdm.
+        RuntimeError: another rank has failed.
+
+    Sources: Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing
+    Internal Covariate Shift", ICML 2015; Izmailov et al., "Averaging Weights Leads to Wider Optima
+    and Better Generalization", UAI 2018; Wu and Johnson, "Rethinking 'Batch' in BatchNorm",
+    arXiv 2105.07576.
+    """
+    options = Options(
+        device=device_of(device),
+        estimator=estimator,
+        unbiased=unbiased,
+        max_batches=max_batches,
+        tolerance=tolerance,
+        call=call,
+        group=process_group(group),
+        progress=progress,
+        backend=backend,
+        channels_last=channels_last,
+    )
+    return reestimate(loader, model, options)
