@@ -81,13 +81,35 @@ def seconds(machine: Machine, launch: Launch, mode: str) -> float:
 
 # ------------------------------------------------------------------- the kernels' own geometry
 
-# csrc/update_cuda.cu and kernels/update.py.
-RUN = 4096  # elements of a block
+# csrc/update_cuda.cu: a block takes LONG bytes of the wider type, or eight pieces of at most SHORT
+# bytes, a warp each. kernels/update.py: a program takes PIECE elements of any type.
+LONG, SHORT, SHORT_PER_BLOCK = 16384, 2048, 8
+PIECE = 4096
 UPDATE = {
-    "cuda": {"resident": 2, "in_flight": 256 * 128, "chain": 4.0},
-    "triton": {"resident": 3, "in_flight": 256 * 64, "chain": 8.0},
+    "cuda": {"resident": 4, "in_flight": 256 * 128, "chain": 4.0},
+    "triton": {"resident": 4, "in_flight": 128 * 128, "chain": 8.0},
 }
-STOCHASTIC = {"resident": 3, "in_flight": 256 * 32, "chain": 5.0}
+STOCHASTIC = {
+    "cuda": {"resident": 4, "in_flight": 256 * 64, "chain": 4.0},
+    "triton": {"resident": 3, "in_flight": 128 * 64, "chain": 8.0},
+}
+
+
+def pieces(sizes: Sequence[int], wider: int, backend: str) -> tuple[int, int]:
+    """How many pieces tensors of these sizes are cut into, and into how many blocks those go.
+
+    Args:
+        sizes: elements of each tensor.
+        wider: bytes of an element of the wider type, source or average.
+        backend: ``"cuda"`` or ``"triton"``.
+    """
+    most = LONG // wider if backend == "cuda" else PIECE
+    found = sum(-(-n // most) for n in sizes)
+    if backend == "triton":
+        return found, found
+    rests = [n % most or most for n in sizes if n]
+    short = sum(rest * wider <= SHORT for rest in rests)
+    return found, found - short + -(-short // SHORT_PER_BLOCK)
 
 
 def update_launch(
@@ -97,20 +119,23 @@ def update_launch(
     """``sizes``: elements of each tensor; ``source`` and ``average``: bytes of an element;
     ``buffers``: bytes of each tensor that is copied."""
     elements = sum(sizes)
-    blocks = sum(-(-n // RUN) for n in (*sizes, *buffers))
-    facts = STOCHASTIC if stochastic else UPDATE[backend]
+    entries, blocks = map(
+        sum,
+        zip(pieces(sizes, max(source, average), backend), pieces(buffers, 1, backend), strict=True),
+    )
+    facts = (STOCHASTIC if stochastic else UPDATE)[backend]
     chain = facts["chain"] + 1.0 * (averages - 1)
     return Launch(
-        read=elements * (source + average * averages) + sum(buffers) + 32 * blocks,
+        read=elements * (source + average * averages) + sum(buffers) + 32 * entries,
         written=elements * average * averages + sum(buffers) * averages,
         blocks=blocks, resident=int(facts["resident"]), in_flight=int(facts["in_flight"]),
         chain=chain, touched=elements * (source + average * averages),
     )  # fmt: skip
 
 
-def guard_launch(sizes: Sequence[int], source: int) -> Launch:
+def guard_launch(sizes: Sequence[int], source: int, backend: str) -> Launch:
     elements = sum(sizes)
-    blocks = sum(-(-n // RUN) for n in sizes)
+    _, blocks = pieces(sizes, source, backend)
     return Launch(elements * source, 0, blocks, resident=8, in_flight=256 * 32, chain=1.0)
 
 
@@ -180,7 +205,7 @@ def _update_launches(op: str, contender: str, shared: Any, dtype: str) -> list[L
         )
     ]
     if "NaN" in op:
-        launches.insert(0, guard_launch(sizes, source))
+        launches.insert(0, guard_launch(sizes, source, backend))
     return launches
 
 

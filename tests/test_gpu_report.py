@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from swa_fast import engine
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 if not (BENCH / "gpu_report.py").exists():
@@ -326,6 +327,16 @@ def test_the_terms_of_the_model(bench: Any) -> None:
     small = dataclasses.replace(launch, read=1 << 19)
     warm = bench.predict.seconds(machine, small, "graph") - bench.predict.GAP
     assert warm == pytest.approx(max((1 << 19) / 4e12, 2 * 1e-7 + 1e-7))
+
+
+def test_pieces_are_those_of_the_engine(bench: Any) -> None:
+    predict = bench.predict
+    assert (predict.LONG, predict.SHORT) == (engine._CUDA_RUN_BYTES, engine._CUDA_SHORT_BYTES)
+    assert engine._RUN_ELEMENTS["triton"] == predict.PIECE
+    # 4096 + 4096 + 1 elements of 4 bytes, 513 and 512 of them, nothing, eight of one.
+    sizes = [8193, 513, 512, 0, *[1] * 8]
+    assert predict.pieces(sizes, 4, "cuda") == (3 + 1 + 1 + 8, 2 + 1 + 2)
+    assert predict.pieces(sizes, 4, "triton") == (3 + 1 + 1 + 8, 3 + 1 + 1 + 8)
 
 
 def test_the_predictions_are_those_of_the_model(bench: Any) -> None:
