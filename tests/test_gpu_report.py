@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+
 from swa_fast import engine
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import _ops
+from .graph import CapturedForward, Signature, signature_of, waiting_told
 from .layers import Layer, gathers_weights, has_hooks
 from .options import Options
 from .relu import Consumers, Output
@@ -19,10 +21,16 @@ from .statistics import VALUES, Statistics
 # Batches that run in full before the forward is cut off behind the last layer.
 _FULL_BATCHES = 2
 
+_log = logging.getLogger("swa_fast")
+
 
 class _Stop(BaseException):
     """Leaves a forward whose last statistics have been taken. A BaseException, because models
     catch every Exception."""
+
+
+class _NotCaptured(Exception):
+    """Ends a capture: the forward does not do what it did before."""
 
 
 class Collector:
@@ -59,6 +67,29 @@ class Collector:
         self.outputs: list[Output] = []
         self.may_stop = plain and options.call is None and not gathers_weights(modules)
         self.stopping = False  # whether _Stop has been raised in this forward
+        # Why the forward is not captured, empty while it may yet be; and the captured one.
+        self.not_captured = ""
+        if not options.graph or all(s.device.type == "cpu" for s in self.statistics):
+            self.not_captured = "not asked for"
+        elif reason := self._never_captured(plain):
+            self._refuse_capture(reason)
+        self.captured: CapturedForward | None = None
+        self.replayed = 0
+        self.signature: Signature | None = None  # of the last batch
+
+    def _never_captured(self, plain: bool) -> str:
+        if len(self.statistics) > 1:
+            devices = ", ".join(str(statistics.device) for statistics in self.statistics)
+            return f"there are layers on several devices: {devices}"
+        if not plain:
+            return "a module has a forward hook"
+        if self.call is not None:
+            return "call= runs the forward"
+        if not self.may_stop:
+            return "FSDP gathers weights within the forward"
+        if any(layer.synchronises for layer in self.layers):
+            return "SyncBatchNorm exchanges statistics within the forward"
+        return ""
 
     # ---- replaced forwards
 
@@ -239,38 +270,66 @@ class Collector:
         for statistics in self.statistics:
             statistics.discard()
 
+    def _run(self, batch: Any) -> bool:
+        """One forward; True if it was left behind its last layer."""
+        self._begin()
+        try:
+            with Consumers() if self.may_fuse else contextlib.nullcontext():
+                if self.call is None:
+                    self.model(batch)
+                else:
+                    self.call(self.model, batch)
+        except _Stop:
+            return True
+        except Exception:
+            self._discard()
+            if not self.stopping:
+                raise
+        return False
+
+    def _misjudged(self, stopped: bool) -> set[tuple[int, int]]:
+        """Outputs that were fused with a ReLU and have been used by something else, too."""
+        return {
+            output.key
+            for output in self.outputs
+            if output.fused
+            and not (output.only_relu or (stopped and output.relus + output.others == 0))
+        }
+
+    def _merge(self) -> None:
+        for statistics in self.statistics:
+            statistics.merge()
+
     def forward(self, batch: Any) -> None:
         """Runs the forward of a batch and merges its statistics.
 
         Repeated without early stop, or without fusion, if the model turns out not to bear it: no
         statistics have been merged then.
         """
+        signature = None
+        if self.captured is not None or not self.not_captured:
+            signature = signature_of(batch)
+        if self._replays(batch, signature):
+            self._replay(batch)
+        elif self.not_captured or self.batches != _FULL_BATCHES:
+            self._forward(batch)
+        else:
+            # The first that is run as those that follow will be.
+            with waiting_told() as waited:
+                self._forward(batch)
+            if waited():
+                self._refuse_capture("the forward waits for the device")
+        self.signature = signature
+        self.batches += 1
+
+    def _forward(self, batch: Any) -> None:
         while True:
-            self._begin()
-            stopped = False
-            try:
-                with Consumers() if self.may_fuse else contextlib.nullcontext():
-                    if self.call is None:
-                        self.model(batch)
-                    else:
-                        self.call(self.model, batch)
-            except _Stop:
-                stopped = True
-            except Exception:
-                self._discard()
-                if not self.stopping:
-                    raise
+            stopped = self._run(batch)
             if self.stopping and not stopped:  # the model caught it
                 self.may_stop = False
                 self._discard()
                 continue
-            wrong = {
-                output.key
-                for output in self.outputs
-                if output.fused
-                and not (output.only_relu or (stopped and output.relus + output.others == 0))
-            }
-            if wrong:
+            if wrong := self._misjudged(stopped):
                 self.fused -= wrong
                 self._discard()
                 continue
@@ -281,6 +340,51 @@ class Collector:
             self.may_fuse = bool(self.fused)
         elif self.calls != self.sequence:
             self.may_stop = False
-        for statistics in self.statistics:
-            statistics.merge()
-        self.batches += 1
+            self._refuse_capture("batches use the layers in different orders")
+        self._merge()
+
+    # ---- the forward as a graph
+
+    def _refuse_capture(self, reason: str) -> None:
+        if not self.not_captured:
+            self.not_captured = reason
+            _log.warning("update_bn: graph=True: no forward is captured: %s", reason)
+
+    def _replays(self, batch: Any, signature: Signature | None) -> bool:
+        """Whether the batch is one for the graph, which is captured if it is time for that."""
+        if self.captured is not None:
+            return signature == self.captured.signature
+        if self.not_captured or self.batches <= _FULL_BATCHES:
+            return False
+        if signature is None:
+            self._refuse_capture("a batch's input is not one tensor on a CUDA device")
+            return False
+        # A batch of its own size, such as a last one, is not worth it.
+        return signature == self.signature and self._capture(batch)
+
+    def _capture(self, batch: Tensor) -> bool:
+        """Captures the forward of a batch, which computes nothing; False if that did not work."""
+
+        def run(batch: Tensor) -> None:
+            stopped = self._run(batch)
+            if self.stopping and not stopped:
+                raise _NotCaptured("the model catches what ends a forward behind its last layer")
+            if self.calls != self.sequence:
+                raise _NotCaptured("batches use the layers in different orders")
+            if self._misjudged(stopped):
+                raise _NotCaptured("batches use the layers' outputs differently")
+            self._merge()
+
+        try:
+            self.captured = CapturedForward(run, batch)
+        except Exception as error:
+            self._discard()
+            self._refuse_capture(f"{type(error).__name__}: {error}".splitlines()[0])
+            return False
+        return True
+
+    def _replay(self, batch: Tensor) -> None:
+        assert self.captured is not None
+        self.rows = len(batch)
+        self.captured(batch)
+        self.replayed += 1

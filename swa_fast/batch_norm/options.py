@@ -37,6 +37,7 @@ class Options:
     progress: bool = False
     backend: str | None = None
     channels_last: bool | None = None
+    graph: bool = False
     # fvcore's conventions: the whole batch is the model's input, and modes are left as they are.
     whole_batch: bool = False
     switch_mode: bool = True

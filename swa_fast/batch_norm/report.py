@@ -24,6 +24,7 @@ class BNReport:
             None below two batches.
         converged: whether both errors are within the tolerance; None if none was asked for.
         seconds: time of the pass, loader included.
+        replayed: batches whose forward was replayed from a CUDA graph, on this rank.
     """
 
     estimator: str
@@ -37,6 +38,7 @@ class BNReport:
     var_error: float | None
     converged: bool | None
     seconds: float
+    replayed: int = 0
 
     def __str__(self) -> str:
         if not (self.layers or self.unused or self.frozen):

@@ -236,4 +236,5 @@ def reestimate(loader: Iterable[Any], wrapped: nn.Module, options: Options) -> B
         var_error=var_error if math.isfinite(var_error) else None,
         converged=converged,
         seconds=time.perf_counter() - started,
+        replayed=collector.replayed,
     )

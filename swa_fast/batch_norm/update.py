@@ -29,6 +29,7 @@ def update_bn(
     progress: bool = False,
     backend: str | None = None,
     channels_last: bool | None = None,
+    graph: bool = False,
 ) -> BNReport:
     r"""Replaces the running statistics of every BatchNorm layer by those of one pass over
     ``loader``. Drop-in for ``torch.optim.swa_utils.update_bn``.
@@ -113,6 +114,16 @@ def update_bn(
         backend: ``cuda``, ``triton``, ``cpu`` or ``reference``; None chooses by device.
         channels_last: hand 4-dimensional tensors on the CPU over in channels-last memory format;
             None does for models with 2-d convolutions.
+        graph: on a CUDA device, capture the forward of the fourth batch in a CUDA graph, and replay
+            it for every later one: one launch for all of a batch. For models whose forward does the
+            same work every time: what Python decides in it (a layer dropped at random, a value that
+            changes from batch to batch) is decided once. Random numbers of the device, such as
+            dropout's, are drawn anew. The capture waits for the device once and keeps the
+            activations of one more batch. Batches of another shape are run by themselves, and so
+            are all, with a warning in the log, where the first three forwards use the layers in
+            different orders or wait for the device; with ``call``, forward hooks, FSDP, a
+            synchronised layer or layers on several devices; and where a batch's input is not one
+            tensor on the device. On the CPU it changes nothing.
 
     Returns:
         What was done, see :class:`BNReport`.
@@ -142,5 +153,6 @@ def update_bn(
         progress=progress,
         backend=backend,
         channels_last=channels_last,
+        graph=graph,
     )
     return reestimate(loader, model, options)
