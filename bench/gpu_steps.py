@@ -43,7 +43,7 @@ from torch import nn
 from torch.optim import swa_utils
 
 import swa_fast
-from swa_fast import EMA, SWA, Averager, __main__, _backends
+from swa_fast import EMA, SWA, Averager, __main__, _backends, _ops
 
 __all__ = ["STEPS", "Context", "Step"]
 
@@ -731,7 +731,12 @@ def counted(context: Context) -> None:
 
 NCU_SECTIONS = ("SpeedOfLight", "Occupancy", "LaunchStats", "WarpStateStats")  # few passes
 # Ours among the launches of --kernels.
-NCU_KERNELS = "regex:update_kernel|statistics|normalise|guard|finite"
+NCU_KERNELS = "regex:update_kernel|statistics|normalise|merge_kernel|guard|finite|exchange|swap"
+
+
+def _in_and_out(averager: Averager) -> None:
+    with averager.applied("swa"):
+        pass
 
 
 def run_kernels(small: bool) -> None:
@@ -746,9 +751,13 @@ def run_kernels(small: bool) -> None:
     runs: list[Run] = []
     for backend in ("cuda", "triton"):
         averager = Averager(model, {"swa": SWA()}, backend=backend, on_nonfinite="skip")
-        runs.append(averager.update)
+        runs += [averager.update, functools.partial(_in_and_out, averager)]
         for layout, dtype in (("channels_last", torch.bfloat16), ("contiguous", torch.float32)):
             runs.append(_collect(True, backend, _inputs(shape, layout, dtype, device)).run)
+        accumulators = torch.zeros((9, 64 if small else 24_000), dtype=torch.float64, device=device)
+        batch = torch.ones_like(accumulators[:4])
+        runs.append(functools.partial(
+            _ops.batch_norm_merge_, accumulators, batch, "pooled", backend=backend))  # fmt: skip
     for run in runs:
         for _ in range(2):
             run()
