@@ -1,13 +1,16 @@
 // CUDA kernels of swa_fast::batch_norm_collect and swa_fast::batch_norm_merge_.
 //
 // Formula: batch_norm.h. Layout: [n, c, s], or [n * s, c] with channels-last; a block serves a part
-// of one channel (contiguous) or of a tile of up to 128 channels. Bytes per element: 3 sizeof(x),
-// 12 for fp32: a read for the statistics, a read and a write for the output; bound by memory
-// bandwidth. Plus 16 bytes for a block and channel of its tile.
+// of one channel (contiguous) or of a tile of channels that fill 128 bytes of a row. Bytes per
+// element: 3 sizeof(x), 12 for fp32: a read for the statistics, a read and a write for the output;
+// bound by memory bandwidth. Plus 16 bytes for a block and channel of its tile.
 //
 // Two launches, one without the output. The last block of a tile to finish adds up the sums of all
 // of them, in the order of the blocks' numbers, so nothing depends on the order in which they run.
-// It knows that it is the last from a ticket, which it resets.
+// It knows that it is the last from a ticket, which it resets. What is the last one's to read,
+// alone and while nothing else is left to do, has to be little: eight loads of a thread are on
+// their way at a time, and where more than kAlone of them would follow, the blocks of a tile are
+// divided into groups, each of which is added up by its own last block.
 
 #include <cuda_runtime.h>
 
@@ -22,9 +25,15 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kMaxTile = 128;      // channels that a block of the channels-last kernels serves
-constexpr int64_t kBlocks = 1024;  // fills any GPU; not its own number, for the same bits on all
-constexpr int64_t kMaxSplits = 512;
+constexpr int kLine = 128;  // bytes of a row that a block of the channels-last kernels serves
+// Blocks of a launch fill any GPU; not its own number, for the same bits on all. Half of them where
+// a thread would have no more than kFewUnits units.
+constexpr int64_t kBlocks = 1024, kFewUnits = 32;
+constexpr int64_t kMaxSplits = 1024;
+constexpr int kAtOnce = 8;  // loads of other blocks' sums that a thread has on their way
+constexpr int64_t kAlone = 4 * kAtOnce;
+// Blocks of these kernels that fit on a multiprocessor.
+constexpr int kResident = 3;
 
 // How the threads of a launch share the input. A unit is what a thread loads at once: a pack of
 // values of one channel, or of one row. Units of a channel or tile are counted along the samples.
@@ -33,32 +42,39 @@ struct Geometry {
   int64_t units;                      // of a channel or tile
   int64_t run;                        // of one sample's run of a channel; contiguous only
   int64_t step_samples, step_in_run;  // kThreads units further on; contiguous only
-  int64_t tiles, splits;              // blocks = tiles * splits, tiles fastest
-  int64_t units_per_thread;
+  int64_t tiles;                      // blocks = tiles * splits, tiles fastest
+  int splits, groups, group_size;  // of a tile's blocks; one group: all splits are merged at once
+  int units_per_thread;
   int lanes;  // threads side by side along the channels, a power of two; contiguous: 1
 };
 
-template <typename T_, bool kVector, bool kRows_>
+template <typename T_, int kPack_, bool kRows_>
 struct BatchNormTraits {
   using T = T_;
   using Math = statistics_t<T>;
   static constexpr bool kRows = kRows_;
-  static constexpr int kPack = kVector ? kPackBytes / static_cast<int>(sizeof(T)) : 1;
+  static constexpr int kPack = kPack_;
   using Unit = Pack<T, kPack>;
   static constexpr int kColumns = kRows ? kPack : 1;  // channels in a unit
   static constexpr int kPerUnit = kPack / kColumns;   // values of each
-  // Units in flight per thread, which are also what a group's pivot is the mean of.
-  static constexpr int kUnroll = kPerUnit == 1 ? 8 : 4;
-  static constexpr int kGroupUnits = kGroup / kPerUnit;
-  static constexpr int kMaxLanes =
-      kRows ? (kMaxTile / kColumns < 32 ? kMaxTile / kColumns : 32) : 1;
+  // Units in flight per thread, 64 bytes where they are wide, which are also what a group's pivot
+  // is the mean of.
+  static constexpr int kUnroll = sizeof(Unit) == kPackBytes ? 4 : 8;
+  static constexpr int kPivotValues = kUnroll * kPerUnit;
+  static constexpr int kGroupUnits = (kPivotValues < kPivot ? kGroup / 2 : kGroup) / kPerUnit;
+  static constexpr int kMaxLanes = !kRows ? 1
+                                   : kLine / static_cast<int>(sizeof(Unit)) < 32
+                                       ? kLine / static_cast<int>(sizeof(Unit))
+                                       : 32;
   static constexpr int kTile = kMaxLanes * kColumns;  // channels of a block, at most
-  static_assert(kUnroll * kPerUnit >= kPivot, "the bound in batch_norm.h");
+  static_assert(kGroupUnits * kPerUnit * kPivot <= kPivotValues * kGroup,
+                "the bound in batch_norm.h");
   static_assert(kGroupUnits % kUnroll == 0 && kTile <= kThreads);
-  static_assert(!kVector || sizeof(Unit) == kPackBytes);
+  static_assert(sizeof(Unit) <= kPackBytes && (!kRows || kPack <= 4),
+                "more columns take more registers than let a second block in");
 };
 
-// A thread's way through its units.
+// A thread's way through its units: 64 bits for the block's first address, 32 for what is added.
 template <typename Traits>
 class Cursor {
  public:
@@ -66,37 +82,47 @@ class Cursor {
     if constexpr (Traits::kRows) {
       const int lane = threadIdx.x & (g.lanes - 1);
       step_ = kThreads / g.lanes;
+      const int64_t first = split * (step_ * g.units_per_thread);
+      base_ = first * g.shape.c + tile * g.lanes * Traits::kPack;
       channel_ = (tile * g.lanes + lane) * Traits::kPack;
-      unit_ = split * step_ * g.units_per_thread + threadIdx.x / g.lanes;
+      left_ = static_cast<int>(min(g.units - first, int64_t{step_ * g.units_per_thread}));
+      left_ -= threadIdx.x / g.lanes;
       // A tile may reach past the last channel; a unit does not.
-      end_ = channel_ < g.shape.c ? min(g.units, (split + 1) * step_ * g.units_per_thread) : 0;
-      offset_ = unit_ * g.shape.c + channel_;
-      stride_ = step_ * g.shape.c;
+      if (channel_ >= g.shape.c) left_ = 0;
+      stride_ = step_ * static_cast<uint32_t>(g.shape.c);
+      offset_ = threadIdx.x / g.lanes * static_cast<uint32_t>(g.shape.c) + lane * Traits::kPack;
     } else {
       step_ = kThreads;
       channel_ = tile;
-      unit_ = split * step_ * g.units_per_thread + threadIdx.x;
-      end_ = min(g.units, (split + 1) * step_ * g.units_per_thread);
+      const int64_t first = split * (step_ * g.units_per_thread);
+      left_ = static_cast<int>(min(g.units - first, int64_t{step_ * g.units_per_thread}));
+      left_ -= threadIdx.x;
+      const int64_t unit = first + threadIdx.x;
       // A division of 64 bits is a hundred instructions.
-      const int64_t sample = (unit_ | g.run) >> 32 == 0
-                                 ? static_cast<uint32_t>(unit_) / static_cast<uint32_t>(g.run)
-                                 : unit_ / g.run;
+      const int64_t sample = (unit | g.run) >> 32 == 0
+                                 ? static_cast<uint32_t>(unit) / static_cast<uint32_t>(g.run)
+                                 : unit / g.run;
       const int64_t sample_stride = g.shape.c * g.shape.s;
-      in_run_ = unit_ - sample * g.run;
+      in_run_ = unit - sample * g.run;
       run_ = g.run;
       step_in_run_ = g.step_in_run;
+      base_ = 0;
       offset_ = sample * sample_stride + channel_ * g.shape.s + in_run_ * Traits::kPack;
       stride_ = g.step_samples * sample_stride + g.step_in_run * Traits::kPack;
       carry_ = sample_stride - g.shape.s;
     }
   }
 
-  __device__ __forceinline__ bool inside() const { return unit_ < end_; }
+  // Of a channels-last block's rows, which are fewer than 2^32 elements apart.
+  using Offset = std::conditional_t<Traits::kRows, uint32_t, int64_t>;
+
+  __device__ __forceinline__ bool inside() const { return left_ > 0; }
   __device__ __forceinline__ int64_t channel() const { return channel_; }
-  __device__ __forceinline__ int64_t offset() const { return offset_; }
+  __device__ __forceinline__ int64_t base() const { return base_; }
+  __device__ __forceinline__ Offset offset() const { return offset_; }
 
   __device__ __forceinline__ void advance() {
-    unit_ += step_;
+    left_ -= step_;
     offset_ += stride_;
     if constexpr (!Traits::kRows) {
       in_run_ += step_in_run_;
@@ -108,21 +134,23 @@ class Cursor {
   }
 
  private:
-  int64_t channel_, unit_, end_, step_;
-  int64_t offset_, stride_;                     // in elements of the tensor
+  int left_, step_;  // units
+  int64_t channel_, base_;
+  Offset offset_, stride_;                      // in elements of the tensor
   int64_t in_run_, run_, step_in_run_, carry_;  // contiguous only
 };
 
 // Up to kUnroll units, loaded before the first is used. Returns how many.
 template <typename Traits>
 __device__ __forceinline__ int load_units(const typename Traits::T* x, Cursor<Traits>& cursor,
-                                          typename Traits::Unit* units, int64_t* offsets) {
+                                          Memory<typename Traits::Unit>* units,
+                                          typename Cursor<Traits>::Offset* offsets) {
   int count = 0;
 #pragma unroll
   for (int u = 0; u < Traits::kUnroll; ++u) {
     offsets[u] = cursor.offset();
     if (cursor.inside()) {
-      units[u] = *reinterpret_cast<const typename Traits::Unit*>(x + cursor.offset());
+      units[u].load(x + cursor.offset());
       ++count;
       cursor.advance();
     }
@@ -136,36 +164,37 @@ __device__ __forceinline__ double multiply_add(double a, double b, double c) {
   return fma(a, b, c);
 }
 
-// The pivots of a unit's channels, as channel_pivot, in loads of whole units.
+// The pivots of a unit's channels, as channel_pivot, in loads of whole units. Exact in Math: one
+// value, except in fp64.
 template <typename Traits>
 __device__ __forceinline__ void load_pivots(const typename Traits::T* x, const Geometry& g,
-                                            int64_t channel, double* pivots) {
+                                            int64_t channel, typename Traits::Math* pivots) {
   using Math = typename Traits::Math;
   if constexpr (Traits::kRows) {
     const int64_t count = pivot_values<typename Traits::T>(g.shape);
 #pragma unroll
-    for (int c = 0; c < Traits::kColumns; ++c) pivots[c] = 0.0;
+    for (int c = 0; c < Traits::kColumns; ++c) pivots[c] = Math(0);
     if (channel >= g.shape.c) return;
     for (int64_t row = 0; row < count; ++row) {
       const typename Traits::Unit unit =
           *reinterpret_cast<const typename Traits::Unit*>(x + row * g.shape.c + channel);
 #pragma unroll
       for (int c = 0; c < Traits::kColumns; ++c) {
-        pivots[c] += static_cast<double>(static_cast<Math>(unit.element[c]));
+        pivots[c] += static_cast<Math>(unit.element[c]);
       }
     }
     if (count > 1) {
 #pragma unroll
-      for (int c = 0; c < Traits::kColumns; ++c) pivots[c] /= static_cast<double>(count);
+      for (int c = 0; c < Traits::kColumns; ++c) pivots[c] /= static_cast<Math>(count);
     }
   } else {
-    pivots[0] = channel_pivot(x, g.shape, channel);
+    pivots[0] = static_cast<Math>(channel_pivot(x, g.shape, channel));
   }
 }
 
 template <typename Traits>
 __device__ __forceinline__ void sum_units(const typename Traits::T* x, Cursor<Traits>& cursor,
-                                          const double* pivots, Sums* sums) {
+                                          const typename Traits::Math* pivots, Sums* sums) {
   using Math = typename Traits::Math;
   constexpr int kColumns = Traits::kColumns;
   while (cursor.inside()) {
@@ -175,17 +204,20 @@ __device__ __forceinline__ void sum_units(const typename Traits::T* x, Cursor<Tr
     int in_group = 0;
 #pragma unroll 1
     while (in_group < Traits::kGroupUnits && cursor.inside()) {
-      typename Traits::Unit units[Traits::kUnroll];
-      int64_t offsets[Traits::kUnroll];
+      Memory<typename Traits::Unit> units[Traits::kUnroll];
+      typename Cursor<Traits>::Offset offsets[Traits::kUnroll];
       const int count = load_units(x, cursor, units, offsets);
       if (in_group == 0) {
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) group_pivot[c] = Math(0);
 #pragma unroll
         for (int u = 0; u < Traits::kUnroll; ++u) {
+          if (u < count) {
+            const typename Traits::Unit unit = units[u].unpacked();
 #pragma unroll
-          for (int e = 0; e < Traits::kPack; ++e) {
-            if (u < count) group_pivot[e % kColumns] += static_cast<Math>(units[u].element[e]);
+            for (int e = 0; e < Traits::kPack; ++e) {
+              group_pivot[e % kColumns] += static_cast<Math>(unit.element[e]);
+            }
           }
         }
         const Math share = Math(1) / static_cast<Math>(count * Traits::kPerUnit);
@@ -195,9 +227,10 @@ __device__ __forceinline__ void sum_units(const typename Traits::T* x, Cursor<Tr
 #pragma unroll
       for (int u = 0; u < Traits::kUnroll; ++u) {
         if (u < count) {
+          const typename Traits::Unit unit = units[u].unpacked();
 #pragma unroll
           for (int e = 0; e < Traits::kPack; ++e) {
-            const Math d = static_cast<Math>(units[u].element[e]) - group_pivot[e % kColumns];
+            const Math d = static_cast<Math>(unit.element[e]) - group_pivot[e % kColumns];
             s1[e] += d;
             s2[e] = multiply_add(d, d, s2[e]);
           }
@@ -214,7 +247,8 @@ __device__ __forceinline__ void sum_units(const typename Traits::T* x, Cursor<Tr
         first += s1[e];
         second += s2[e];
       }
-      sums[c].add_group(static_cast<double>(group_pivot[c]) - pivots[c], k, first, second);
+      sums[c].add_group(static_cast<double>(group_pivot[c]) - static_cast<double>(pivots[c]), k,
+                        first, second);
     }
   }
 }
@@ -257,58 +291,99 @@ template <typename T>
 struct StatisticsArguments {
   const T* x;
   Geometry geometry;
-  Sums* partial;     // [tiles, splits, channels of a tile]; unused without splits
-  int32_t* tickets;  // [c], one for a tile at the number of its first channel; likewise
+  Sums* partial;     // [tiles, splits + groups, channels of a tile]; unused without splits
+  int32_t* tickets;  // [c], a tile's own and its groups' from the number of its first channel on
   StoredCoefficients<statistics_t<T>>* coefficients;  // [c]
   AffineVector weight, bias;
   double eps;
   BatchColumns batch;
 };
 
+// Takes one of the tickets 0, 1, 2, ... What this thread has written, and by way of a barrier what
+// its block has, is there for who draws a later one.
+__device__ __forceinline__ int draw_ticket(int32_t* ticket) {
+  int drawn;
+  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;"
+               : "=r"(drawn)
+               : "l"(ticket)
+               : "memory");
+  return drawn;
+}
+
+// Leaves a block's sums with those of others. In the last of `count` blocks `total`, of the thread
+// for each channel, becomes the sum over all, and the result is true.
+__device__ __forceinline__ bool add_to_others(Sums& total, Sums* parts, int place, int count,
+                                              int channels, int32_t* ticket, Sums* shared) {
+  __shared__ bool is_last;
+  if (threadIdx.x < channels) {
+    // Read by another block, so not through the first-level cache; as two halves of 16 bytes.
+    __stcg(reinterpret_cast<double2*>(parts + place * channels + threadIdx.x),
+           make_double2(total.first, total.second));
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    is_last = draw_ticket(ticket) == count - 1;
+    if (is_last) *ticket = 0;
+  }
+  __syncthreads();
+  if (!is_last) return false;
+  const int column = threadIdx.x & (channels - 1), step = kThreads / channels;
+  Sums mine{0.0, 0.0};
+#pragma unroll 1
+  for (int first = threadIdx.x / channels; first < count; first += kAtOnce * step) {
+    double2 part[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int at = first + i * step;
+      part[i] = make_double2(0.0, 0.0);
+      if (at < count) {
+        part[i] = __ldcg(reinterpret_cast<const double2*>(parts + at * channels + column));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) mine.add(Sums{part[i].x, part[i].y});
+  }
+  total = block_sums<1>(&mine, channels, shared);
+  return true;
+}
+
 template <typename Traits>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     statistics_kernel(const __grid_constant__ StatisticsArguments<typename Traits::T> arguments) {
   using T = typename Traits::T;
   using Math = typename Traits::Math;
   __shared__ Sums shared[kWarps * Traits::kTile];
-  __shared__ bool is_last;
   const Geometry& g = arguments.geometry;
-  const int64_t tile = blockIdx.x % g.tiles, split = blockIdx.x / g.tiles;
+  const int64_t tile = blockIdx.x % g.tiles;
+  const int split = static_cast<int>(blockIdx.x / g.tiles);
   const int channels = g.lanes * Traits::kColumns;  // of the tile
 
   Cursor<Traits> cursor(g, tile, split);
-  double pivots[Traits::kColumns];
+  Math pivots[Traits::kColumns];
   load_pivots<Traits>(arguments.x, g, cursor.channel(), pivots);
   Sums sums[Traits::kColumns];
 #pragma unroll
   for (int c = 0; c < Traits::kColumns; ++c) sums[c] = {0.0, 0.0};
-  sum_units(arguments.x, cursor, pivots, sums);
+  sum_units(arguments.x + cursor.base(), cursor, pivots, sums);
   Sums total = block_sums<Traits::kColumns>(sums, g.lanes, shared);
 
   if (g.splits > 1) {
-    Sums* const partial = arguments.partial + tile * g.splits * channels;
-    if (threadIdx.x < channels) {
-      // Read by another block, so not through the first-level cache; as two halves of 16 bytes.
-      __stcg(reinterpret_cast<double2*>(partial + split * channels + threadIdx.x),
-             make_double2(total.first, total.second));
-    }
-    __threadfence();
-    __syncthreads();
+    Sums* const parts = arguments.partial + tile * (g.splits + g.groups) * channels;
     int32_t* const ticket = arguments.tickets + tile * channels;
-    if (threadIdx.x == 0) is_last = atomicAdd(ticket, 1) == g.splits - 1;
-    __syncthreads();
-    if (!is_last) return;
-    __threadfence();
-    Sums mine{0.0, 0.0};
-    const int column = threadIdx.x & (channels - 1);
-#pragma unroll 8
-    for (int64_t i = threadIdx.x / channels; i < g.splits; i += kThreads / channels) {
-      const double2 part =
-          __ldcg(reinterpret_cast<const double2*>(partial + i * channels + column));
-      mine.add(Sums{part.x, part.y});
+    if (g.groups > 1) {
+      const int group = split / g.group_size, first = group * g.group_size;
+      if (!add_to_others(total, parts + first * channels, split - first,
+                         min(g.group_size, g.splits - first), channels, ticket + 1 + group,
+                         shared)) {
+        return;
+      }
+      if (!add_to_others(total, parts + g.splits * channels, group, g.groups, channels, ticket,
+                         shared)) {
+        return;
+      }
+    } else if (!add_to_others(total, parts, split, g.splits, channels, ticket, shared)) {
+      return;
     }
-    total = block_sums<1>(&mine, channels, shared);
-    if (threadIdx.x == 0) *ticket = 0;
   }
 
   const int64_t channel = tile * channels + threadIdx.x;
@@ -324,7 +399,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename Traits>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     normalise_kernel(const typename Traits::T* __restrict__ x, typename Traits::T* __restrict__ y,
                      const StoredCoefficients<typename Traits::Math>* __restrict__ coefficients,
                      const __grid_constant__ Geometry g, bool relu) {
@@ -337,22 +412,25 @@ __global__ void __launch_bounds__(kThreads)
   Coefficients<Math> columns[Traits::kColumns];
 #pragma unroll
   for (int c = 0; c < Traits::kColumns; ++c) columns[c] = coefficients[cursor.channel() + c].value;
+  x += cursor.base();
+  y += cursor.base();
 #pragma unroll 1
   while (cursor.inside()) {
-    typename Traits::Unit units[Traits::kUnroll];
-    int64_t offsets[Traits::kUnroll];
+    Memory<typename Traits::Unit> units[Traits::kUnroll];
+    typename Cursor<Traits>::Offset offsets[Traits::kUnroll];
     const int count = load_units(x, cursor, units, offsets);
 #pragma unroll
     for (int u = 0; u < Traits::kUnroll; ++u) {
       if (u < count) {
+        typename Traits::Unit unit = units[u].unpacked();
 #pragma unroll
         for (int e = 0; e < Traits::kPack; ++e) {
           const Coefficients<Math>& c = columns[e % Traits::kColumns];
-          const Math d = static_cast<Math>(units[u].element[e]) - c.centre;
+          const Math d = static_cast<Math>(unit.element[e]) - c.centre;
           const Math value = multiply_add(d, c.scale, c.offset);
-          units[u].element[e] = static_cast<T>(relu && value < Math(0) ? Math(0) : value);
+          unit.element[e] = static_cast<T>(relu && value < Math(0) ? Math(0) : value);
         }
-        *reinterpret_cast<typename Traits::Unit*>(y + offsets[u]) = units[u];
+        *reinterpret_cast<typename Traits::Unit*>(y + offsets[u]) = unit;
       }
     }
   }
@@ -372,15 +450,20 @@ Geometry make_geometry(const Activations& shape) {
   Geometry g{};
   g.shape = shape;
   int64_t side_by_side = 1;  // threads along the units
+  g.lanes = 1;
   if (Traits::kRows) {
     const int64_t packs = ceil_div(shape.c, Traits::kPack);
-    g.lanes = 1;
     while (g.lanes < Traits::kMaxLanes && g.lanes < packs) g.lanes *= 2;
+    // Half of a line where that leaves fewer lanes without a channel.
+    if (g.lanes == Traits::kMaxLanes && g.lanes > 1 &&
+        ceil_div(packs, g.lanes) * 2 > ceil_div(packs, g.lanes / 2)) {
+      const int64_t idle = ceil_div(packs, g.lanes) * g.lanes - packs;
+      if (8 * idle > packs) g.lanes /= 2;
+    }
     g.tiles = ceil_div(packs, g.lanes);
     g.units = shape.values();
     side_by_side = kThreads / g.lanes;
   } else {
-    g.lanes = 1;
     g.tiles = shape.c;
     g.run = shape.s / Traits::kPack;
     g.units = shape.n * g.run;
@@ -388,13 +471,36 @@ Geometry make_geometry(const Activations& shape) {
     g.step_in_run = kThreads % g.run;
     side_by_side = kThreads;
   }
-  const int64_t most = std::min(kMaxSplits, ceil_div(g.units, side_by_side * Traits::kUnroll));
-  const int64_t wanted = std::min(most, ceil_div(kBlocks, g.tiles));
-  g.units_per_thread =
-      ceil_div(ceil_div(g.units, side_by_side * wanted), Traits::kUnroll) * Traits::kUnroll;
-  g.splits = ceil_div(g.units, side_by_side * g.units_per_thread);
-  STD_TORCH_CHECK(g.tiles * g.splits <= 0x7fffffff,
-                  "batch_norm_collect.cuda: x has too many channels: ", shape.c);
+  constexpr int64_t kUnroll = Traits::kUnroll;
+  const bool few = g.units * g.tiles < kFewUnits * side_by_side * kBlocks;
+  const int64_t most = std::min(kMaxSplits, ceil_div(g.units, side_by_side * kUnroll));
+  const int64_t wanted = std::min(most, ceil_div(few ? kBlocks / 2 : kBlocks, g.tiles));
+  int64_t each = ceil_div(ceil_div(g.units, side_by_side * wanted), kUnroll) * kUnroll;
+  if (Traits::kRows) {
+    // Offsets of 32 bits, and more blocks where that is too few.
+    const int64_t rows = (int64_t{1} << 32) / shape.c / side_by_side;
+    each = std::min(each, rows / kUnroll * kUnroll);
+    STD_TORCH_CHECK(each > 0, "batch_norm_collect.cuda: expected fewer than 2^32 / ",
+                    side_by_side * kUnroll, " channels, found ", shape.c);
+  }
+  const int64_t splits = ceil_div(g.units, side_by_side * each);
+  STD_TORCH_CHECK(side_by_side * each <= 0x7fffffff && splits <= 0x7fffffff / kThreads &&
+                      g.tiles * splits <= 0x7fffffff,
+                  "batch_norm_collect.cuda: x has too many channels or values: ", shape.c,
+                  " channels of ", shape.values());
+  g.units_per_thread = static_cast<int>(each);
+  g.splits = static_cast<int>(splits);
+  // As many groups as have blocks each, and a ticket of their own beside the tile's.
+  const int64_t channels = g.lanes * Traits::kColumns;
+  const int64_t tickets = std::min(channels, shape.c - (g.tiles - 1) * channels);
+  g.groups = 1;
+  if (splits * channels > kAlone * kThreads && tickets > 2) {
+    int64_t groups = 2;
+    while (groups * groups < splits) ++groups;
+    groups = std::min(groups, tickets - 1);
+    g.group_size = static_cast<int>(ceil_div(splits, groups));
+    g.groups = static_cast<int>(ceil_div(splits, g.group_size));
+  }
   return g;
 }
 
@@ -421,7 +527,7 @@ struct Collect {
     const int64_t channels = g.lanes * Traits::kColumns;
     // Coefficients, then the blocks' sums; in doubles, of which four hold one channel's.
     static_assert(sizeof(StoredCoefficients<Math>) <= 4 * sizeof(double));
-    const int64_t partials = g.splits > 1 ? g.tiles * g.splits * channels : 0;
+    const int64_t partials = g.splits > 1 ? g.tiles * (g.splits + g.groups) * channels : 0;
     Tensor scratch = torch::stable::new_empty(x, {4 * shape.c + 2 * partials}, ScalarType::Double);
     double* const memory = static_cast<double*>(scratch.mutable_data_ptr());
     std::optional<Tensor> own_tickets;
@@ -474,19 +580,28 @@ Tensor collect_cuda(Tensor x, std::optional<Tensor> weight, std::optional<Tensor
                         tickets};
   dispatch_floating(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    constexpr int64_t kPack = kPackBytes / static_cast<int64_t>(sizeof(T));
-    const int64_t line = shape.channels_last ? shape.c : shape.s;  // runs between steps of n
-    const bool vector = line % kPack == 0 && (reinterpret_cast<uintptr_t>(x.const_data_ptr()) |
-                                              reinterpret_cast<uintptr_t>(y.const_data_ptr())) %
-                                                     kPackBytes ==
-                                                 0;
+    // The widest pack that divides what lies between steps of n, and all addresses.
+    const int64_t line = shape.channels_last ? shape.c : shape.s;
+    const uint64_t places = reinterpret_cast<uintptr_t>(x.const_data_ptr()) |
+                            reinterpret_cast<uintptr_t>(y.const_data_ptr());
+    const auto divides = [&](int64_t pack) {
+      return line % pack == 0 && places % (pack * sizeof(T)) == 0;
+    };
     if (shape.channels_last) {
-      vector ? collect.launch<BatchNormTraits<T, true, true>>(shape)
-             : collect.launch<BatchNormTraits<T, false, true>>(shape);
-    } else {
-      vector ? collect.launch<BatchNormTraits<T, true, false>>(shape)
-             : collect.launch<BatchNormTraits<T, false, false>>(shape);
+      if constexpr (sizeof(T) <= 4) {
+        if (divides(4)) return collect.launch<BatchNormTraits<T, 4, true>>(shape);
+      }
+      if (divides(2)) return collect.launch<BatchNormTraits<T, 2, true>>(shape);
+      return collect.launch<BatchNormTraits<T, 1, true>>(shape);
     }
+    if constexpr (sizeof(T) <= 2) {
+      if (divides(8)) return collect.launch<BatchNormTraits<T, 8, false>>(shape);
+    }
+    if constexpr (sizeof(T) <= 4) {
+      if (divides(4)) return collect.launch<BatchNormTraits<T, 4, false>>(shape);
+    }
+    if (divides(2)) return collect.launch<BatchNormTraits<T, 2, false>>(shape);
+    return collect.launch<BatchNormTraits<T, 1, false>>(shape);
   });
   return y;
 }

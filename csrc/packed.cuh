@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 namespace swa_fast {
 
@@ -12,6 +14,27 @@ template <typename T, int N>
 struct alignas(N * sizeof(T)) Pack {
   static_assert((N & (N - 1)) == 0 && N * sizeof(T) <= kPackBytes, "one vector access");
   T element[N];
+};
+
+// A pack's memory. Held as such between its load and its use: as elements of 16 bits, or converted
+// early because several uses need the same value, it would take twice the registers.
+template <typename P>
+struct Memory {
+  using Word = std::conditional_t<sizeof(P) % 4 == 0, uint32_t, uint16_t>;
+  Pack<Word, sizeof(P) / sizeof(Word)> words;
+
+  __device__ __forceinline__ void load(const void* from) {
+    words = *static_cast<const decltype(words)*>(from);
+  }
+  __device__ __forceinline__ P unpacked() {
+    if constexpr (sizeof(P) > sizeof(P{}.element[0])) {
+#pragma unroll
+      for (Word& word : words.element) asm volatile("" : "+r"(word));
+    }
+    P pack;
+    memcpy(&pack, &words, sizeof(P));
+    return pack;
+  }
 };
 
 // True when a Pack at every multiple of N elements from `pointer` is aligned.

@@ -153,27 +153,6 @@ struct Blender {
   }
 };
 
-// A pack's memory. Held as such between its load and its use: as elements of 16 bits, or converted
-// to Math because all averages use the same source, it would take twice the registers.
-template <typename P>
-struct Memory {
-  using Word = std::conditional_t<sizeof(P) % 4 == 0, uint32_t, uint16_t>;
-  Pack<Word, sizeof(P) / sizeof(Word)> words;
-
-  __device__ __forceinline__ void load(const void* from) {
-    words = *static_cast<const decltype(words)*>(from);
-  }
-  __device__ __forceinline__ P unpacked() {
-    if constexpr (sizeof(P) > sizeof(P{}.element[0])) {
-#pragma unroll
-      for (Word& word : words.element) asm volatile("" : "+r"(word));
-    }
-    P pack;
-    memcpy(&pack, &words, sizeof(P));
-    return pack;
-  }
-};
-
 // Elements [begin, end) of a run, whole packs, or of them what is this warp's part.
 template <typename Traits>
 __device__ __forceinline__ void update_part(const Arguments& arguments, const Shared& shared,
