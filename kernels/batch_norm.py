@@ -23,7 +23,7 @@ __all__ = ["collect", "merge_"]
 BLOCK = 2048  # values that a program has in flight
 NUM_WARPS = 4  # with BLOCK: 16 values, or four 16-byte fp32 packs, per thread
 GROUP = tl.constexpr(8)  # blocks of a group: the bound in csrc/batch_norm.h
-MAX_CHANNELS = 128  # of a tile
+LINE = 128  # bytes of a row that a tile of channels fills
 PROGRAMS = 1024  # fills any GPU; not its own number, for the same bits on all
 MAX_SPLITS = 512
 MERGE_BLOCK = 256
@@ -104,7 +104,7 @@ def _statistics_kernel(
 ):
     MATH: tl.constexpr = coefficients_ptr.dtype.element_ty
     WIDTH: tl.constexpr = COLS if LAST else 1
-    CHUNK: tl.constexpr = 512 // WIDTH
+    CHUNK: tl.constexpr = 1024 // WIDTH
     program = tl.program_id(0).to(tl.int64)
     tile = program % tiles
     split = program // tiles
@@ -163,16 +163,18 @@ def _statistics_kernel(
         tl.debug_barrier()
         last = tl.atomic_add(tickets_ptr + tile * WIDTH, 1, sem="acq_rel") == splits - 1
         if last:
-            first = tl.zeros([WIDTH], tl.float64)
-            second = tl.zeros([WIDTH], tl.float64)
-            for start in range(0, splits, CHUNK):
+            # Added up side by side, and over the threads once: else each turn would wait for its
+            # loads, and for all threads.
+            firsts = tl.zeros([CHUNK, WIDTH], tl.float64)
+            seconds = tl.zeros([CHUNK, WIDTH], tl.float64)
+            for start in tl.range(0, splits, CHUNK, loop_unroll_factor=4):
                 part = start + tl.arange(0, CHUNK).to(tl.int64)[:, None]
                 theirs = partial + part * (2 * WIDTH) + column[None, :]
                 read = part < splits
-                first += tl.sum(tl.load(theirs, mask=read, other=0.0, cache_modifier=".cg"), axis=0)
-                second += tl.sum(
-                    tl.load(theirs + WIDTH, mask=read, other=0.0, cache_modifier=".cg"), axis=0
-                )
+                firsts += tl.load(theirs, mask=read, other=0.0, cache_modifier=".cg")
+                seconds += tl.load(theirs + WIDTH, mask=read, other=0.0, cache_modifier=".cg")
+            first = tl.sum(firsts, axis=0)
+            second = tl.sum(seconds, axis=0)
             tl.store(tickets_ptr + tile * WIDTH, 0)
     if last:
         m = values.to(tl.float64)
@@ -303,7 +305,7 @@ def _geometry(x: Tensor) -> _Geometry:
     last = length == 1 or not x.is_contiguous()
     if last:
         samples, length = samples * length, 1
-        cols = min(triton.next_power_of_2(channels), MAX_CHANNELS)
+        cols = min(triton.next_power_of_2(channels), LINE // x.element_size())
         tiles = triton.cdiv(channels, cols)
     else:
         cols = min(triton.next_power_of_2(length), BLOCK // 2)

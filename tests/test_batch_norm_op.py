@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,8 @@ SHAPES = (
     (4, 64, 3, 5),
     (3, 1, 33, 1),
     (2, 7, 8, 8),
+    (6, 96, 2, 6),  # packs of 8 bytes for 16-bit types; half a line of channels
+    (3, 14, 3, 2),  # packs of two elements
     (1, 3, 2, 2),
 )
 
@@ -601,6 +604,55 @@ def test_layers_on_several_streams_keep_to_their_tickets(backend: str) -> None:
     assert tickets.count_nonzero() == 0
     check_statistics(flat[:, :5].cpu(), x[0].cpu(), "first")
     check_statistics(flat[:, 5:].cpu(), x[1].cpu(), "second")
+
+
+# Channels-last shapes with so many blocks that CUDA adds up their sums in groups: of one tile, and
+# with a ticket more than the tile has channels to spare for.
+GROUPED = [((20, 64, 40, 25), torch.bfloat16), ((66, 32, 32, 32), torch.float32)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("shape", "dtype"), GROUPED, ids=str)
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_sums_of_many_blocks(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    need(backend, "cuda")
+    values = channels_last(make(shape, dtype))
+    x = values.cuda()
+    tickets = _ops.batch_norm_tickets("cuda", shape[1])
+    found = []
+    for _ in range(2):
+        batch = torch.empty((4, shape[1]), dtype=torch.float64, device="cuda")
+        _ops.batch_norm_collect(
+            x, None, None, EPS, batch, normalise=False, tickets=tickets, backend=backend
+        )
+        assert tickets.count_nonzero() == 0
+        found.append(batch)
+    assert torch.equal(*found)
+    check_statistics(found[0].cpu(), values, f"{backend} {shape}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [*GROUPED, ((128, 128, 16, 16), torch.float32)], ids=str
+)
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_no_block_waits_for_many_loads(
+    simulator: Any, backend: str, shape: tuple[int, ...], dtype: torch.dtype, layout: str
+) -> None:
+    """Loads that wait for one another take half a microsecond each, whatever the bandwidth; and
+    nothing hides those of the block that finishes last."""
+    need(backend, "cuda")
+    x = LAYOUTS[layout](make(shape, dtype)).cuda()
+    batch = torch.empty((4, shape[1]), dtype=torch.float64, device="cuda")
+    tickets = _ops.batch_norm_tickets("cuda", shape[1])
+    simulator.reset()
+    _ops.batch_norm_collect(x, None, None, EPS, batch, tickets=tickets, backend=backend)
+    trips = {
+        name: counts["load_round_trips"] for name, counts in simulator.counters()["kernels"].items()
+    }
+    assert any("statistics" in name for name in trips)
+    assert max(trips.values()) <= 40, trips
 
 
 @pytest.mark.gpu
