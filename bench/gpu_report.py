@@ -334,7 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--device", choices=["cuda", "cpu"], default="cuda", help="cpu: for a rehearsal alone"
     )
-    parser.add_argument("--kernels", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--kernels", choices=["cuda", "triton", "all"], help=argparse.SUPPRESS)
     parser.add_argument("--worker", type=int, metavar="FD", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.minutes <= 0:
@@ -351,7 +351,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.kernels:
             from gpu_steps import run_kernels
 
-            run_kernels(options.rehearse)
+            backends = ("cuda", "triton") if options.kernels == "all" else (options.kernels,)
+            run_kernels(options.rehearse, backends)
             return 0
         if options.rehearse and options.device == "cuda":
             code = _simulate()

@@ -45,7 +45,7 @@ struct Geometry {
   int64_t tiles;                      // blocks = tiles * splits, tiles fastest
   int splits, groups, group_size;  // of a tile's blocks; one group: all splits are merged at once
   int units_per_thread;
-  int lanes;  // threads side by side along the channels, a power of two; contiguous: 1
+  int lanes;  // threads side by side along the channels; contiguous: 1
 };
 
 template <typename T_, int kPack_, bool kRows_>
@@ -80,17 +80,17 @@ class Cursor {
  public:
   __device__ __forceinline__ Cursor(const Geometry& g, int64_t tile, int64_t split) {
     if constexpr (Traits::kRows) {
-      const int lane = threadIdx.x & (g.lanes - 1);
+      const int lane = threadIdx.x % g.lanes, row = threadIdx.x / g.lanes;
       step_ = kThreads / g.lanes;
       const int64_t first = split * (step_ * g.units_per_thread);
       base_ = first * g.shape.c + tile * g.lanes * Traits::kPack;
       channel_ = (tile * g.lanes + lane) * Traits::kPack;
-      left_ = static_cast<int>(min(g.units - first, int64_t{step_ * g.units_per_thread}));
-      left_ -= threadIdx.x / g.lanes;
-      // A tile may reach past the last channel; a unit does not.
-      if (channel_ >= g.shape.c) left_ = 0;
+      left_ = static_cast<int>(min(g.units - first, int64_t{step_ * g.units_per_thread})) - row;
+      // A tile may reach past the last channel, which a unit does not, and threads may be left
+      // over.
+      if (channel_ >= g.shape.c || row >= step_) left_ = 0;
       stride_ = step_ * static_cast<uint32_t>(g.shape.c);
-      offset_ = threadIdx.x / g.lanes * static_cast<uint32_t>(g.shape.c) + lane * Traits::kPack;
+      offset_ = row * static_cast<uint32_t>(g.shape.c) + lane * Traits::kPack;
     } else {
       step_ = kThreads;
       channel_ = tile;
@@ -444,22 +444,37 @@ __global__ void __launch_bounds__(kThreads)
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// How the threads of a block share the channels of channels-last units, `packs` of them a row.
+template <typename Traits>
+int lanes_for_statistics(int64_t packs) {
+  int lanes = 1;  // a power of two, for the sums over the threads of a channel
+  while (lanes < Traits::kMaxLanes && lanes < packs) lanes *= 2;
+  // Half of a line where a whole one would leave many threads without a channel.
+  const int64_t idle = ceil_div(packs, lanes) * lanes - packs;
+  return lanes == Traits::kMaxLanes && lanes > 1 && 8 * idle > packs ? lanes / 2 : lanes;
+}
+
+// Whole rows, or whole lines of them: memory takes lines that are written in parts by several
+// blocks at half of its speed.
+template <typename Traits>
+int lanes_for_output(int64_t packs) {
+  constexpr int64_t kMost = kThreads / 4;
+  if (packs <= kMost) return static_cast<int>(packs);
+  constexpr int64_t kLineUnits = kLine / static_cast<int64_t>(sizeof(typename Traits::Unit));
+  const int64_t each = ceil_div(packs, ceil_div(packs, kMost));
+  return static_cast<int>(std::min(kMost, ceil_div(each, kLineUnits) * kLineUnits));
+}
+
 // Depends on the shape, the type and the alignment alone.
 template <typename Traits>
-Geometry make_geometry(const Activations& shape) {
+Geometry make_geometry(const Activations& shape, bool statistics) {
   Geometry g{};
   g.shape = shape;
   int64_t side_by_side = 1;  // threads along the units
   g.lanes = 1;
   if (Traits::kRows) {
     const int64_t packs = ceil_div(shape.c, Traits::kPack);
-    while (g.lanes < Traits::kMaxLanes && g.lanes < packs) g.lanes *= 2;
-    // Half of a line where that leaves fewer lanes without a channel.
-    if (g.lanes == Traits::kMaxLanes && g.lanes > 1 &&
-        ceil_div(packs, g.lanes) * 2 > ceil_div(packs, g.lanes / 2)) {
-      const int64_t idle = ceil_div(packs, g.lanes) * g.lanes - packs;
-      if (8 * idle > packs) g.lanes /= 2;
-    }
+    g.lanes = statistics ? lanes_for_statistics<Traits>(packs) : lanes_for_output<Traits>(packs);
     g.tiles = ceil_div(packs, g.lanes);
     g.units = shape.values();
     side_by_side = kThreads / g.lanes;
@@ -494,7 +509,7 @@ Geometry make_geometry(const Activations& shape) {
   const int64_t channels = g.lanes * Traits::kColumns;
   const int64_t tickets = std::min(channels, shape.c - (g.tiles - 1) * channels);
   g.groups = 1;
-  if (splits * channels > kAlone * kThreads && tickets > 2) {
+  if (statistics && splits * channels > kAlone * kThreads && tickets > 2) {
     int64_t groups = 2;
     while (groups * groups < splits) ++groups;
     groups = std::min(groups, tickets - 1);
@@ -523,7 +538,7 @@ struct Collect {
   void launch(const Activations& shape) const {
     using T = typename Traits::T;
     using Math = typename Traits::Math;
-    const Geometry g = make_geometry<Traits>(shape);
+    const Geometry g = make_geometry<Traits>(shape, true);
     const int64_t channels = g.lanes * Traits::kColumns;
     // Coefficients, then the blocks' sums; in doubles, of which four hold one channel's.
     static_assert(sizeof(StoredCoefficients<Math>) <= 4 * sizeof(double));
@@ -552,8 +567,10 @@ struct Collect {
     statistics_kernel<Traits><<<blocks, kThreads, 0, stream>>>(arguments);
     check_launch();
     if (!normalise) return;
-    normalise_kernel<Traits><<<blocks, kThreads, 0, stream>>>(
-        arguments.x, static_cast<T*>(y.mutable_data_ptr()), arguments.coefficients, g, relu);
+    const Geometry out = make_geometry<Traits>(shape, false);
+    normalise_kernel<Traits>
+        <<<static_cast<unsigned>(out.tiles * out.splits), kThreads, 0, stream>>>(
+            arguments.x, static_cast<T*>(y.mutable_data_ptr()), arguments.coefficients, out, relu);
     check_launch();
   }
 };

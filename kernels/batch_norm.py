@@ -23,7 +23,9 @@ __all__ = ["collect", "merge_"]
 BLOCK = 2048  # values that a program has in flight
 NUM_WARPS = 4  # with BLOCK: 16 values, or four 16-byte fp32 packs, per thread
 GROUP = tl.constexpr(8)  # blocks of a group: the bound in csrc/batch_norm.h
-LINE = 128  # bytes of a row that a tile of channels fills
+# Bytes of a row that a tile of channels fills, for the statistics and for the output: memory takes
+# lines that are written in parts by several programs at half of its speed.
+LINE, OUTPUT_LINE = 128, 512
 PROGRAMS = 1024  # fills any GPU; not its own number, for the same bits on all
 MAX_SPLITS = 512
 MERGE_BLOCK = 256
@@ -298,14 +300,14 @@ class _Geometry(NamedTuple):
     cols: int
 
 
-def _geometry(x: Tensor) -> _Geometry:
+def _geometry(x: Tensor, line: int) -> _Geometry:
     """How the programs share ``x``: depends on its shape and layout alone."""
     samples, channels = x.shape[:2]
     length = x.numel() // (samples * channels)
     last = length == 1 or not x.is_contiguous()
     if last:
         samples, length = samples * length, 1
-        cols = min(triton.next_power_of_2(channels), LINE // x.element_size())
+        cols = min(triton.next_power_of_2(channels), line // x.element_size())
         tiles = triton.cdiv(channels, cols)
     else:
         cols = min(triton.next_power_of_2(length), BLOCK // 2)
@@ -330,7 +332,7 @@ def collect(
     tickets: Tensor | None,
 ) -> Tensor:
     """See :func:`swa_fast._ops.batch_norm_collect`."""
-    g = _geometry(x)
+    g = _geometry(x, LINE)
     math = torch.float64 if x.dtype == torch.float64 else torch.float32
     width = g.cols if g.last else 1
     # One allocation: the programs' sums, then the coefficients in the arithmetic type.
@@ -340,9 +342,8 @@ def collect(
     if tickets is None:
         tickets = x.new_zeros(g.channels, dtype=torch.int32)
     y = torch.empty_like(x) if normalise else x.new_empty(0)
-    programs = (g.tiles * g.splits,)
     with _on(x.device):
-        _statistics_kernel[programs](
+        _statistics_kernel[(g.tiles * g.splits,)](
             x,
             x if weight is None else weight,
             x if bias is None else bias,
@@ -370,7 +371,8 @@ def collect(
             num_warps=NUM_WARPS,
         )
         if normalise:
-            _normalise_kernel[programs](
+            g = _geometry(x, OUTPUT_LINE)
+            _normalise_kernel[(g.tiles * g.splits,)](
                 x,
                 y,
                 coefficients,
