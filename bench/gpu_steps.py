@@ -285,7 +285,9 @@ def nvidia_smi(context: Context) -> None:
         )  # fmt: skip
         # This process, and the one that watches over it and has looked at the device, too.
         own = {str(os.getpid()), str(os.getppid())}
-        others = [line for line in text.splitlines() if line.split(",")[0].strip() not in own | {""}]
+        others = [
+            line for line in text.splitlines() if line.split(",")[0].strip() not in own | {""}
+        ]
         if others:
             context.remark(f"another process is on the GPU, times may be too long: {others[0]}")
 

@@ -43,8 +43,8 @@ void average_cpu(std::vector<Tensor> averages, std::vector<Tensor> sources, Tens
     if (count == 0) continue;
     Segment segment{
         averages[i].mutable_data_ptr(), sources[i].const_data_ptr(), total, nullptr, {}};
-    dispatch_floating(averages[i].scalar_type(), [&](auto average) {
-      dispatch_floating(sources[i].scalar_type(), [&](auto source) {
+    dispatch_floating("average_", averages[i].scalar_type(), [&](auto average) {
+      dispatch_floating("average_", sources[i].scalar_type(), [&](auto source) {
         using Average = decltype(average);
         using Source = decltype(source);
         segment.run = average_run<Average, Source>;

@@ -202,8 +202,8 @@ void average_cuda(std::vector<Tensor> averages, std::vector<Tensor> sources, Ten
       return averages[i].scalar_type() == average_type && sources[i].scalar_type() == source_type;
     });
     const std::vector<size_t> members(pending.begin(), rest);
-    dispatch_floating(average_type, [&](auto average) {
-      dispatch_floating(source_type, [&](auto source) {
+    dispatch_floating("average_", average_type, [&](auto average) {
+      dispatch_floating("average_", source_type, [&](auto source) {
         using Traits = AverageTraits<decltype(average), decltype(source)>;
         average_pairs<Traits>(averages, sources, members, n_pointer, n_value, rule, stream);
       });

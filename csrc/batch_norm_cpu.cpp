@@ -585,7 +585,7 @@ Tensor collect_cpu(Tensor x, std::optional<Tensor> weight, std::optional<Tensor>
   STD_TORCH_CHECK(x.is_cpu(), "batch_norm_collect.cpu: x must be on the CPU");
   Tensor y = normalise ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
   if (normalise) ask_for_huge_pages(y);
-  dispatch_floating(x.scalar_type(), [&](auto type) {
+  dispatch_floating("batch_norm_collect", x.scalar_type(), [&](auto type) {
     using T = decltype(type);
     const Input<T> input{static_cast<const T*>(x.const_data_ptr()), shape};
     T* const output = normalise ? static_cast<T*>(y.mutable_data_ptr()) : nullptr;

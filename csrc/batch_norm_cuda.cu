@@ -595,7 +595,7 @@ Tensor collect_cuda(Tensor x, std::optional<Tensor> weight, std::optional<Tensor
                         check_affine(bias, x, "bias"),
                         check_batch(batch, x),
                         tickets};
-  dispatch_floating(x.scalar_type(), [&](auto type) {
+  dispatch_floating("batch_norm_collect", x.scalar_type(), [&](auto type) {
     using T = decltype(type);
     // The widest pack that divides what lies between steps of n, and all addresses.
     const int64_t line = shape.channels_last ? shape.c : shape.s;

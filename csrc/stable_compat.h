@@ -36,10 +36,10 @@ using torch::stable::Tensor;
 using BFloat16 = c10::BFloat16;
 using Half = c10::Half;
 
-// Calls f(T{}) with the C++ type of `type`. The schema's Python front checks dtypes and
-// names the tensor; the message here is the backstop for callers of the raw op.
+// Calls f(T{}) with the C++ type of `type`, of an argument of `op`. The schema's Python front
+// checks dtypes and names the tensor; the message here is the backstop for callers of the raw op.
 template <typename F>
-void dispatch_floating(ScalarType type, const F& f) {
+void dispatch_floating(const char* op, ScalarType type, const F& f) {
   switch (type) {
     case ScalarType::Float:
       return f(float{});
@@ -50,8 +50,8 @@ void dispatch_floating(ScalarType type, const F& f) {
     case ScalarType::Half:
       return f(Half{});
     default:
-      STD_TORCH_CHECK(false,
-                      "average_: expected float32, float64, bfloat16 or float16, found dtype code ",
+      STD_TORCH_CHECK(false, op,
+                      ": expected float32, float64, bfloat16 or float16, found dtype code ",
                       static_cast<int>(type));
   }
 }

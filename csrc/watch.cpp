@@ -17,7 +17,9 @@
 namespace swa_fast {
 namespace {
 
-constexpr int64_t kGrain = 256;  // tensors below which a second thread does not pay
+// Tensors of a thread below which a second one does not pay. Beside a model on another device the
+// CPU's threads are asleep, and waking them takes longer than looking at a thousand tensors.
+constexpr int64_t kGrain = 256, kGrainOfOthers = 4096;
 
 // Tensors and what they were, in the order in which a check reads it: where thousands of small
 // tensors are watched, most of its time is waiting for memory.
@@ -30,13 +32,14 @@ class Facts {
                         static_cast<int64_t>(sizes.size()), geometry_.size()});
       geometry_.insert(geometry_.end(), sizes.begin(), sizes.end());
       geometry_.insert(geometry_.end(), strides.begin(), strides.end());
+      if (tensor.is_cpu()) grain_ = kGrain;
     }
   }
 
   bool hold() const {
     std::atomic<bool> all{true};
     const int64_t count = static_cast<int64_t>(facts_.size());
-    torch::stable::parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, count, grain_, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         if (!holds(facts_[i])) {
           all = false;
@@ -68,6 +71,7 @@ class Facts {
   }
 
   std::vector<Fact> facts_;
+  int64_t grain_ = kGrainOfOthers;
   std::vector<int64_t> geometry_;  // sizes, then strides, of one tensor after the other
 };
 

@@ -14,8 +14,9 @@ import json
 import logging
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -31,6 +32,16 @@ _PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "referenc
 
 _log = logging.getLogger("swa_fast")
 _package = Path(__file__).resolve().parent
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def assume_constant_result(function: _Function) -> _Function:
+    """``torch.compiler``'s function of that name, which imports the compiler for a second or two to
+    do nothing but this."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 class BackendError(RuntimeError):
@@ -264,7 +275,7 @@ def _log_choice(backend: str, device: str, preferred: str | None, reason: str | 
     _log.log(level, message, device, backend, preferred, reason)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@assume_constant_result
 def choose_backend(device: str | torch.device, requested: str | None = None) -> str:
     """The backend for tensors on ``device``.
 

@@ -216,7 +216,7 @@ class Updatable(Protocol):
 averagers: weakref.WeakValueDictionary[str, Updatable] = weakref.WeakValueDictionary()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@_backends.assume_constant_result
 def refresh_averager(handle: str) -> bool:
     """Runs when an update is traced: the averager looks for what changed since its last update."""
     averagers[handle]._refresh()

@@ -461,13 +461,17 @@ class Averager:
 
         names, tensors, is_parameter = self._collect()
         if not tensors:
+            found, left_out = self._left_out()
             raise ValueError(
-                "params_or_module: expected at least one tensor to average, found none"
+                f"{found}: expected at least one tensor to average, found none{left_out}"
             )
         self._aliases = names
+        first_names: dict[int, str] = {}
+        for name, at in names.items():
+            first_names.setdefault(at, name)
         slots = []
         for i, (tensor, parameter) in enumerate(zip(tensors, is_parameter, strict=True)):
-            name = next(n for n, at in names.items() if at == i)
+            name = first_names[i]
             _check_kind(name, tensor)
             numeric = tensor.is_floating_point() or tensor.is_complex()
             averaged = (parameter or buffers == "average") and numeric
@@ -517,6 +521,7 @@ class Averager:
                     for i, source in enumerate(group.sources_of(tensors)):
                         group.flat.view(row, i).copy_(source)
         self._applied: str | None = None
+        self._known_updated: set[str] = set()
         self._reported = 0
         self._seen = [self._mirror(group) for group in self._groups]
         self._handle = str(id(self))
@@ -549,6 +554,18 @@ class Averager:
                 is_parameter.append(parameter)
             names[name] = index[id(tensor)]
         return names, tensors, is_parameter
+
+    def _left_out(self) -> tuple[str, str]:
+        """Which argument leaves no tensor to average, and of how many."""
+        named = list(self._listed if self._module is None else _state_tensors(self._module))
+        if not named:
+            return "params_or_module", ""
+        trains = any(tensor.requires_grad for _, tensor, parameter in named if parameter)
+        if trains or not self._trainable_only:
+            if self._keeps is not None:
+                return "filter", f" among {len(named)} (the first is {named[0][0]!r})"
+            return "buffers='skip'", f" among {len(named)}, which are all buffers"
+        return "trainable_only", f" among {len(named)}, none of which requires a gradient"
 
     def _bind(self, tensors: list[Tensor]) -> None:
         for group in self._groups:
@@ -672,12 +689,22 @@ class Averager:
             if all(not seen.is_pinned() for seen in self._seen):
                 self._raise_if_nonfinite()
 
+    def __repr__(self) -> str:
+        rules = ", ".join(f"{name}={rule!r}" for name, rule in self._rules.items())
+        elements = sum(slot.numel for slot in self._slots)
+        devices = ", ".join(str(group.flat.device) for group in self._groups)
+        backends = ", ".join(sorted({group.flat.backend for group in self._groups}))
+        return (
+            f"{type(self).__name__}({rules}; {len(self._slots)} tensors of {elements:,} elements "
+            f"on {devices}, backend {backends})"
+        )
+
     @property
     def averages(self) -> dict[str, dict[str, Tensor]]:
         """The averages by name; each maps tensor names to the averages themselves, not copies.
         Before the first update they hold the values at construction."""
         views: list[Tensor] = [torch.empty(0)] * len(self._slots)
-        result = {}
+        result: dict[str, dict[str, Tensor]] = _ByName()
         for row, average in enumerate(self._rules):
             for group in self._groups:
                 for i, at in enumerate(group.members):
@@ -754,6 +781,7 @@ class Averager:
                     )
         if problems:
             raise ValueError("state_dict does not fit\n  " + "\n  ".join(sorted(problems)))
+        self._known_updated.clear()
         for average, tensors in own.items():
             for name, tensor in tensors.items():
                 tensor.copy_(state_dict["averages"][average][name])
@@ -787,8 +815,11 @@ class Averager:
         if self._applied is not None:
             raise RuntimeError(f"applied: the average {self._applied!r} is already applied")
         self._raise_if_nonfinite(wait=True)
-        if self.n_averaged[name] == 0:
-            raise RuntimeError(f"applied: the average {name!r} has not been updated yet")
+        # Counters only grow, but for load_state_dict: the device is asked once.
+        if name not in self._known_updated:
+            if self.n_averaged[name] == 0:
+                raise RuntimeError(f"applied: the average {name!r} has not been updated yet")
+            self._known_updated.add(name)
         with torch.no_grad():
             if not self._watch.holds():
                 self._rebind()
@@ -817,6 +848,13 @@ class Averager:
                 f"applied: an average was written while {name!r} was applied; where that was "
                 f"{name!r} itself, the live weights now hold what was written"
             )
+
+
+class _ByName(dict[str, dict[str, Tensor]]):
+    """Averages by name."""
+
+    def __missing__(self, name: object) -> dict[str, Tensor]:
+        raise KeyError(f"averages: expected one of {', '.join(self)}, found {name!r}")
 
 
 def _rule_of(function: AvgFn | MultiAvgFn | None) -> Rule | None:
@@ -899,7 +937,7 @@ class _Storage:
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Binding:
     """The model that an AveragedModel reads from."""
 
@@ -907,6 +945,7 @@ class _Binding:
     storage: _Storage
     watch: Watch
     sources: list[Tensor]  # one for each tensor of the storage
+    counted: tuple[int, int] | None = None  # the counter that an update has left behind
 
 
 class AveragedModel(nn.Module):
@@ -1169,6 +1208,14 @@ class AveragedModel(nn.Module):
             self.n_averaged += 1
         # The views carry version counters of their own, see _ops.average_.
         torch.autograd.graph.increment_version(storage.tensors)
+        binding.counted = self._counter_seen()
+
+    def _counter_seen(self) -> tuple[int, int] | None:
+        """Which counter this is, and how often something other than an update's kernel has written
+        it: after an update, what stays the same is not zero."""
+        if self.n_averaged.is_inference():
+            return None
+        return self.n_averaged.data_ptr(), self.n_averaged._version
 
     def _apply_user_function(self, binding: _Binding) -> None:
         # As torch does: the first update copies, and functions see every tensor, integers included.
@@ -1212,7 +1259,9 @@ class AveragedModel(nn.Module):
         """
         if self._applied:
             raise RuntimeError("applied: the average is already applied")
-        if self.n_averaged == 0:
+        counted = None if self._binding is None else self._binding.counted
+        # Else the device has to be waited for.
+        if (counted is None or counted != self._counter_seen()) and self.n_averaged == 0:
             raise RuntimeError("applied: the average has not been updated yet")
         binding = self._bound(model)
         storage = binding.storage

@@ -8,6 +8,7 @@ import itertools
 import math
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -700,6 +701,34 @@ def test_applied(backend: str, device: str, dtype: torch.dtype) -> None:
         id(p) for group in optimizer.param_groups for p in group["params"]
     }
     averager.update()
+
+
+def test_averages_are_asked_for_by_name() -> None:
+    averager = Averager(nn.Linear(2, 3), {"swa": SWA(), "ema": EMA(0.9)})
+    with pytest.raises(KeyError, match="averages: expected one of swa, ema, found 'x'"):
+        averager.averages["x"]
+    assert repr(averager) == (
+        "Averager(swa=SWA(), ema=EMA(decay=0.9, warmup=None); 2 tensors of 9 elements on cpu, "
+        f"backend {swa_fast.choose_backend('cpu')})"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"filter": "head"}, r"filter: expected .* none among 4 \(the first is '0.weight'\)"),
+        ({"trainable_only": True}, "trainable_only: .* none among 4, none of which requires"),
+    ],
+)
+def test_what_leaves_nothing_to_average_is_named(arguments: dict[str, Any], message: str) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model.requires_grad_("filter" in arguments)
+    with pytest.raises(ValueError, match=message):
+        Averager(model, {"swa": SWA()}, **arguments)
+    with pytest.raises(ValueError, match=r"params_or_module: expected .* found none$"):
+        Averager([], {"swa": SWA()})
+    with pytest.raises(ValueError, match=r"buffers='skip': .* which are all buffers"):
+        Averager(nn.BatchNorm1d(2, affine=False), {"swa": SWA()}, buffers="skip")
 
 
 def test_a_write_while_applied_is_reported() -> None:

@@ -83,6 +83,31 @@ def test_a_skipping_guard_waits_for_nothing(simulator: Any, backend: str) -> Non
     assert total == {"kernel_launches": 2}
 
 
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_putting_an_average_in_waits_once_at_most(simulator: Any, backend: str) -> None:
+    """For whether there is an average, which an update cannot tell that may have been skipped."""
+    model = PreResNet(20).to("cuda")
+    averager = Averager(model, {"swa": SWA()}, backend=backend)
+    averaged = swa_fast.AveragedModel(model, backend=backend)
+    averager.update()
+    averaged.update_parameters(model)
+    with averager.applied("swa"):
+        pass
+    simulator.reset()
+    with averager.applied("swa"), averaged.applied(model):
+        pass
+    averager.update()
+    averaged.update_parameters(model)
+    with averager.applied("swa"):
+        pass
+    assert simulator.counters()["total"]["host_syncs"] == 0
+    averager.load_state_dict({**averager.state_dict(), "n_averaged": {"swa": 0}})
+    averaged.n_averaged.zero_()
+    for applied in (averager.applied("swa"), averaged.applied(model)):
+        with pytest.raises(RuntimeError, match="has not been updated yet"), applied:
+            pass
+
+
 def test_triton_code_is_vectorised() -> None:
     """128-bit accesses on the aligned path, and no memory for spilled registers."""
     pytest.importorskip("triton")
