@@ -95,21 +95,25 @@ STOCHASTIC = {
 }
 
 
-def pieces(sizes: Sequence[int], wider: int, backend: str) -> tuple[int, int]:
-    """How many pieces tensors of these sizes are cut into, and into how many blocks those go.
+def pieces(tensors: Sequence[tuple[int, int]], backend: str) -> tuple[int, int]:
+    """How many pieces tensors are cut into, and into how many blocks those go.
 
     Args:
-        sizes: elements of each tensor.
-        wider: bytes of an element of the wider type, source or average.
+        tensors: of each, its elements and the bytes of one in the wider type of source and average.
         backend: ``"cuda"`` or ``"triton"``.
     """
-    most = LONG // wider if backend == "cuda" else PIECE
-    found = sum(-(-n // most) for n in sizes)
+    found = short = 0
+    for elements, wider in tensors:
+        most = LONG // wider if backend == "cuda" else PIECE
+        found += _up(elements, most)
+        short += elements > 0 and (elements % most or most) * wider <= SHORT
     if backend == "triton":
         return found, found
-    rests = [n % most or most for n in sizes if n]
-    short = sum(rest * wider <= SHORT for rest in rests)
-    return found, found - short + -(-short // SHORT_PER_BLOCK)
+    return found, found - short + _up(short, SHORT_PER_BLOCK)
+
+
+def _up(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 def update_launch(
@@ -119,10 +123,9 @@ def update_launch(
     """``sizes``: elements of each tensor; ``source`` and ``average``: bytes of an element;
     ``buffers``: bytes of each tensor that is copied."""
     elements = sum(sizes)
-    entries, blocks = map(
-        sum,
-        zip(pieces(sizes, max(source, average), backend), pieces(buffers, 1, backend), strict=True),
-    )
+    wider = max(source, average)
+    tensors = [(n, wider) for n in sizes] + [(n, 1) for n in buffers]
+    entries, blocks = pieces(tensors, backend)
     facts = (STOCHASTIC if stochastic else UPDATE)[backend]
     chain = facts["chain"] + 1.0 * (averages - 1)
     return Launch(
@@ -135,45 +138,95 @@ def update_launch(
 
 def guard_launch(sizes: Sequence[int], source: int, backend: str) -> Launch:
     elements = sum(sizes)
-    _, blocks = pieces(sizes, source, backend)
+    _, blocks = pieces([(n, source) for n in sizes], backend)
     return Launch(elements * source, 0, blocks, resident=8, in_flight=256 * 32, chain=1.0)
 
 
-BATCH_NORM = {"resident": 2, "in_flight": 256 * 64}
+# csrc/batch_norm_cuda.cu and kernels/batch_norm.py: bytes of a row that a tile of channels fills,
+# blocks of a launch, units a thread below which there are half as many, sums of other blocks that
+# are added up without dividing the blocks into groups (loads of a thread, eight at a time).
+LINE, BLOCKS, FEW_UNITS, ALONE, AT_ONCE = 128, 1024, 32, 32, 8
+TRITON_LINES = {"statistics": 128, "output": 512}
+TRITON_BLOCK, TRITON_GROUP, TRITON_SPLITS = 2048, 8, 512
+
+
+def _cuda_layer(
+    n: int, c: int, s: int, size: int, channels_last: bool, statistics: bool
+) -> tuple[int, float, int]:
+    """Blocks, loads of the last one that wait for each other, bytes that a block asks for."""
+    most_elements = min(4 if channels_last else 8, 16 // size)
+    line = c if channels_last else s
+    pack = next(p for p in (8, 4, 2, 1) if p <= most_elements and line % p == 0)
+    unroll = 4 if pack * size == 16 else 8
+    lanes = 1
+    if channels_last:
+        packs = c // pack
+        if statistics:
+            largest = min(32, LINE // (pack * size))
+            while lanes < largest and lanes < packs:
+                lanes *= 2
+            if lanes == largest > 1 and 8 * (_up(packs, lanes) * lanes - packs) > packs:
+                lanes //= 2
+        elif packs <= 64:
+            lanes = packs
+        else:
+            units = LINE // (pack * size)
+            lanes = min(64, _up(_up(packs, _up(packs, 64)), units) * units)
+        tiles, units, beside = _up(packs, lanes), n * s, 256 // lanes
+    else:
+        tiles, units, beside = c, n * (s // pack), 256
+    few = units * tiles < FEW_UNITS * beside * BLOCKS
+    wanted = min(1024, _up(units, beside * unroll), _up(BLOCKS // 2 if few else BLOCKS, tiles))
+    each = _up(_up(units, beside * wanted), unroll) * unroll
+    splits = _up(units, beside * each)
+    channels = lanes * pack if channels_last else 1
+    tickets = min(channels, c - (tiles - 1) * channels)
+    if splits == 1:
+        tail = 0.0
+    elif splits * channels <= ALONE * 256 or tickets <= 2:
+        tail = 3.0 + _up(_up(splits * channels, 256), AT_ONCE)
+    else:
+        groups = min(math.isqrt(splits - 1) + 1, tickets - 1)
+        of_a_group = _up(splits, groups)
+        tail = 5.0 + sum(_up(_up(k * channels, 256), AT_ONCE) for k in (of_a_group, groups))
+    return tiles * splits, tail, 256 * unroll * pack * size
+
+
+def _triton_layer(
+    n: int, c: int, s: int, size: int, channels_last: bool, statistics: bool
+) -> tuple[int, float, int]:
+    samples, length = (n * s, 1) if channels_last else (n, s)
+    if channels_last:
+        line = TRITON_LINES["statistics" if statistics else "output"] // size
+        columns = min(1 << (c - 1).bit_length(), line)
+        tiles, width = _up(c, columns), columns
+    else:
+        columns = min(1 << (s - 1).bit_length(), TRITON_BLOCK // 2)
+        tiles, width = c, 1
+    steps = _up(samples, TRITON_BLOCK // columns) * _up(length, columns)
+    wanted = min(TRITON_SPLITS, _up(steps, TRITON_GROUP), _up(BLOCKS, tiles))
+    each = _up(_up(steps, wanted), TRITON_GROUP) * TRITON_GROUP
+    splits = _up(steps, each)
+    tail = 0.0 if splits == 1 else 3.0 + _up(splits * width, 4 * 1024)
+    return tiles * splits, tail, TRITON_BLOCK * size
+
+
+# The blocks' geometry, and how many are resident: 3 of 256 threads, 4 of 128.
+LAYERS = {"cuda": (_cuda_layer, 3), "triton": (_triton_layer, 4)}
 
 
 def batch_norm_launches(
-    shape: Sequence[int], size: int, channels_last: bool, normalise: bool
+    shape: Sequence[int], size: int, channels_last: bool, normalise: bool, backend: str
 ) -> list[Launch]:
     """``size``: bytes of an element."""
     n, c, s = shape[0], shape[1], math.prod(shape[2:])
     moved = n * c * s * size
-
-    def up(a: int, b: int) -> int:
-        return (a + b - 1) // b
-
-    line = c if channels_last else s
-    pack = 16 // size if line % (16 // size) == 0 else 1
-    if channels_last:
-        packs = up(c, pack)
-        lanes = 1
-        while lanes < min(32, 128 // pack) and lanes < packs:
-            lanes *= 2
-        tiles, units, beside = up(packs, lanes), n * s, 256 // lanes
-        unroll = 8
-    else:
-        lanes, tiles, units, beside = 1, c, n * (s // pack), 256
-        unroll = 4 if pack > 1 else 8
-    most = min(512, up(units, beside * unroll))
-    wanted = min(most, up(1024, tiles))
-    each = up(up(units, beside * wanted), unroll) * unroll
-    splits = up(units, beside * each)
-    channels = lanes * pack if channels_last else 1
-    tail = 2.0 + (splits * channels / 256) if splits > 1 else 0.0
-    facts = {"resident": BATCH_NORM["resident"], "in_flight": 256 * unroll * pack * size}
-    found = [Launch(moved, 0, tiles * splits, chain=2.0, tail=tail, **facts)]
+    layer, resident = LAYERS[backend]
+    blocks, tail, in_flight = layer(n, c, s, size, channels_last, True)
+    found = [Launch(moved, 0, blocks, resident, in_flight, chain=2.0, tail=tail)]
     if normalise:
-        found.append(Launch(moved, moved, tiles * splits, chain=2.0, **facts))
+        blocks, _, in_flight = layer(n, c, s, size, channels_last, False)
+        found.append(Launch(moved, moved, blocks, resident, in_flight, chain=2.0))
     return found
 
 
@@ -241,7 +294,8 @@ def predictions() -> dict[str, dict[str, float]]:
         size = 2 if case.dtype == "bfloat16" else 4
         shape = [int(part) for part in case.model.split()[0].split("x")]
         add(case, lambda name, shared, case=case, size=size, shape=shape: batch_norm_launches(
-            shape, size, "channels_last" in case.model, case.op == "BN layer"))  # fmt: skip
+            shape, size, "channels_last" in case.model, case.op == "BN layer",
+            "triton" if name.endswith("triton") else "cuda"))  # fmt: skip
     return found
 
 

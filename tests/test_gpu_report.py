@@ -18,7 +18,9 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+import swa_fast
 from swa_fast import engine
+from swa_fast.train.models.preresnet import PreResNet
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 if not (BENCH / "gpu_report.py").exists():
@@ -335,9 +337,45 @@ def test_pieces_are_those_of_the_engine(bench: Any) -> None:
     assert (predict.LONG, predict.SHORT) == (engine._CUDA_RUN_BYTES, engine._CUDA_SHORT_BYTES)
     assert engine._RUN_ELEMENTS["triton"] == predict.PIECE
     # 4096 + 4096 + 1 elements of 4 bytes, 513 and 512 of them, nothing, eight of one.
-    sizes = [8193, 513, 512, 0, *[1] * 8]
-    assert predict.pieces(sizes, 4, "cuda") == (3 + 1 + 1 + 8, 2 + 1 + 2)
-    assert predict.pieces(sizes, 4, "triton") == (3 + 1 + 1 + 8, 3 + 1 + 1 + 8)
+    tensors = [(n, 4) for n in (8193, 513, 512, 0, *[1] * 8)]
+    assert predict.pieces(tensors, "cuda") == (3 + 1 + 1 + 8, 2 + 1 + 2)
+    assert predict.pieces(tensors, "triton") == (3 + 1 + 1 + 8, 3 + 1 + 1 + 8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_the_model_has_as_many_blocks_as_the_kernels(
+    bench: Any, simulator: Any, backend: str
+) -> None:
+    def launched(run: Any) -> dict[str, int]:
+        simulator.reset()
+        run()
+        return {name: c["blocks"] for name, c in simulator.counters()["kernels"].items()}
+
+    for shape, layout, dtype in (
+        ((64, 24, 14, 14), "contiguous", torch.bfloat16),
+        ((20, 64, 40, 25), "channels_last", torch.bfloat16),
+        ((20, 96, 14, 14), "channels_last", torch.bfloat16),
+        ((16, 130, 9, 8), "channels_last", torch.float32),
+        ((8, 552, 4, 4), "channels_last", torch.bfloat16),
+    ):
+        inputs = bench.gpu_cases._inputs(shape, layout, dtype, torch.device("cuda"))
+        found = launched(bench.gpu_cases._collect(True, backend, inputs).run)
+        size, last = dtype.itemsize, layout == "channels_last"
+        expected = bench.predict.batch_norm_launches(shape, size, last, True, backend)
+        for name, launch in zip(("statistics", "normalise"), expected, strict=True):
+            (blocks,) = (n for kernel, n in found.items() if name in kernel)
+            assert blocks == launch.blocks, (shape, layout, name)
+    model = PreResNet(20).cuda()
+    averager = swa_fast.Averager(model, {"swa": swa_fast.SWA()}, backend=backend)
+    averager.update()
+    (blocks,) = launched(averager.update).values()
+    launch = bench.predict.update_launch(
+        [p.numel() for p in model.parameters()],
+        [b.numel() * b.element_size() for b in model.buffers()],
+        4, 4, 1, backend,
+    )  # fmt: skip
+    assert blocks == launch.blocks
 
 
 def test_the_predictions_are_those_of_the_model(bench: Any) -> None:
