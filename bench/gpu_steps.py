@@ -869,7 +869,7 @@ def step_inside(context: Context) -> None:
 
 def step_trainer(context: Context) -> None:
     """Epochs of PreResNet-164 with the trainer, on made-up images of CIFAR's size."""
-    model, epochs = ("preresnet8", 2) if context.small else ("preresnet164", 3)
+    model, epochs = ("preresnet8", 2) if context.small else ("preresnet164", 2)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         command = [
@@ -883,7 +883,7 @@ def step_trainer(context: Context) -> None:
             env={**os.environ, "PYTHONPATH": _python_path()},
         )  # fmt: skip
         results = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    # Of the last epoch of the trajectory that averages at every step; the first ones warm up.
+    # Of the last epoch of the trajectory that averages at every step; the first one warms up.
     records = [r for r in results["records"] if "ema" in r["averages"]]
     seconds = records[-1]["seconds"]
     images = results["data"]["train_images"]
