@@ -8,6 +8,7 @@ import itertools
 import logging
 import re
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -736,7 +737,7 @@ class Averager:
             "rounding": self._rounding,
             "seed": self._seed,
             "skipped_updates": self.skipped_updates,
-            "averages": self.averages,
+            "averages": dict(self.averages),
         }
 
     @torch.no_grad()
@@ -851,7 +852,10 @@ class Averager:
 
 
 class _ByName(dict[str, dict[str, Tensor]]):
-    """Averages by name."""
+    """Averages by name. Pickled as a type that ``torch.load(weights_only=True)`` allows."""
+
+    def __reduce__(self) -> Any:
+        return OrderedDict, (), None, None, iter(self.items())
 
     def __missing__(self, name: object) -> dict[str, Tensor]:
         raise KeyError(f"averages: expected one of {', '.join(self)}, found {name!r}")
