@@ -189,6 +189,24 @@ def git_commit() -> str | None:
     return result.stdout.strip() or None
 
 
+def commit() -> str | None:
+    """Of the source, with a plus where it has been changed since; None outside of a repository."""
+
+    def git(*arguments: str) -> str:
+        found = subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        return found.stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT:
+            return None
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def extensions(info: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
     """Extension modules and build commands; records in ``info`` what is built and what is not."""
     cuda = flag("SWA_FAST_CUDA", ("auto", "1", "0"))
@@ -213,6 +231,7 @@ def extensions(info: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
             "first"
         )
     info["torch"] = torch.__version__
+    info["commit"] = commit()
     info["compiler"] = compiler_version(compiler.split()[0])
 
     # Messages of failed checks carry __FILE__: the builder's paths do not belong in a wheel.

@@ -39,6 +39,9 @@ import torch
 from rows import OURS, Row
 from torch import Tensor
 
+import swa_fast
+from swa_fast import _backends
+
 __all__ = [
     "CHECKED_RUNS",
     "Case",
@@ -161,6 +164,10 @@ def _commit() -> str:
             cwd=Path(__file__).parent,
         ).stdout.strip()  # fmt: skip
 
+    package = Path(swa_fast.__file__).resolve().parent
+    if package.parent != Path(__file__).resolve().parent.parent:
+        # What is measured was built somewhere else.
+        return str(_backends.build_info().get("commit") or "unknown")
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "..", ":!../bench/results")
     return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
 
