@@ -42,7 +42,13 @@ LIMITS = Path(__file__).with_name("kernel_limits.json")
 # Threads of a block, and how many blocks must fit on a multiprocessor. With 128 bytes a thread on
 # their way, three blocks of the update hold 96 KB; an H100 needs about 20 at full bandwidth (3.35
 # TB/s for 700 ns over 132 multiprocessors), a B200 about 40.
-RESIDENT = {"update_kernel": (256, 3), "guard_kernel": (256, 4), "exchange_kernel": (256, 4)}
+RESIDENT = {
+    "update_kernel": (256, 3),
+    "guard_kernel": (256, 4),
+    "exchange_kernel": (256, 4),
+    "statistics_kernel": (256, 3),
+    "normalise_kernel": (256, 3),
+}
 
 
 @dataclasses.dataclass(frozen=True)
