@@ -36,7 +36,8 @@ SYSTEM = {"libc.so.6", "libm.so.6", "libgcc_s.so.1", "libstdc++.so.6", "libpthre
 SYSTEM |= {"libgomp.so.1", "ld-linux-x86-64.so.2"}
 NEEDED = {"_C": {"libc10.so", "libtorch.so", "libtorch_cpu.so"}}
 NEEDED["_C_cuda"] = NEEDED["_C"] | {"libcudart.so"}
-FACTS = ("80", "90", "100")  # architectures of bench/kernel_limits.json
+# Architectures on which no kernel may spill. On sm_75, which nothing was tuned for, one does.
+SPILL_FREE = ("80", "90", "100", "120")
 problems: list[str] = []
 
 
@@ -82,7 +83,7 @@ def check_device_code(library: Path, arch_list: str) -> None:
 
 
 def check_kernels(tool: str, library: Path) -> None:
-    """The update's kernels: no spilled registers, and 128-bit accesses."""
+    """No spilled registers, and 128-bit accesses in the update's kernels."""
     usage = subprocess.run(
         [tool, "--dump-resource-usage", str(library)], capture_output=True, text=True, check=True
     ).stdout
@@ -91,14 +92,13 @@ def check_kernels(tool: str, library: Path) -> None:
         arch = part.split()[0].removeprefix("sm_")
         found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", part)
         for name, used, stack, local in found:
-            if re.search(r"\d(update|exchange|guard)_kernel", name):
+            if re.search(r"\d(update|exchange|guard|statistics|normalise|merge)_kernel", name):
                 kernels += 1
                 registers = max(registers, int(used))
                 if int(stack) or int(local):
                     spilled.append((arch, name, f"{stack} bytes of stack"))
-    check(kernels > 0, f"{kernels} kernels of the update")
-    # bench/kernel_facts.py holds every kernel of these to its limits; of others it is said only.
-    known = [entry for entry in spilled if entry[0] in FACTS]
+    check(kernels > 0, f"{kernels} kernels of averages and BatchNorm")
+    known = [entry for entry in spilled if entry[0] in SPILL_FREE]
     check(not known, f"at most {registers} registers, none spilled {known or ''}")
     for entry in spilled:
         if entry not in known:
