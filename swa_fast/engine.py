@@ -14,7 +14,7 @@ import itertools
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,7 +23,10 @@ from torch import Tensor, nn
 from . import _backends, _ops
 from .rules import AveragingFunction, Rule, rule_row
 
-__all__ = ["MAX_AVERAGES", "FlatAverages", "Slot", "Watch", "dense_strides"]
+if TYPE_CHECKING:
+    from ._gather import Gather
+
+__all__ = ["MAX_AVERAGES", "FlatAverages", "Slot", "Watch", "bytes_of", "dense_strides"]
 
 MAX_AVERAGES = 16  # kMaxAverages in csrc/update.h
 ALIGNMENT = 128
@@ -113,6 +116,23 @@ class Watch:
             yield from (child._parameters, child._buffers, child._modules)
 
 
+def _places(slots: Sequence[Slot]) -> tuple[list[int], dict[torch.dtype, int]]:
+    """The first element of each slot in a row of its dtype, and the length of each such row."""
+    places = []
+    ends: dict[torch.dtype, int] = {}
+    for slot in slots:
+        places.append(ends.get(slot.dtype, 0))
+        step = ALIGNMENT // slot.dtype.itemsize
+        ends[slot.dtype] = places[-1] + -(-slot.numel // step) * step
+    # A row of nothing has an address all the same.
+    return places, {t: max(end, ALIGNMENT // t.itemsize) for t, end in ends.items()}
+
+
+def bytes_of(slots: Sequence[Slot]) -> int:
+    """Of one average."""
+    return sum(dtype.itemsize * end for dtype, end in _places(slots)[1].items())
+
+
 def _flat(tensor: Tensor) -> Tensor:
     """A dense tensor's memory as one dimension."""
     return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
@@ -133,6 +153,8 @@ class FlatAverages:
         backend: a name of ``BACKENDS``, or None to choose by device.
         seed: for stochastic rounding of bfloat16 averages; None rounds to nearest.
         guard: skip an update whose averaged sources hold an infinity or NaN.
+        memory: uint8 [averages * :func:`bytes_of`], aligned to 128 bytes, that the averages are put
+            into; None allocates.
     """
 
     def __init__(
@@ -144,6 +166,7 @@ class FlatAverages:
         backend: str | None = None,
         seed: int | None = None,
         guard: bool = False,
+        memory: Tensor | None = None,
     ) -> None:
         self.slots = tuple(slots)
         self.device = device
@@ -154,19 +177,17 @@ class FlatAverages:
             row: rule for row, rule in enumerate(rules) if callable(rule)
         }
 
-        self.places = [0] * len(self.slots)  # first elements, in the row of the slot's dtype
-        ends: dict[torch.dtype, int] = {}
-        for index, slot in enumerate(self.slots):
-            self.places[index] = ends.get(slot.dtype, 0)
-            step = ALIGNMENT // slot.dtype.itemsize
-            ends[slot.dtype] = self.places[index] + -(-slot.numel // step) * step
+        self.places, ends = _places(self.slots)
         self.flats: dict[torch.dtype, Tensor] = {}
         for dtype, end in ends.items():
-            step = ALIGNMENT // dtype.itemsize
-            size = len(rules) * max(end, step)
-            memory = torch.zeros(size + step, dtype=dtype, device=device)
-            skip = -memory.data_ptr() % ALIGNMENT // dtype.itemsize
-            self.flats[dtype] = memory[skip : skip + size].view(len(rules), -1)
+            size = len(rules) * end
+            if memory is None:
+                own = torch.zeros(size + ALIGNMENT // dtype.itemsize, dtype=dtype, device=device)
+                own = own[-own.data_ptr() % ALIGNMENT // dtype.itemsize :]
+            else:
+                own = memory[: size * dtype.itemsize].view(dtype)
+                memory = memory[size * dtype.itemsize :]
+            self.flats[dtype] = own[:size].view(len(rules), -1)
         self.rows = list(self.flats.values())
         self.state = torch.zeros(len(rules) + STATE_SLOTS, dtype=torch.int64, device=device)
         self._host_rules = torch.tensor([rule_row(rule) for rule in rules], dtype=torch.float64)
@@ -176,6 +197,7 @@ class FlatAverages:
         self._sources: list[Tensor] = []
         self._exchange_sources: list[Tensor] = []
         self._staged: list[tuple[Tensor, Tensor]] = []
+        self._gathers: list[Gather] = []
         self._captured: list[object] = []
 
     @property
@@ -230,6 +252,12 @@ class FlatAverages:
         self.backend = _backends.choose_backend(self.device, self._requested)
         self.rules = self._host_rules.to(self.device if self.backend == "triton" else "cpu")
         runs, staged = [], []
+        gathered: dict[int, Tensor] = {}
+        self._gathers = []
+        if self.device.type == "cpu" and any(s.device.type == "cuda" for s in sources):
+            from ._gather import gather_from_gpus
+
+            self._gathers, gathered = gather_from_gpus(self, sources)
         exchanged: list[tuple[int, Tensor]] = []
         in_place: set[int] = set()
         addresses: set[int] = set()
@@ -249,7 +277,9 @@ class FlatAverages:
                 and not source.is_neg()
                 and _ops.same_dense_layout(self.view(0, index), source)
             )
-            if not dense or not (same or slot.averaged or convertible):
+            if index in gathered:
+                source = gathered[index]
+            elif not dense or not (same or slot.averaged or convertible):
                 # Brought to the average's device and layout by torch before each update.
                 staging = torch.empty_strided(
                     slot.shape,
@@ -279,7 +309,7 @@ class FlatAverages:
     def unbind(self) -> None:
         """Lets go of the sources; the next update needs others."""
         self._keep, self._bound, self._sources, self._exchange_sources = [], [], [], []
-        self._staged = []
+        self._staged, self._gathers = [], []
 
     def _build(self, pairs: Sequence[tuple[int, Tensor]]) -> tuple[Tensor, list[Tensor], int, int]:
         """The table of runs, for the reference backend the runs' sources, the bit mask of the type
@@ -360,6 +390,8 @@ class FlatAverages:
 
     def update(self) -> None:
         """Takes the bound sources into every average."""
+        for gather in self._gathers:
+            gather()
         for staging, source in self._staged:
             staging.copy_(source)
         for row, function in self.functions.items():

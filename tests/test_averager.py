@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import swa_fast
-from swa_fast import EMA, SWA, Averager, Warmup, _backends, reference
+from swa_fast import EMA, SWA, Averager, Warmup, _backends, _gather, reference
 from swa_fast.engine import Watch
 
 backends = pytest.mark.parametrize("backend, device", BACKENDS)
@@ -831,6 +831,46 @@ def test_resumed_is_uninterrupted(
     assert resumed.n_averaged == averager.n_averaged
     for rule, name in itertools.product(rules, averager.averages["swa"]):
         assert torch.equal(resumed.averages[rule][name], averager.averages[rule][name])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("chunk", [1 << 28, 4096, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_averages_on_the_cpu_of_a_model_on_a_gpu(
+    dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gathered in one piece or in many, from tensors of every kind, moved ones too."""
+    monkeypatch.setattr(_gather, "CHUNK", chunk)
+    model = of_dtype(Net(), dtype)
+    there = copy.deepcopy(model).cuda()
+    # In the model's own types the CPU's averages are the reference: same arithmetic, same bits.
+    ours = Averager(there, RULES, device="cpu", buffers="average")
+    theirs = Averager(model, RULES, buffers="average")
+    for n in range(4):
+        if n == 2:
+            there.embed.weight.data = there.embed.weight.data.clone()
+        step(model)
+        there.load_state_dict(model.state_dict())
+        ours.update()
+        theirs.update()
+    for rule, name in itertools.product(RULES, theirs.averages["swa"]):
+        found = ours.averages[rule][name]
+        assert found.device.type == "cpu"
+        assert torch.equal(found, theirs.averages[rule][name]), name
+
+
+@pytest.mark.gpu
+def test_without_room_for_a_buffer_tensors_come_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(tensors: object) -> None:
+        raise torch.cuda.OutOfMemoryError("full")
+
+    monkeypatch.setattr(_gather, "Gather", full)
+    model = nn.Linear(3, 4).cuda()
+    averager = Averager(model, {"swa": SWA()}, device="cpu")
+    averager.update()
+    assert torch.equal(averager.averages["swa"]["bias"], model.bias.cpu())
 
 
 def test_a_state_that_does_not_fit_changes_nothing() -> None:

@@ -5,6 +5,7 @@ Skipped on a real GPU, which counts none of these by itself.
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
@@ -106,6 +107,28 @@ def test_putting_an_average_in_waits_once_at_most(simulator: Any, backend: str) 
     for applied in (averager.applied("swa"), averaged.applied(model)):
         with pytest.raises(RuntimeError, match="has not been updated yet"), applied:
             pass
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("kind", ["Averager", "AveragedModel"])
+def test_averages_on_the_cpu_wait_once(simulator: Any, kind: str, backend: str | None) -> None:
+    model = PreResNet(20).to("cuda")
+    if kind == "Averager":
+        averager = Averager(model, {"swa": SWA()}, device="cpu", backend=backend)
+        update = averager.update
+    else:
+        averaged = swa_fast.AveragedModel(model, device="cpu", backend=backend)
+        update = functools.partial(averaged.update_parameters, model)
+    update()
+    simulator.reset()
+    update()
+    total = {k: v for k, v in simulator.counters()["total"].items() if v}
+    moved = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    assert total.pop("memcpy_DtoH_bytes") == pytest.approx(moved, rel=0.02)
+    assert total == {
+        "kernel_launches": 1, "memcpy": 1, "memcpy_DtoH": 1, "cudaStreamSynchronize": 1,
+        "host_syncs": 1,
+    }  # fmt: skip
 
 
 def test_triton_code_is_vectorised() -> None:
