@@ -302,25 +302,27 @@ def _exchange_kernel(table_ptr, row: tl.int64, BLOCK: tl.constexpr):
     count = (packed & 0xFFFFFFFF) * size
     source_ptr = address.to(tl.pointer_type(tl.uint8))
     average_ptr = average.to(tl.pointer_type(tl.uint8))
-    for start in range(0, count, BLOCK):
-        left = average_ptr + start
-        right = source_ptr + start
-        rest = count - start
-        if (address % 16 == 0) & (rest >= BLOCK):
-            words = tl.arange(0, BLOCK // 8)
-            wide_left = tl.multiple_of(left.to(tl.pointer_type(tl.int64)), 16) + words
-            wide_right = tl.multiple_of(right.to(tl.pointer_type(tl.int64)), 16) + words
-            kept = tl.load(wide_left)
-            tl.store(wide_left, tl.load(wide_right))
-            tl.store(wide_right, kept)
-        else:
-            # In eighths: one byte a lane of a whole block takes more registers than there are.
-            for part in range(0, tl.minimum(rest, BLOCK), BLOCK // 8):
-                single = part + tl.arange(0, BLOCK // 8)
-                mask = single < rest
-                narrow = tl.load(left + single, mask=mask)
-                tl.store(left + single, tl.load(right + single, mask=mask), mask=mask)
-                tl.store(right + single, narrow, mask=mask)
+    # All of a run of 4096 floats at once, as the update reads them. In four steps, each of which
+    # waits for its loads, a swap reached two fifths of an H100's bandwidth.
+    whole = tl.where(address % 16 == 0, count // 16 * 16, 0)
+    words = tl.arange(0, BLOCK // 2)
+    for start in range(0, whole, 4 * BLOCK):
+        left = (average_ptr + start).to(tl.pointer_type(tl.int64))
+        right = (source_ptr + start).to(tl.pointer_type(tl.int64))
+        wide_left = tl.multiple_of(left, 16) + words
+        wide_right = tl.multiple_of(right, 16) + words
+        mask = words < tl.multiple_of((whole - start) // 8, 2)
+        kept = tl.load(wide_left, mask=mask)
+        tl.store(wide_left, tl.load(wide_right, mask=mask), mask=mask)
+        tl.store(wide_right, kept, mask=mask)
+    # Byte by byte, few at a time: one a lane of a whole block takes more registers than there are.
+    bytes_ = tl.arange(0, BLOCK // 8)
+    for start in range(whole, count, BLOCK // 8):
+        single = start + bytes_
+        mask = single < count
+        narrow = tl.load(average_ptr + single, mask=mask)
+        tl.store(average_ptr + single, tl.load(source_ptr + single, mask=mask), mask=mask)
+        tl.store(source_ptr + single, narrow, mask=mask)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:

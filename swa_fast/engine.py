@@ -196,6 +196,8 @@ class FlatAverages:
         self._short_runs = self._exchange_short_runs = 0
         self._sources: list[Tensor] = []
         self._exchange_sources: list[Tensor] = []
+        self._in_place: list[Tensor] = []
+        self._others: list[int] = []
         self._staged: list[tuple[Tensor, Tensor]] = []
         self._gathers: list[Gather] = []
         self._captured: list[object] = []
@@ -301,14 +303,17 @@ class FlatAverages:
             exchanged
         )
         self.exchanged = frozenset(index for index, _ in exchanged)
-        self._in_place = frozenset(in_place)
         self._staged = staged
         self._keep = [source for _, source in runs]
         self._bound = [source.detach() for source in sources]
+        # Listed here, because a list of all tensors takes longer than the exchange of small ones.
+        self._in_place = [self._bound[i] for i in sorted(in_place)]
+        self._others = [i for i in range(len(self.slots)) if i not in in_place]
 
     def unbind(self) -> None:
         """Lets go of the sources; the next update needs others."""
         self._keep, self._bound, self._sources, self._exchange_sources = [], [], [], []
+        self._in_place = []
         self._staged, self._gathers = [], []
 
     def _build(self, pairs: Sequence[tuple[int, Tensor]]) -> tuple[Tensor, list[Tensor], int, int]:
@@ -457,9 +462,8 @@ class FlatAverages:
                 row,
                 self._exchange_short_runs,
             )
-        done = [s for i, s in enumerate(sources) if i in self._in_place]
-        torch.autograd.graph.increment_version(done)
-        return [(i, s) for i, s in enumerate(sources) if i not in self._in_place]
+        torch.autograd.graph.increment_version(self._in_place)
+        return [(i, sources[i]) for i in self._others]
 
     def averages(self, row: int) -> Mapping[str, Tensor]:
         """The tensors of average ``row`` by name."""
