@@ -17,8 +17,9 @@ SWA_FAST_COUNTS) names a function that is called with a function without argumen
 returns a mapping with ``launches``, ``host_syncs``, ``allocations``, ``copies`` and, if known,
 ``bytes``.
 
-The predicted time is no measurement: max(bytes / bandwidth, (launches + copies) * launch cost),
-with the bytes counted or, where they are not known, those that the operation has to move at least.
+The time is none that was measured but a bound, max(bytes / bandwidth, (launches + copies) * launch
+cost), with the bytes counted or, where they are not known, those that the operation has to move. It
+knows nothing of how long loads wait for one another, nor of the host: ``bench/predict.py`` predicts.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from rows import write_table
 import swa_fast
 from swa_fast import _backends
 
-__all__ = ["Counts", "main", "predicted_seconds", "profiler_counts", "simulator_counts"]
+__all__ = ["Counts", "main", "least_seconds", "profiler_counts", "simulator_counts"]
 
 SIMULATOR = Path(__file__).resolve().parent.parent / "tests" / "gpusim"
 # Peak bandwidth of the memory in GB/s by the vendor's data sheets.
@@ -86,10 +87,10 @@ class Counts:
 Source = Callable[[Run], Mapping[str, Any]]
 
 
-def predicted_seconds(
+def least_seconds(
     counts: Counts, least_bytes: int | None, bandwidth: float, launch_cost: float
 ) -> float:
-    """A prediction. ``bandwidth`` in bytes a second, ``launch_cost`` in seconds."""
+    """What it takes at least. ``bandwidth`` in bytes a second, ``launch_cost`` in seconds."""
     moved = least_bytes if counts.bytes is None else counts.bytes
     return max((moved or 0) / bandwidth, (counts.launches + counts.copies) * launch_cost)
 
@@ -175,13 +176,13 @@ def bandwidth_of(device: str) -> float | None:
 COLUMNS = [
     "op", "contender", "model", "dtype", "device", "counted by", "torch", "commit", "date",
     "launches", "host syncs", "allocations", "copies", "bytes counted", "bytes at least",
-    "predicted us",
+    "at least us",
 ]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Counter:
-    """Where counts come from, and what makes a prediction of them."""
+    """Where counts come from, and what makes a time of them."""
 
     source: Source
     by: str
@@ -191,8 +192,8 @@ class Counter:
     def row(
         self, op: str, contender: str, model: str, dtype: str, counts: Counts, least: int | None
     ) -> dict[str, Any]:
-        """Prints and returns one contender's."""
-        seconds = predicted_seconds(counts, least, self.bandwidth, self.launch_cost)
+        """Prints and returns the row of one contender."""
+        seconds = least_seconds(counts, least, self.bandwidth, self.launch_cost)
         print(
             f"  {contender:34}{counts.launches:9}{counts.host_syncs:8}{counts.allocations:8}"
             f"{counts.copies:8}{'-' if counts.bytes is None else f'{counts.bytes:,}':>16}"
@@ -208,7 +209,7 @@ class Counter:
             "allocations": counts.allocations, "copies": counts.copies,
             "bytes counted": "" if counts.bytes is None else counts.bytes,
             "bytes at least": "" if least is None else least,
-            "predicted us": f"{1e6 * seconds:.3g}",
+            "at least us": f"{1e6 * seconds:.3g}",
         }  # fmt: skip
 
 
@@ -270,11 +271,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--source", default=os.environ.get("SWA_FAST_COUNTS"))
     parser.add_argument(
         "--bandwidth", type=float, metavar="GB/s",
-        help="of the device's memory, for the prediction (default: the data sheet's peak)",
+        help="of the device's memory, for the least time (default: the data sheet's peak)",
     )  # fmt: skip
     parser.add_argument(
-        "--launch-cost", type=float, default=2.5, metavar="us",
-        help="of a launch or copy, for the prediction (default: %(default)s)",
+        "--launch-cost", type=float, default=1.2, metavar="us",
+        help="of a launch or copy, for the least time (default: %(default)s, the smallest kernel of "
+        "a graph on an H100)",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="FILE.csv")
     options = parser.parse_args(arguments)
@@ -302,10 +304,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         models = []
     if not cases and not models:
         parser.error("nothing is selected: see the operations and models of bench/run.py --list")
-    head = "launches   syncs  allocs  copies   bytes counted  bytes at least  PREDICTED, us"
+    head = "launches   syncs  allocs  copies   bytes counted  bytes at least    AT LEAST, us"
     print(
-        f"counted by {by}; predicted with {bandwidth:g} GB/s and {options.launch_cost:g} us a "
-        f"launch, not measured"
+        f"counted by {by}; times are bounds, by {bandwidth:g} GB/s and {options.launch_cost:g} us a "
+        f"launch, and were not measured"
     )
     counter = Counter(source, by, 1e9 * bandwidth, 1e-6 * options.launch_cost)
     found = []

@@ -200,8 +200,8 @@ def counts(data: Data, options: dict[str, str]) -> str:
     lines = []
     for row in rows:
         cells = [row["contender"], *(f"{int(row[c]):,}" if row[c] else "" for c in columns)]
-        lines.append([*cells, significant(float(row["predicted us"]))])
-    return markdown(["", *columns, "predicted, us"], lines)
+        lines.append([*cells, significant(float(row["at least us"]))])
+    return markdown(["", *columns, "at least, us"], lines)
 
 
 def overhead(data: Data, options: dict[str, str]) -> str:
