@@ -19,7 +19,8 @@ returns a mapping with ``launches``, ``host_syncs``, ``allocations``, ``copies``
 
 The time is none that was measured but a bound, max(bytes / bandwidth, (launches + copies) * launch
 cost), with the bytes counted or, where they are not known, those that the operation has to move. It
-knows nothing of how long loads wait for one another, nor of the host: ``bench/predict.py`` predicts.
+knows nothing of how long loads wait for one another, nor of the host; ``bench/predict.py`` does, of
+the former.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from rows import write_table
 import swa_fast
 from swa_fast import _backends
 
-__all__ = ["Counts", "main", "least_seconds", "profiler_counts", "simulator_counts"]
+__all__ = ["Counts", "least_seconds", "main", "profiler_counts", "simulator_counts"]
 
 SIMULATOR = Path(__file__).resolve().parent.parent / "tests" / "gpusim"
 # Peak bandwidth of the memory in GB/s by the vendor's data sheets.
@@ -275,8 +276,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument(
         "--launch-cost", type=float, default=1.2, metavar="us",
-        help="of a launch or copy, for the least time (default: %(default)s, the smallest kernel of "
-        "a graph on an H100)",
+        help="of a launch or copy, for the least time (default: %(default)s, the smallest kernel "
+        "of a graph on an H100)",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="FILE.csv")
     options = parser.parse_args(arguments)
@@ -306,8 +307,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("nothing is selected: see the operations and models of bench/run.py --list")
     head = "launches   syncs  allocs  copies   bytes counted  bytes at least    AT LEAST, us"
     print(
-        f"counted by {by}; times are bounds, by {bandwidth:g} GB/s and {options.launch_cost:g} us a "
-        f"launch, and were not measured"
+        f"counted by {by}; times are bounds, by {bandwidth:g} GB/s and {options.launch_cost:g} us "
+        f"a launch, and were not measured"
     )
     counter = Counter(source, by, 1e9 * bandwidth, 1e-6 * options.launch_cost)
     found = []
