@@ -366,7 +366,9 @@ class Averager:
         dtype: of the averages of floating-point tensors: float32, float64, bfloat16 or float16.
             A float64 tensor's average is float64 all the same, complex tensors keep their dtype,
             and None keeps every tensor's own.
-        device: where the averages live; None keeps each beside its tensor.
+        device: where the averages live; None keeps each beside its tensor. On the CPU, an update of
+            a model on a GPU waits once, for the copy of its tensors, which takes as much pinned
+            memory and up to 256 MiB of the GPU's.
         buffers: ``copy`` keeps the last values, ``average`` averages floating-point buffers and
             copies integers and booleans, ``skip`` leaves buffers out.
         filter: which parameters and buffers to keep: a predicate of name and tensor, or a regular
