@@ -471,7 +471,9 @@ class Trainer:
             )
         mean, labels = ensemble.mean, self._test_labels
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        sums[0] = F.nll_loss(mean.log(), labels, reduction="sum")
+        # A probability that float32 rounds to zero is a small one, and no infinite loss.
+        least = math.ldexp(1.0, -149)
+        sums[0] = F.nll_loss(mean.clamp(min=least).log(), labels, reduction="sum")
         sums[1] = (mean.argmax(1) == labels).sum()
         sums[2] = len(labels)
         loss, correct, count = self.world.sum(sums).tolist()
