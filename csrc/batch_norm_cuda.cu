@@ -454,8 +454,7 @@ int lanes_for_statistics(int64_t packs) {
   return lanes == Traits::kMaxLanes && lanes > 1 && 8 * idle > packs ? lanes / 2 : lanes;
 }
 
-// Whole rows, or whole lines of them: memory takes lines that are written in parts by several
-// blocks at half of its speed.
+// Whole rows, or whole lines of them: lines that several blocks write in parts are slow to write.
 template <typename Traits>
 int lanes_for_output(int64_t packs) {
   constexpr int64_t kMost = kThreads / 4;

@@ -23,8 +23,8 @@ __all__ = ["collect", "merge_"]
 BLOCK = 2048  # values that a program has in flight
 NUM_WARPS = 4  # with BLOCK: 16 values, or four 16-byte fp32 packs, per thread
 GROUP = tl.constexpr(8)  # blocks of a group: the bound in csrc/batch_norm.h
-# Bytes of a row that a tile of channels fills, for the statistics and for the output: memory takes
-# lines that are written in parts by several programs at half of its speed.
+# Bytes of a row that a tile of channels fills, for the statistics and for the output: lines that
+# several programs write in parts are slow to write.
 LINE, OUTPUT_LINE = 128, 512
 PROGRAMS = 1024  # fills any GPU; not its own number, for the same bits on all
 MAX_SPLITS = 512

@@ -869,6 +869,24 @@ def test_averages_on_the_cpu_of_a_model_on_a_gpu(
 
 
 @pytest.mark.gpu
+def test_without_pinned_memory_the_copies_are_right_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    empty = torch.empty
+
+    def unpinned(*arguments: Any, pin_memory: bool = False, **options: Any) -> Tensor:
+        if pin_memory:
+            raise RuntimeError("the limit of locked memory")
+        return empty(*arguments, **options)
+
+    monkeypatch.setattr(torch, "empty", unpinned)
+    model = nn.Linear(3, 4).cuda()
+    averager = Averager(model, {"swa": SWA()}, device="cpu")
+    averager.update()
+    assert torch.equal(averager.averages["swa"]["weight"], model.weight.cpu())
+
+
+@pytest.mark.gpu
 def test_without_room_for_a_buffer_tensors_come_one_by_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
