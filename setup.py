@@ -36,7 +36,6 @@ TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11, the oldest torch the binary
 DEFAULT_ARCH_LIST = "7.5;8.0;9.0+PTX;10.0;12.0+PTX"
 CUDA_SOURCES = [
     "csrc/module_cuda.cpp",
-    "csrc/average_cuda.cu",
     "csrc/batch_norm_cuda.cu",
     "csrc/update_cuda.cu",
 ]
@@ -253,7 +252,6 @@ def extensions(info: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
             "swa_fast._C",
             [
                 "csrc/module_cpu.cpp",
-                "csrc/average_cpu.cpp",
                 "csrc/batch_norm_cpu.cpp",
                 "csrc/update_cpu.cpp",
                 "csrc/watch.cpp",

@@ -24,7 +24,7 @@
 
 #include <cmath>
 
-#include "average.h"
+#include "stable_compat.h"
 
 namespace swa_fast {
 

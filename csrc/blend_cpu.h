@@ -1,13 +1,13 @@
-// The CPU side of one pair of runs: average <- blend(average, source) over `count` elements.
+// The CPU side of one segment: average <- blend(average, source) over `count` elements.
 //
 // Bytes per element: sizeof(source) + 2 sizeof(average), 12 for fp32. The result does not depend on
-// where a run is cut: tails go through the same vector arithmetic as full vectors.
+// where a segment is cut: tails go through the same vector arithmetic as full vectors.
 #pragma once
 
 #include <cmath>
 #include <cstring>
 
-#include "average.h"
+#include "update.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define SWA_FAST_HAS_AVX2_PATH 1
@@ -159,7 +159,7 @@ SWA_FAST_AVX2 void average_avx2(Average* average, const Source* source, int64_t 
   int64_t i = 0;
   for (; i + L::kCount <= count; i += L::kCount) average_vector<kMode>(average + i, source + i, c);
   if (i < count) {
-    // Through a padded copy, so that an element's result does not depend on its place in the run.
+    // Through a padded copy, so that an element's result does not depend on its place in the segment.
     Average a[L::kCount] = {};
     Source b[L::kCount] = {};
     std::memcpy(a, average + i, (count - i) * sizeof(Average));
@@ -178,8 +178,8 @@ inline bool cpu_has_avx2() {
 #endif  // SWA_FAST_HAS_AVX2_PATH
 
 template <typename Average, typename Source>
-void average_run(void* average_base, const void* source_base, int64_t begin, int64_t end,
-                 Blend blend) {
+void average_range(void* average_base, const void* source_base, int64_t begin, int64_t end,
+                   Blend blend) {
   Average* average = static_cast<Average*>(average_base) + begin;
   const Source* source = static_cast<const Source*>(source_base) + begin;
 #if SWA_FAST_HAS_AVX2_PATH

@@ -23,6 +23,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #if !defined(TORCH_STABLE_ONLY) || !defined(TORCH_TARGET_VERSION)
@@ -35,6 +36,13 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using BFloat16 = c10::BFloat16;
 using Half = c10::Half;
+
+// Arithmetic type of a pair: fp64 as soon as one side is fp64, else fp32. One conversion at load,
+// one rounding at store.
+template <typename Average, typename Source>
+using opmath_t =
+    std::conditional_t<std::is_same_v<Average, double> || std::is_same_v<Source, double>, double,
+                       float>;
 
 // Calls f(T{}) with the C++ type of `type`, of an argument of `op`. The schema's Python front
 // checks dtypes and names the tensor; the message here is the backstop for callers of the raw op.

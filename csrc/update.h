@@ -1,36 +1,35 @@
-// What the CPU and the CUDA kernels of swa_fast::update_ and swa_fast::exchange_ share: the table
-// of runs, the rules and the random numbers. swa_fast/engine.py builds what is read here.
+// What the CPU and the CUDA kernels of swa_fast::update_ and swa_fast::swap_ share: segments, rules and
+// random numbers. swa_fast/_layout.py describes the table of segments that swa_fast/engine.py builds.
 #pragma once
 
 #include <cmath>
 #include <cstring>
 #include <type_traits>
 
-#include "average.h"
+#include "layout.h"
+#include "stable_compat.h"
 
 namespace swa_fast {
 
-// Most averages that one update serves; their rules travel as kernel arguments.
-constexpr int kMaxAverages = 16;
+// One row of the table: a run of consecutive elements, where it is read and where its averages lie.
+struct Segment {
+  const int64_t* words;
 
-// One run of consecutive elements: a whole tensor, or a part of one.
-struct alignas(32) Run {
-  const void* source;
-  char* average;      // of row 0
-  int64_t row_bytes;  // from one average to the next
-  // Bits 0-31 elements, 32-39 average type, 40-47 source type, 48 copied always, and from 49 on the
-  // index of the tensor of averages, which only the reference needs.
-  int64_t packed;
-
-  C10_HOST_DEVICE int64_t count() const { return packed & 0xffffffff; }
-  C10_HOST_DEVICE int average_type() const { return (packed >> 32) & 0xff; }
-  C10_HOST_DEVICE int source_type() const { return (packed >> 40) & 0xff; }
-  C10_HOST_DEVICE bool copied() const { return (packed >> 48) & 1; }
+  C10_HOST_DEVICE const void* source() const {
+    return reinterpret_cast<const void*>(words[kSource]);
+  }
+  C10_HOST_DEVICE char* average(int row) const {
+    return reinterpret_cast<char*>(words[kSegmentHeader + row]);
+  }
+  // Of the first element within its average.
+  C10_HOST_DEVICE int64_t place() const { return words[kPlace]; }
+  C10_HOST_DEVICE int64_t count() const { return words[kPacked] & 0xffffffff; }
+  C10_HOST_DEVICE int average_type() const { return (words[kPacked] >> kAverageType) & 0xff; }
+  C10_HOST_DEVICE int source_type() const { return (words[kPacked] >> kSourceType) & 0xff; }
+  C10_HOST_DEVICE bool copied() const { return (words[kPacked] >> kCopied) & 1; }
+  // What divides the address of every average, 16 at most.
+  C10_HOST_DEVICE int alignment() const { return 1 << ((words[kPacked] >> kAlignment) & 7); }
 };
-static_assert(sizeof(Run) == 32 && std::is_trivially_copyable_v<Run>, "one memory sector");
-
-// Type codes of a run. Bytes: any type, copied unchanged; elements are bytes.
-enum TypeCode : int { kFloat = 0, kDouble = 1, kBFloat16 = 2, kHalf = 3, kBytes = 4 };
 
 // The bits of a floating type's exponent: all set for infinities and NaN, and only for them.
 template <typename T>
@@ -68,8 +67,6 @@ struct Exponent<Half> {
 struct WeightRule {
   double kind, decay, min_decay, gamma, power, update_after_step, unused[2];
 
-  enum Kind : int { kSwa = 0, kConstant = 1, kInverseGamma = 2, kRatio = 3, kExternal = 4 };
-
   C10_HOST_DEVICE double weight(int64_t n) const {
     const int k = static_cast<int>(kind);
     if (k == kSwa) return 1.0 / static_cast<double>(n + 1);
@@ -83,7 +80,7 @@ struct WeightRule {
     return 1.0 - fmax(fmin(d, decay), min_decay);
   }
 };
-static_assert(sizeof(WeightRule) == 8 * sizeof(double), "a row of the rules tensor");
+static_assert(sizeof(WeightRule) == kRuleColumns * sizeof(double), "a row of the rules tensor");
 
 // Random bits for stochastic rounding: Philox4x32-10 (Salmon et al., SC 2011), keyed by the seed.
 // The counter is made of the element's place in the average, the average's row and its n, so the
@@ -134,43 +131,36 @@ C10_HOST_DEVICE inline BFloat16 round_stochastically(float x, uint32_t random16)
   return BFloat16(static_cast<uint16_t>((bits + random16) >> 16), BFloat16::from_bits());
 }
 
-// state: n of each average, then the three counters below.
-enum StateSlot : int { kTicket = 0, kNonFinite = 1, kSkipped = 2, kStateSlots = 3 };
-
-struct UpdateArguments {
-  int rows;
-  // The first element of the bfloat16 averages: places for the random bits are counted from here.
-  const char* bfloat16_base;
-};
-
-inline UpdateArguments check_update_arguments(const std::vector<Tensor>& averages,
-                                              const Tensor& state, const Tensor& rules,
-                                              const Tensor& table) {
-  STD_TORCH_CHECK(!averages.empty(), "update_: expected at least one tensor of averages");
-  UpdateArguments result{0, nullptr};
-  for (const Tensor& tensor : averages) {
-    STD_TORCH_CHECK(tensor.dim() == 2 && tensor.is_contiguous() &&
-                        tensor.size(0) == averages[0].size(0) &&
-                        tensor.get_device_index() == averages[0].get_device_index(),
-                    "update_: averages must be contiguous, of two dimensions and on one device");
-    if (tensor.scalar_type() == ScalarType::BFloat16) {
-      result.bfloat16_base = static_cast<const char*>(tensor.const_data_ptr());
-    }
-  }
-  const int64_t k = averages[0].size(0);
+// Checks what the table's addresses do not tell; returns the number of averages.
+inline int check_update_arguments(const Tensor& n_averaged, const std::optional<Tensor>& counters,
+                                  const Tensor& rules, const Tensor& table) {
+  const int64_t k = n_averaged.numel();
   STD_TORCH_CHECK(1 <= k && k <= kMaxAverages, "update_: expected 1 to ", kMaxAverages,
                   " averages, found ", k);
-  STD_TORCH_CHECK(state.scalar_type() == ScalarType::Long && state.numel() == k + kStateSlots &&
-                      state.is_contiguous(),
-                  "update_: state must hold ", k + kStateSlots, " int64");
+  STD_TORCH_CHECK(n_averaged.scalar_type() == ScalarType::Long && n_averaged.is_contiguous(),
+                  "update_: n_averaged must be contiguous int64");
+  STD_TORCH_CHECK(!counters || (counters->scalar_type() == ScalarType::Long &&
+                                counters->numel() == kCounters && counters->is_contiguous()),
+                  "update_: counters must hold ", kCounters, " int64");
   STD_TORCH_CHECK(rules.is_cpu() && rules.scalar_type() == ScalarType::Double &&
-                      rules.numel() == k * 8 && rules.is_contiguous(),
-                  "update_: rules must be fp64 of shape [", k, ", 8] on the CPU");
-  STD_TORCH_CHECK(
-      table.scalar_type() == ScalarType::Long && table.numel() % 4 == 0 && table.is_contiguous(),
-      "update_: table must be int64 of shape [runs, 4]");
-  result.rows = static_cast<int>(k);
-  return result;
+                      rules.numel() == k * kRuleColumns && rules.is_contiguous(),
+                  "update_: rules must be fp64 of shape [", k, ", ", kRuleColumns, "] on the CPU");
+  STD_TORCH_CHECK(table.scalar_type() == ScalarType::Long && table.dim() == 2 &&
+                      table.size(1) == kSegmentHeader + k && table.is_contiguous(),
+                  "update_: table must be int64 of shape [segments, ", kSegmentHeader + k, "]");
+  return static_cast<int>(k);
+}
+
+// The number of averages in a table that serves a swap with average `row`.
+inline int check_swap_arguments(const Tensor& table, int64_t row) {
+  STD_TORCH_CHECK(table.scalar_type() == ScalarType::Long && table.dim() == 2 &&
+                      table.size(1) > kSegmentHeader && table.is_contiguous(),
+                  "swap_: table must be int64 of shape [segments, ", kSegmentHeader,
+                  " + averages]");
+  const int64_t rows = table.size(1) - kSegmentHeader;
+  STD_TORCH_CHECK(0 <= row && row < rows, "swap_: expected average 0 to ", rows - 1, ", found ",
+                  row);
+  return static_cast<int>(rows);
 }
 
 }  // namespace swa_fast

@@ -1,10 +1,10 @@
-// CPU kernels of swa_fast::update_ and swa_fast::exchange_.
+// CPU kernels of swa_fast::update_ and swa_fast::swap_.
 //
-// Formula: update.h. Layout: every run is consecutive in the source and in each average. Bytes per
+// Formula: update.h. Layout: every segment is consecutive in the source and in each average. Bytes per
 // element: sizeof(source) + 2 k sizeof(average), 4 + 8 k for k averages in fp32: a piece of the
 // source is used for all averages while it is in the first-level cache.
 //
-// The runs lie end to end on one axis of costs that torch's thread pool splits, so ten thousand
+// The segments lie end to end on one axis of costs that torch's thread pool splits, so ten thousand
 // tiny tensors and one large one are divided equally well.
 
 #include <algorithm>
@@ -17,44 +17,49 @@ namespace swa_fast {
 namespace {
 
 constexpr int64_t kGrain = 16384;     // elements below which a second thread does not pay
-constexpr int64_t kRunCost = 64;      // of starting a run, in elements
-constexpr int64_t kCutMultiple = 16;  // runs are cut at multiples of it: whole Philox groups
+constexpr int64_t kSegmentCost = 64;  // of starting a segment, in elements
+constexpr int64_t kCutMultiple = 16;  // segments are cut at multiples of it: whole Philox groups
 constexpr int64_t kPiece = 2048;      // elements of the source that all averages use in turn
 
-// The runs of a table, and how to share them among threads.
+// The segments of a table, and how to share them among threads.
 class Table {
  public:
   explicit Table(const Tensor& table)
-      : runs_(static_cast<const Run*>(table.const_data_ptr())),
-        count_(table.numel() / 4),
+      : words_(static_cast<const int64_t*>(table.const_data_ptr())),
+        width_(table.size(1)),
+        count_(table.size(0)),
         start_(count_ + 1) {
     STD_TORCH_CHECK(table.is_cpu(), "update_.cpu: table must be on the CPU");
-    for (int64_t i = 0; i < count_; ++i) start_[i + 1] = start_[i] + kRunCost + runs_[i].count();
+    for (int64_t i = 0; i < count_; ++i) {
+      start_[i + 1] = start_[i] + kSegmentCost + segment(i).count();
+    }
   }
 
-  // Calls f(run, begin, end) for pieces of runs that together cover all elements once.
+  // Calls f(segment, begin, end) for pieces of segments that together cover all elements once.
   template <typename F>
   void for_each(const F& f) const {
     torch::stable::parallel_for(0, start_[count_], kGrain, [&](int64_t begin, int64_t end) {
       const auto after = std::upper_bound(start_.begin(), start_.end(), begin);
       for (int64_t i = after - start_.begin() - 1; i < count_ && start_[i] < end; ++i) {
         const int64_t from = cut(i, begin), to = cut(i, end);
-        if (from < to) f(runs_[i], from, to);
+        if (from < to) f(segment(i), from, to);
       }
     });
   }
 
  private:
-  // The element of run `i` at a place of the axis; both neighbours of a cut compute the same.
+  Segment segment(int64_t i) const { return {words_ + i * width_}; }
+
+  // The element of segment `i` at a place of the axis; both neighbours of a cut compute the same.
   int64_t cut(int64_t i, int64_t place) const {
-    const int64_t element = place - start_[i] - kRunCost;
-    if (element >= runs_[i].count()) return runs_[i].count();
+    const int64_t element = place - start_[i] - kSegmentCost, count = segment(i).count();
+    if (element >= count) return count;
     return element <= 0 ? 0 : element - element % kCutMultiple;
   }
 
-  const Run* runs_;
-  int64_t count_;
-  std::vector<int64_t> start_;  // of each run on the axis of costs, and the axis' end
+  const int64_t* words_;
+  int64_t width_, count_;
+  std::vector<int64_t> start_;  // of each segment on the axis of costs, and the axis' end
 };
 
 template <typename F>
@@ -64,7 +69,7 @@ void dispatch_code(int code, const F& f) {
       return f(float{});
     case kDouble:
       return f(double{});
-    case kBFloat16:
+    case kBfloat16:
       return f(BFloat16{});
     case kHalf:
       return f(Half{});
@@ -81,7 +86,7 @@ int64_t element_bytes(int code) {
 
 constexpr int kGroups = 8;           // of Philox, computed side by side
 constexpr int kBlock = 8 * kGroups;  // elements that they serve
-static_assert(kCutMultiple % 8 == 0, "every piece of a run begins with a group");
+static_assert(kCutMultiple % 8 == 0, "every piece of a segment begins with a group");
 
 // high and low: the words of the products of eight words and one factor.
 SWA_FAST_AVX2 inline void multiply(__m256i words, __m256i factor, __m256i& high, __m256i& low) {
@@ -177,55 +182,54 @@ SWA_FAST_AVX2 void blend_stochastically_avx2(BFloat16* average, const Source* so
 #endif  // SWA_FAST_HAS_AVX2_PATH
 
 struct Update {
-  UpdateArguments arguments;
+  int rows;
   double weight[kMaxAverages];
   int64_t n[kMaxAverages];
   std::optional<int64_t> seed;
 
-  void operator()(const Run& run, int64_t begin, int64_t end) const {
-    if (run.average_type() == kBytes) {
-      for (int row = 0; row < arguments.rows; ++row)
-        std::memcpy(destination(run, row) + begin, static_cast<const char*>(run.source) + begin,
-                    end - begin);
+  void operator()(Segment segment, int64_t begin, int64_t end) const {
+    if (segment.average_type() == kBytes) {
+      const char* source = static_cast<const char*>(segment.source());
+      for (int row = 0; row < rows; ++row) {
+        std::memcpy(segment.average(row) + begin, source + begin, end - begin);
+      }
       return;
     }
-    dispatch_code(run.average_type(), [&](auto average) {
-      dispatch_code(run.source_type(), [&](auto source) {
-        blend<decltype(average), decltype(source)>(run, begin, end);
+    dispatch_code(segment.average_type(), [&](auto average) {
+      dispatch_code(segment.source_type(), [&](auto source) {
+        blend<decltype(average), decltype(source)>(segment, begin, end);
       });
     });
   }
 
  private:
-  static char* destination(const Run& run, int row) { return run.average + row * run.row_bytes; }
-
   template <typename Average, typename Source>
-  void blend(const Run& run, int64_t begin, int64_t end) const {
+  void blend(Segment segment, int64_t begin, int64_t end) const {
     using Math = opmath_t<Average, Source>;
-    const int64_t step = arguments.rows == 1 ? end - begin : kPiece;
+    const int64_t step = rows == 1 ? end - begin : kPiece;
     for (int64_t at = begin; at < end; at += step) {
       const int64_t stop = std::min(end, at + step);
-      for (int row = 0; row < arguments.rows; ++row) {
-        const double w = run.copied() ? 1.0 : weight[row];
+      for (int row = 0; row < rows; ++row) {
+        const double w = segment.copied() ? 1.0 : weight[row];
         if (w == 0.0) continue;
         const Blend rule = make_blend<Math>(static_cast<Math>(w), w == 1.0);
         if constexpr (std::is_same_v<Average, BFloat16> && std::is_same_v<Math, float>) {
-          if (seed && !run.copied()) {
-            blend_stochastically(run, row, static_cast<const Source*>(run.source), at, stop, rule);
+          if (seed && !segment.copied()) {
+            blend_stochastically<Source>(segment, row, at, stop, rule);
             continue;
           }
         }
-        average_run<Average, Source>(destination(run, row), run.source, at, stop, rule);
+        average_range<Average, Source>(segment.average(row), segment.source(), at, stop, rule);
       }
     }
   }
 
   template <typename Source>
-  void blend_stochastically(const Run& run, int row, const Source* source, int64_t begin,
-                            int64_t end, Blend rule) const {
-    BFloat16* average = reinterpret_cast<BFloat16*>(destination(run, row));
-    const int64_t first =
-        (run.average - arguments.bfloat16_base) / static_cast<int64_t>(sizeof(BFloat16));
+  void blend_stochastically(Segment segment, int row, int64_t begin, int64_t end,
+                            Blend rule) const {
+    BFloat16* average = reinterpret_cast<BFloat16*>(segment.average(row));
+    const Source* source = static_cast<const Source*>(segment.source());
+    const int64_t first = segment.place();
 #if SWA_FAST_HAS_AVX2_PATH
     if (cpu_has_avx2()) {
       const auto vectorised =
@@ -260,46 +264,47 @@ bool all_finite(const void* data, int64_t begin, int64_t end) {
   return !bad;
 }
 
-void update_cpu(std::vector<Tensor> averages, Tensor state, Tensor rules, Tensor table,
-                std::vector<Tensor> /*sources*/, int64_t /*pairs*/, std::optional<int64_t> seed,
-                bool guard, int64_t /*short_runs*/) {
-  Update update{check_update_arguments(averages, state, rules, table), {}, {}, seed};
-  STD_TORCH_CHECK(averages[0].is_cpu() && state.is_cpu(),
-                  "update_.cpu: averages and state must be on the CPU");
-  const Table runs(table);
-  const int rows = update.arguments.rows;
-  int64_t* n = static_cast<int64_t*>(state.mutable_data_ptr());
+void update_cpu(std::vector<Tensor> /*averages*/, std::vector<Tensor> /*sources*/,
+                Tensor n_averaged, std::optional<Tensor> counters, Tensor rules, Tensor table,
+                int64_t /*pairs*/, std::optional<int64_t> seed, bool skip_nonfinite,
+                int64_t /*short_segments*/) {
+  Update update{check_update_arguments(n_averaged, counters, rules, table), {}, {}, seed};
+  STD_TORCH_CHECK(n_averaged.is_cpu() && (!counters || counters->is_cpu()),
+                  "update_.cpu: n_averaged and counters must be on the CPU");
+  STD_TORCH_CHECK(counters || !skip_nonfinite, "update_.cpu: skip_nonfinite needs counters");
+  const Table segments(table);
+  int64_t* n = static_cast<int64_t*>(n_averaged.mutable_data_ptr());
   const WeightRule* rule = static_cast<const WeightRule*>(rules.const_data_ptr());
 
-  if (guard) {
+  if (skip_nonfinite) {
     std::atomic<bool> finite{true};
-    runs.for_each([&](const Run& run, int64_t begin, int64_t end) {
-      if (run.copied()) return;
-      dispatch_code(run.source_type(), [&](auto source) {
-        if (!all_finite<decltype(source)>(run.source, begin, end)) finite = false;
+    segments.for_each([&](Segment segment, int64_t begin, int64_t end) {
+      if (segment.copied()) return;
+      dispatch_code(segment.source_type(), [&](auto source) {
+        if (!all_finite<decltype(source)>(segment.source(), begin, end)) finite = false;
       });
     });
     if (!finite) {
-      ++n[rows + kSkipped];
+      ++static_cast<int64_t*>(counters->mutable_data_ptr())[kSkipped];
       return;
     }
   }
-  for (int row = 0; row < rows; ++row) {
+  for (int row = 0; row < update.rows; ++row) {
     update.n[row] = n[row];
     update.weight[row] = rule[row].weight(n[row]);
   }
-  runs.for_each(update);
-  for (int row = 0; row < rows; ++row) ++n[row];
+  segments.for_each(update);
+  if (!counters) return;
+  for (int row = 0; row < update.rows; ++row) ++n[row];
 }
 
-void exchange_cpu(std::vector<Tensor> averages, std::vector<Tensor> /*sources*/, Tensor table,
-                  int64_t row, int64_t /*short_runs*/) {
-  STD_TORCH_CHECK(!averages.empty() && 0 <= row && row < averages[0].size(0),
-                  "exchange_.cpu: no row ", row);
-  Table(table).for_each([&](const Run& run, int64_t begin, int64_t end) {
-    const int64_t size = element_bytes(run.source_type());
-    char* average = run.average + row * run.row_bytes;
-    char* source = static_cast<char*>(const_cast<void*>(run.source));
+void swap_cpu(std::vector<Tensor> /*averages*/, std::vector<Tensor> /*sources*/, Tensor table,
+              int64_t row, int64_t /*short_segments*/) {
+  check_swap_arguments(table, row);
+  Table(table).for_each([&](Segment segment, int64_t begin, int64_t end) {
+    const int64_t size = element_bytes(segment.source_type());
+    char* average = segment.average(static_cast<int>(row));
+    char* source = static_cast<char*>(const_cast<void*>(segment.source()));
     std::swap_ranges(average + begin * size, average + end * size, source + begin * size);
   });
 }
@@ -309,5 +314,5 @@ void exchange_cpu(std::vector<Tensor> averages, std::vector<Tensor> /*sources*/,
 
 STABLE_TORCH_LIBRARY_IMPL(swa_fast, CPU, m) {
   m.impl("update_.cpu", TORCH_BOX(&swa_fast::update_cpu));
-  m.impl("exchange_.cpu", TORCH_BOX(&swa_fast::exchange_cpu));
+  m.impl("swap_.cpu", TORCH_BOX(&swa_fast::swap_cpu));
 }

@@ -1,11 +1,11 @@
-// CUDA kernels of swa_fast::update_ and swa_fast::exchange_.
+// CUDA kernels of swa_fast::update_ and swa_fast::swap_.
 //
-// Formula: update.h. Layout: every run is consecutive in the source and in each average, and has
+// Formula: update.h. Layout: every segment is consecutive in the source and in each average, and has
 // less than 2^31 elements. Bytes per element: sizeof(source) + 2 k sizeof(average), 4 + 8 k for k
-// averages in fp32, plus 32 + 8 k for each run's entry and the counters; bound by memory bandwidth.
-// The first update, a copy, does not read the averages.
+// averages in fp32, plus 24 + 16 k for each segment's row of the table and the counters; bound by
+// memory bandwidth. The first update, a copy, does not read the averages.
 //
-// A long run has a block of its own. The short runs, which come last in the table, have a warp
+// A long segment has a block of its own. The short ones, which come last in the table, have a warp
 // each: half of a network's tensors hold no more than a warp reads at once. In both cases a warp is
 // what moves memory: it issues all loads of a step, eight 16-byte ones a thread for fp32, before it
 // needs the first, and four blocks fit on a multiprocessor, so 128 KB of it are on their way.
@@ -31,14 +31,13 @@ constexpr int kThreads = kWarp * kWarps;
 constexpr int kBlocks = 4;
 
 struct Arguments {
-  const Run* table;
-  int64_t* state;
-  int64_t* counters;  // of the state, behind the averages'
+  const int64_t* table;
+  int64_t* n_averaged;
+  int64_t* counters;  // null: nothing is counted
   int64_t seed;
-  const char* bfloat16_base;
-  int long_runs, runs;
+  int long_segments, segments;
   int rows;
-  bool guard;
+  bool skip_nonfinite;
   WeightRule rules[kMaxAverages];
 };
 static_assert(sizeof(Arguments) <= 4096, "kernel arguments");
@@ -52,27 +51,29 @@ __device__ __forceinline__ int thread_id() {
 }
 __device__ __forceinline__ int lane_id() { return thread_id() % kWarp; }
 
-// Which runs a block serves: one with all its warps, or one with each.
+// Which segments a block serves: one with all its warps, or one with each.
 struct Share {
-  int long_runs, all_runs;
+  int long_segments, all_segments;
 
-  __device__ __forceinline__ bool alone() const { return static_cast<int>(blockIdx.x) < long_runs; }
+  __device__ __forceinline__ bool alone() const {
+    return static_cast<int>(blockIdx.x) < long_segments;
+  }
   __device__ __forceinline__ int first() const {
     const int block = static_cast<int>(blockIdx.x);
-    return alone() ? block : long_runs + (block - long_runs) * kWarps;
+    return alone() ? block : long_segments + (block - long_segments) * kWarps;
   }
-  __device__ __forceinline__ int runs() const {
-    return alone() ? 1 : min(kWarps, all_runs - first());
+  __device__ __forceinline__ int segments() const {
+    return alone() ? 1 : min(kWarps, all_segments - first());
   }
-  // This warp's run, counted from the first, and which of how many parts of it.
-  __device__ __forceinline__ int run() const { return alone() ? 0 : thread_id() / kWarp; }
+  // This warp's segment, counted from the first, and which of how many parts of it.
+  __device__ __forceinline__ int segment() const { return alone() ? 0 : thread_id() / kWarp; }
   __device__ __forceinline__ int part() const { return alone() ? thread_id() / kWarp : 0; }
   __device__ __forceinline__ int parts() const { return alone() ? kWarps : 1; }
 };
 
 // What the threads of a block have in common.
 struct Shared {
-  Run run[kWarps];
+  int64_t words[kWarps * (kSegmentHeader + kMaxAverages)];  // its segments' rows of the table
   double weight[kMaxAverages];
   int64_t n[kMaxAverages];
   bool skip;
@@ -80,7 +81,7 @@ struct Shared {
 
 // kPack_ elements are one access. The first choice: the wider type fills 16 bytes, so neighbouring
 // threads touch neighbouring bytes in both arrays. Sources that are not aligned for that, and what
-// remains at a run's end, take fewer.
+// remains at a segment's end, take fewer.
 template <typename Average_, typename Source_, bool kStochastic_, int kPack_>
 struct UpdateTraits {
   using Average = Average_;
@@ -153,10 +154,10 @@ struct Blender {
   }
 };
 
-// Elements [begin, end) of a run, whole packs, or of them what is this warp's part.
+// Elements [begin, end) of a segment, whole packs, or of them what is this warp's part.
 template <typename Traits>
 __device__ __forceinline__ void update_part(const Arguments& arguments, const Shared& shared,
-                                            const Run& run, int begin, int end, int part,
+                                            Segment segment, int begin, int end, int part,
                                             int parts) {
   using Average = typename Traits::Average;
   using Source = typename Traits::Source;
@@ -169,7 +170,7 @@ __device__ __forceinline__ void update_part(const Arguments& arguments, const Sh
   for (int at = begin + part * Traits::kStep + lane_id() * Traits::kPack; at < end;
        at += parts * Traits::kStep) {
     const int left = end - at;
-    const Source* source = to_global(static_cast<const Source*>(run.source)) + at;
+    const Source* source = to_global(static_cast<const Source*>(segment.source())) + at;
     // Not because they are read: values that only a condition defines are kept from step to step.
     Memory<SourcePack> b[kUnroll] = {};
 #pragma unroll
@@ -178,10 +179,9 @@ __device__ __forceinline__ void update_part(const Arguments& arguments, const Sh
     }
 #pragma unroll 1
     for (int row = 0; row < arguments.rows; ++row) {
-      const double w = run.copied() ? 1.0 : shared.weight[row];
+      const double w = segment.copied() ? 1.0 : shared.weight[row];
       if (w == 0.0) continue;
-      Average* average =
-          to_global(reinterpret_cast<Average*>(run.average + row * run.row_bytes)) + at;
+      Average* average = to_global(reinterpret_cast<Average*>(segment.average(row))) + at;
       Memory<AveragePack> a[kUnroll];
       if (w != 1.0) {
 #pragma unroll
@@ -192,9 +192,7 @@ __device__ __forceinline__ void update_part(const Arguments& arguments, const Sh
         }
       }
       const Blender<Traits> blender(w, arguments.seed, shared.n[row], row);
-      // Counted from the first of the bfloat16 averages.
-      const int64_t place =
-          Traits::kStochastic ? (run.average - arguments.bfloat16_base) / 2 + at : 0;
+      const int64_t place = Traits::kStochastic ? segment.place() + at : 0;
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
         if (u * kStride < left) {
@@ -208,34 +206,33 @@ __device__ __forceinline__ void update_part(const Arguments& arguments, const Sh
 }
 
 template <typename Average, typename Source, bool kStochastic>
-__device__ __forceinline__ void update_run(const Arguments& arguments, const Shared& shared,
-                                           const Run& run, const Share& share) {
+__device__ __forceinline__ void update_segment(const Arguments& arguments, const Shared& shared,
+                                               Segment segment, const Share& share) {
   using Single = UpdateTraits<Average, Source, kStochastic, 1>;
   constexpr int kPack = kPackBytes / Single::kWider;
   using Whole = UpdateTraits<Average, Source, kStochastic, kPack>;
   constexpr int kWord = sizeof(Source) < 4 ? 4 / sizeof(Source) : 1;
-  const int count = static_cast<int>(run.count());
-  const char* average = run.average;
+  const int count = static_cast<int>(segment.count());
   const auto fits = [&](auto traits) {
     using Traits = decltype(traits);
-    return is_aligned_for<typename Traits::SourcePack>(run.source) &&
-           is_aligned_for<typename Traits::AveragePack>(average);
+    return is_aligned_for<typename Traits::SourcePack>(segment.source()) &&
+           segment.alignment() >= static_cast<int>(alignof(typename Traits::AveragePack));
   };
   int packed = 0;
   if (count % kPack != 0 && count <= Single::kStep) {
     // All of it in one step of single elements: as packs and a rest it would wait twice.
   } else if (fits(Whole{})) {
     packed = count / kPack * kPack;
-    update_part<Whole>(arguments, shared, run, 0, packed, share.part(), share.parts());
+    update_part<Whole>(arguments, shared, segment, 0, packed, share.part(), share.parts());
   } else if constexpr (kWord > 1 && kWord < kPack) {
     using Words = UpdateTraits<Average, Source, kStochastic, kWord>;
     if (fits(Words{})) {
       packed = count / kWord * kWord;
-      update_part<Words>(arguments, shared, run, 0, packed, share.part(), share.parts());
+      update_part<Words>(arguments, shared, segment, 0, packed, share.part(), share.parts());
     }
   }
-  // The last warp first: it is the one without packs where a run does not fill its block.
-  update_part<Single>(arguments, shared, run, packed, count, share.parts() - 1 - share.part(),
+  // The last warp first: it is the one without packs where a segment does not fill its block.
+  update_part<Single>(arguments, shared, segment, packed, count, share.parts() - 1 - share.part(),
                       share.parts());
 }
 
@@ -253,15 +250,15 @@ __device__ __forceinline__ uint64_t address_of(const void* pointer) {
   return reinterpret_cast<uint64_t>(pointer);
 }
 
-// A run whose elements are bytes: read once, and written into every average.
-__device__ __forceinline__ void copy_run(const Run& run, int rows, int part, int parts) {
-  const int count = static_cast<int>(run.count());
-  const uint64_t places = address_of(run.source) | address_of(run.average) | run.row_bytes | count;
+// A segment whose elements are bytes: read once, and written into every average.
+__device__ __forceinline__ void copy_segment(Segment segment, int rows, int part, int parts) {
+  const int count = static_cast<int>(segment.count());
+  const uint64_t places = address_of(segment.source()) | segment.alignment() | count;
   dispatch_unit(places, [&](auto unit) {
     using Unit = decltype(unit);
     constexpr int kUnroll = 4;
     const int units = count / static_cast<int>(sizeof(Unit));
-    const Unit* source = to_global(static_cast<const Unit*>(run.source));
+    const Unit* source = to_global(static_cast<const Unit*>(segment.source()));
 #pragma unroll 1
     for (int i = part * kWarp * kUnroll + lane_id(); i < units; i += parts * kWarp * kUnroll) {
       Unit b[kUnroll];
@@ -271,7 +268,7 @@ __device__ __forceinline__ void copy_run(const Run& run, int rows, int part, int
       }
 #pragma unroll 1
       for (int row = 0; row < rows; ++row) {
-        Unit* average = to_global(reinterpret_cast<Unit*>(run.average + row * run.row_bytes));
+        Unit* average = to_global(reinterpret_cast<Unit*>(segment.average(row)));
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
           if (i + u * kWarp < units) average[i + u * kWarp] = b[u];
@@ -288,7 +285,7 @@ __device__ __forceinline__ void dispatch_code(int code, const F& f) {
       return f(float{});
     case kDouble:
       return f(double{});
-    case kBFloat16:
+    case kBfloat16:
       return f(BFloat16{});
     case kHalf:
       return f(Half{});
@@ -312,46 +309,49 @@ template <bool kStochastic>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     update_kernel(const __grid_constant__ Arguments arguments) {
   __shared__ Shared shared;
-  const Share share{arguments.long_runs, arguments.runs};
-  if (threadIdx.x < kWarp) {
-    if (threadIdx.x < arguments.rows) {
-      const int64_t n = arguments.state[threadIdx.x];
-      shared.n[threadIdx.x] = n;
-      shared.weight[threadIdx.x] = arguments.rules[threadIdx.x].weight(n);
-    }
-  } else if (threadIdx.x < 2 * kWarp) {
-    // One entry is one memory sector, read by four neighbouring threads.
-    static_assert(kWarps * sizeof(Run) == kWarp * sizeof(int64_t));
-    if (lane_id() < 4 * share.runs()) {
-      reinterpret_cast<int64_t*>(shared.run)[lane_id()] =
-          reinterpret_cast<const int64_t*>(arguments.table + share.first())[lane_id()];
-    }
-  } else if (threadIdx.x == 2 * kWarp) {
-    shared.skip = arguments.guard && arguments.counters[kNonFinite] != 0;
+  const Share share{arguments.long_segments, arguments.segments};
+  const int width = kSegmentHeader + arguments.rows;
+  // The last warp reads the counters, the others the table. Neighbouring threads read neighbouring
+  // words, which are one memory sector for one segment and one average.
+  constexpr int kCountersFrom = kThreads - kWarp;
+  static_assert(sizeof(Shared::words) <= kCountersFrom * sizeof(int64_t));
+  static_assert(kMaxAverages < kWarp);
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread < share.segments() * width) {
+    shared.words[thread] = arguments.table[static_cast<int64_t>(share.first()) * width + thread];
+  } else if (thread >= kCountersFrom && thread < kCountersFrom + arguments.rows) {
+    const int row = thread - kCountersFrom;
+    const int64_t n = arguments.n_averaged[row];
+    shared.n[row] = n;
+    shared.weight[row] = arguments.rules[row].weight(n);
+  } else if (thread == kThreads - 1) {
+    shared.skip = arguments.skip_nonfinite && arguments.counters[kNonFinite] != 0;
   }
   __syncthreads();
 
   // The block has read all counters. Nothing waits for the ticket's number before the memory that
   // is on its way meanwhile.
   unsigned drawn = ~0u;
-  if (threadIdx.x == 0) drawn = draw_ticket(arguments.counters + kTicket);
+  if (threadIdx.x == 0 && arguments.counters != nullptr) {
+    drawn = draw_ticket(arguments.counters + kTicket);
+  }
 
-  if (!shared.skip && share.run() < share.runs()) {
-    const Run& run = shared.run[share.run()];
-    if (run.average_type() == kBytes) {
-      copy_run(run, arguments.rows, share.part(), share.parts());
+  if (!shared.skip && share.segment() < share.segments()) {
+    const Segment segment{shared.words + share.segment() * width};
+    if (segment.average_type() == kBytes) {
+      copy_segment(segment, arguments.rows, share.part(), share.parts());
     } else {
-      dispatch_code(run.average_type(), [&](auto average) {
-        dispatch_code(run.source_type(), [&](auto source) {
+      dispatch_code(segment.average_type(), [&](auto average) {
+        dispatch_code(segment.source_type(), [&](auto source) {
           using Average = decltype(average);
           using Source = decltype(source);
           if constexpr (kStochastic && std::is_same_v<Average, BFloat16> &&
                         !std::is_same_v<Source, double>) {
-            if (!run.copied()) {
-              return update_run<Average, Source, true>(arguments, shared, run, share);
+            if (!segment.copied()) {
+              return update_segment<Average, Source, true>(arguments, shared, segment, share);
             }
           }
-          update_run<Average, Source, false>(arguments, shared, run, share);
+          update_segment<Average, Source, false>(arguments, shared, segment, share);
         });
       });
     }
@@ -366,15 +366,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       arguments.counters[kSkipped] += 1;
       arguments.counters[kNonFinite] = 0;
     } else {
-      for (int row = 0; row < arguments.rows; ++row) arguments.state[row] += 1;
+      for (int row = 0; row < arguments.rows; ++row) arguments.n_averaged[row] += 1;
     }
   }
 }
 
 template <typename T>
-__device__ __forceinline__ bool any_nonfinite(const Run& run, int part, int parts) {
+__device__ __forceinline__ bool any_nonfinite(Segment segment, int part, int parts) {
   using Bits = typename Exponent<T>::Bits;
-  const int count = static_cast<int>(run.count());
+  const int count = static_cast<int>(segment.count());
   bool found = false;
   // What remains from `begin` on; returns where packs of this size end.
   const auto look = [&](auto pack, int begin, int warp) {
@@ -382,7 +382,7 @@ __device__ __forceinline__ bool any_nonfinite(const Run& run, int part, int part
     constexpr int kPack = sizeof(BitsPack) / sizeof(Bits);
     constexpr int kUnroll = kPack == 1 ? 8 : 4;
     const int end = count - (count - begin) % kPack;
-    const Bits* bits = to_global(static_cast<const Bits*>(run.source));
+    const Bits* bits = to_global(static_cast<const Bits*>(segment.source()));
 #pragma unroll 1
     for (int at = begin + (warp * kUnroll * kWarp + lane_id()) * kPack; at < end;
          at += parts * kUnroll * kWarp * kPack) {
@@ -405,21 +405,22 @@ __device__ __forceinline__ bool any_nonfinite(const Run& run, int part, int part
   };
   using Whole = Pack<Bits, kPackBytes / sizeof(Bits)>;
   int packed = 0;
-  if (is_aligned_for<Whole>(run.source)) packed = look(Whole{}, 0, part);
+  if (is_aligned_for<Whole>(segment.source())) packed = look(Whole{}, 0, part);
   look(Pack<Bits, 1>{}, packed, parts - 1 - part);
   return found;
 }
 
 // Sets counters[kNonFinite] if a source holds an infinity or NaN. Reads every source once.
 __global__ void __launch_bounds__(kThreads)
-    guard_kernel(const Run* table, int long_runs, int runs, int64_t* counters) {
-  const Share share{long_runs, runs};
-  if (share.run() >= share.runs()) return;
-  const Run run = table[share.first() + share.run()];
-  if (run.copied()) return;
+    nonfinite_kernel(const int64_t* table, int width, int long_segments, int segments,
+                     int64_t* counters) {
+  const Share share{long_segments, segments};
+  if (share.segment() >= share.segments()) return;
+  const Segment segment{table + static_cast<int64_t>(share.first() + share.segment()) * width};
+  if (segment.copied()) return;
   bool found = false;
-  dispatch_code(run.source_type(), [&](auto source) {
-    found = any_nonfinite<decltype(source)>(run, share.part(), share.parts());
+  dispatch_code(segment.source_type(), [&](auto source) {
+    found = any_nonfinite<decltype(source)>(segment, share.part(), share.parts());
   });
   if (__any_sync(~0u, found) && lane_id() == 0) {
     atomicExch(reinterpret_cast<unsigned long long*>(counters + kNonFinite), 1ull);
@@ -427,21 +428,22 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    exchange_kernel(const Run* table, int long_runs, int runs, int64_t row) {
-  const Share share{long_runs, runs};
-  if (share.run() >= share.runs()) return;
-  const Run run = table[share.first() + share.run()];
+    swap_kernel(const int64_t* table, int width, int long_segments, int segments, int row) {
+  const Share share{long_segments, segments};
+  if (share.segment() >= share.segments()) return;
+  const Segment segment{table + static_cast<int64_t>(share.first() + share.segment()) * width};
   const int part = share.part(), parts = share.parts();
-  const int code = run.source_type();
+  const int code = segment.source_type();
   const int size = code == kDouble ? 8 : code == kFloat ? 4 : code == kBytes ? 1 : 2;
-  const int bytes = static_cast<int>(run.count()) * size;
-  char* average = run.average + row * run.row_bytes;
-  dispatch_unit(address_of(run.source) | address_of(average) | bytes, [&](auto unit) {
+  const int bytes = static_cast<int>(segment.count()) * size;
+  char* average = segment.average(row);
+  const void* source = segment.source();
+  dispatch_unit(address_of(source) | address_of(average) | bytes, [&](auto unit) {
     using Unit = decltype(unit);
     constexpr int kUnroll = 4;
     const int units = bytes / static_cast<int>(sizeof(Unit));
     Unit* left = to_global(reinterpret_cast<Unit*>(average));
-    Unit* right = to_global(static_cast<Unit*>(const_cast<void*>(run.source)));
+    Unit* right = to_global(static_cast<Unit*>(const_cast<void*>(source)));
 #pragma unroll 1
     for (int i = part * kWarp * kUnroll + lane_id(); i < units; i += parts * kWarp * kUnroll) {
       Unit a[kUnroll], b[kUnroll];
@@ -467,26 +469,29 @@ __global__ void __launch_bounds__(kThreads)
 struct Launch {
   torch::stable::accelerator::DeviceGuard guard;
   cudaStream_t stream;
-  const Run* table;
-  int64_t runs, short_runs;
+  const int64_t* table;
+  int width;
+  int64_t segments, short_segments;
 
-  explicit Launch(const Tensor& table_, int64_t short_runs_)
+  explicit Launch(const Tensor& table_, int64_t short_segments_)
       : guard(table_.get_device_index()),
         stream(current_stream(table_.get_device_index())),
-        table(static_cast<const Run*>(table_.const_data_ptr())),
-        runs(table_.numel() / 4),
-        short_runs(short_runs_) {
+        table(static_cast<const int64_t*>(table_.const_data_ptr())),
+        width(static_cast<int>(table_.size(1))),
+        segments(table_.size(0)),
+        short_segments(short_segments_) {
     STD_TORCH_CHECK(table_.is_cuda(), "update_.cuda: table must be on a CUDA device");
-    STD_TORCH_CHECK(0 < runs && runs <= 0x7fffffff - kWarps,
-                    "update_.cuda: expected 1 to 2^31 - 9 runs, found ", runs);
-    STD_TORCH_CHECK(0 <= short_runs && short_runs <= runs, "update_.cuda: expected 0 to ", runs,
-                    " short runs, found ", short_runs);
+    STD_TORCH_CHECK(0 < segments && segments <= 0x7fffffff - kWarps,
+                    "update_.cuda: expected 1 to 2^31 - 9 segments, found ", segments);
+    STD_TORCH_CHECK(0 <= short_segments && short_segments <= segments,
+                    "update_.cuda: expected 0 to ", segments, " short segments, found ",
+                    short_segments);
   }
 
-  int long_runs() const { return static_cast<int>(runs - short_runs); }
+  int long_segments() const { return static_cast<int>(segments - short_segments); }
 
   unsigned blocks() const {
-    return static_cast<unsigned>(long_runs() + (short_runs + kWarps - 1) / kWarps);
+    return static_cast<unsigned>(long_segments() + (short_segments + kWarps - 1) / kWarps);
   }
 
   static void check() {
@@ -496,30 +501,32 @@ struct Launch {
   }
 };
 
-void update_cuda(std::vector<Tensor> averages, Tensor state, Tensor rules, Tensor table,
-                 std::vector<Tensor> /*sources*/, int64_t /*pairs*/, std::optional<int64_t> seed,
-                 bool guard, int64_t short_runs) {
-  const UpdateArguments checked = check_update_arguments(averages, state, rules, table);
-  const Launch launch(table, short_runs);
-  STD_TORCH_CHECK(averages[0].is_cuda() && state.is_cuda() &&
-                      averages[0].get_device_index() == table.get_device_index() &&
-                      state.get_device_index() == table.get_device_index(),
-                  "update_.cuda: averages, state and table must be on one CUDA device");
+void update_cuda(std::vector<Tensor> /*averages*/, std::vector<Tensor> /*sources*/,
+                 Tensor n_averaged, std::optional<Tensor> counters, Tensor rules, Tensor table,
+                 int64_t /*pairs*/, std::optional<int64_t> seed, bool skip_nonfinite,
+                 int64_t short_segments) {
+  const int rows = check_update_arguments(n_averaged, counters, rules, table);
+  const Launch launch(table, short_segments);
+  STD_TORCH_CHECK(n_averaged.is_cuda() &&
+                      n_averaged.get_device_index() == table.get_device_index() &&
+                      (!counters || (counters->is_cuda() && counters->get_device_index() ==
+                                                                table.get_device_index())),
+                  "update_.cuda: n_averaged, counters and table must be on one CUDA device");
+  STD_TORCH_CHECK(counters || !skip_nonfinite, "update_.cuda: skip_nonfinite needs counters");
   Arguments arguments{};
   arguments.table = launch.table;
-  arguments.state = static_cast<int64_t*>(state.mutable_data_ptr());
-  arguments.counters = arguments.state + checked.rows;
+  arguments.n_averaged = static_cast<int64_t*>(n_averaged.mutable_data_ptr());
+  arguments.counters = counters ? static_cast<int64_t*>(counters->mutable_data_ptr()) : nullptr;
   arguments.seed = seed.value_or(0);
-  arguments.bfloat16_base = checked.bfloat16_base;
-  arguments.long_runs = launch.long_runs();
-  arguments.runs = static_cast<int>(launch.runs);
-  arguments.rows = checked.rows;
-  arguments.guard = guard;
-  std::copy_n(static_cast<const WeightRule*>(rules.const_data_ptr()), arguments.rows,
-              arguments.rules);
-  if (guard) {
-    guard_kernel<<<launch.blocks(), kThreads, 0, launch.stream>>>(
-        launch.table, arguments.long_runs, arguments.runs, arguments.counters);
+  arguments.long_segments = launch.long_segments();
+  arguments.segments = static_cast<int>(launch.segments);
+  arguments.rows = rows;
+  arguments.skip_nonfinite = skip_nonfinite;
+  std::copy_n(static_cast<const WeightRule*>(rules.const_data_ptr()), rows, arguments.rules);
+  if (skip_nonfinite) {
+    nonfinite_kernel<<<launch.blocks(), kThreads, 0, launch.stream>>>(
+        launch.table, launch.width, arguments.long_segments, arguments.segments,
+        arguments.counters);
     Launch::check();
   }
   const auto kernel = seed.has_value() ? update_kernel<true> : update_kernel<false>;
@@ -527,14 +534,14 @@ void update_cuda(std::vector<Tensor> averages, Tensor state, Tensor rules, Tenso
   Launch::check();
 }
 
-void exchange_cuda(std::vector<Tensor> averages, std::vector<Tensor> /*sources*/, Tensor table,
-                   int64_t row, int64_t short_runs) {
-  STD_TORCH_CHECK(!averages.empty() && 0 <= row && row < averages[0].size(0),
-                  "exchange_.cuda: no row ", row);
+void swap_cuda(std::vector<Tensor> /*averages*/, std::vector<Tensor> /*sources*/, Tensor table,
+               int64_t row, int64_t short_segments) {
+  check_swap_arguments(table, row);
   if (table.numel() == 0) return;
-  const Launch launch(table, short_runs);
-  exchange_kernel<<<launch.blocks(), kThreads, 0, launch.stream>>>(
-      launch.table, launch.long_runs(), static_cast<int>(launch.runs), row);
+  const Launch launch(table, short_segments);
+  swap_kernel<<<launch.blocks(), kThreads, 0, launch.stream>>>(
+      launch.table, launch.width, launch.long_segments(), static_cast<int>(launch.segments),
+      static_cast<int>(row));
   Launch::check();
 }
 
@@ -543,5 +550,5 @@ void exchange_cuda(std::vector<Tensor> averages, std::vector<Tensor> /*sources*/
 
 STABLE_TORCH_LIBRARY_IMPL(swa_fast, CUDA, m) {
   m.impl("update_.cuda", TORCH_BOX(&swa_fast::update_cuda));
-  m.impl("exchange_.cuda", TORCH_BOX(&swa_fast::exchange_cuda));
+  m.impl("swap_.cuda", TORCH_BOX(&swa_fast::swap_cuda));
 }

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["collect", "merge_"]
+__all__ = ["batch_norm_collect", "batch_norm_merge_"]
 
 BLOCK = 2048  # values that a program has in flight
 NUM_WARPS = 4  # with BLOCK: 16 values, or four 16-byte fp32 packs, per thread
@@ -321,7 +321,7 @@ def _geometry(x: Tensor, line: int) -> _Geometry:
     return _Geometry(samples, channels, length, tiles, splits, steps, per_program, last, rows, cols)
 
 
-def collect(
+def batch_norm_collect(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -391,7 +391,7 @@ def collect(
     return y
 
 
-def merge_(accumulators: Tensor, batch: Tensor, estimator: int) -> None:
+def batch_norm_merge_(accumulators: Tensor, batch: Tensor, estimator: int) -> None:
     """See :func:`swa_fast._ops.batch_norm_merge_`."""
     total = batch.shape[1]
     if total == 0:

@@ -1,9 +1,9 @@
-"""Triton kernels of ``swa_fast::update_`` and ``swa_fast::exchange_``.
+"""Triton kernels of ``swa_fast::update_`` and ``swa_fast::swap_``.
 
-Formula, rules and the table of runs: csrc/update.h. Layout: every run is consecutive in the source
-and in each average; a program serves one run of at most ``BLOCK`` elements. Bytes per element:
-sizeof(source) + 2 k sizeof(average), 4 + 8 k for k averages in fp32, plus 32 + 56 k for each
-program's entry, rules and counters; bound by memory bandwidth.
+Formula: csrc/update.h; rules and the table of segments: swa_fast/_layout.py. Layout: every
+segment is consecutive in the source and in each average; a program serves one of at most ``BLOCK``
+elements. Bytes per element: sizeof(source) + 2 k sizeof(average), 4 + 8 k for k averages in fp32,
+plus 24 + 64 k for each program's row of the table, rules and counters; bound by memory bandwidth.
 
 One launch serves any number of tensors of any types and the counters too: the last program to
 finish advances them, when every other program has read them.
@@ -16,17 +16,35 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["exchange_", "update_"]
+from swa_fast import _layout as layout
 
-BLOCK = 4096  # most elements of a run, as in swa_fast/engine.py
+__all__ = ["swap_", "update_"]
+
+BLOCK = layout.TRITON_SEGMENT
 NUM_WARPS = 4  # with BLOCK: 32 elements, or eight 16-byte fp32 packs, per thread
 # Most registers of a thread, for four and three programs on a multiprocessor. Left to itself, the
 # compiler spills for one more.
 REGISTERS, STOCHASTIC_REGISTERS = 128, 168
 TYPES = tl.constexpr((tl.float32, tl.float64, tl.bfloat16, tl.float16))  # by type code
-BYTES = tl.constexpr(4)  # type code of a run that is copied unchanged
 LANES = tl.constexpr(128)  # threads of a program: what is loaded by LANES is loaded once
 WARP = tl.constexpr(32)  # what is loaded by WARP every warp has a copy of, without a barrier
+
+FLOAT, DOUBLE = tl.constexpr(layout.FLOAT), tl.constexpr(layout.DOUBLE)
+BFLOAT16, HALF = tl.constexpr(layout.BFLOAT16), tl.constexpr(layout.HALF)
+BYTES = tl.constexpr(layout.BYTES)
+SOURCE_WORD, PACKED_WORD = tl.constexpr(layout.SOURCE), tl.constexpr(layout.PACKED)
+PLACE_WORD, HEADER = tl.constexpr(layout.PLACE), tl.constexpr(layout.SEGMENT_HEADER)
+AVERAGE_TYPE = tl.constexpr(layout.AVERAGE_TYPE)
+SOURCE_TYPE = tl.constexpr(layout.SOURCE_TYPE)
+COPIED, ALIGNMENT = tl.constexpr(layout.COPIED), tl.constexpr(layout.ALIGNMENT)
+DECAY, MIN_DECAY = tl.constexpr(layout.DECAY), tl.constexpr(layout.MIN_DECAY)
+GAMMA, POWER = tl.constexpr(layout.GAMMA), tl.constexpr(layout.POWER)
+UPDATE_AFTER_STEP = tl.constexpr(layout.UPDATE_AFTER_STEP)
+RULE_COLUMNS = tl.constexpr(layout.RULE_COLUMNS)
+SWA, INVERSE_GAMMA = tl.constexpr(layout.SWA), tl.constexpr(layout.INVERSE_GAMMA)
+RATIO, EXTERNAL = tl.constexpr(layout.RATIO), tl.constexpr(layout.EXTERNAL)
+TICKET, NON_FINITE = tl.constexpr(layout.TICKET), tl.constexpr(layout.NON_FINITE)
+SKIPPED = tl.constexpr(layout.SKIPPED)
 
 
 @triton.jit
@@ -35,18 +53,19 @@ def _add4(a0, a1, a2, a3, b0, b1, b2, b3):
 
 
 @triton.jit
-def _load_run(table_ptr):
-    """This program's row of the table: source, average, bytes between averages, packed."""
+def _load_segment(row_ptr, average):
+    """Of a row of the table: source, packed, place and the address of an average."""
     lane = tl.arange(0, LANES)
-    entry = tl.load(table_ptr + tl.program_id(0).to(tl.int64) * 4 + lane, mask=lane < 4, other=0)
-    zero = tl.zeros_like(entry)
+    inside = (lane < HEADER) | (lane == average + HEADER)
+    word = tl.load(row_ptr + lane, mask=inside, other=0)
+    zero = tl.zeros_like(word)
     # All four at once, because the threads of a program wait for each other at every reduction.
     return tl.reduce(
         (
-            tl.where(lane == 0, entry, zero),
-            tl.where(lane == 1, entry, zero),
-            tl.where(lane == 2, entry, zero),
-            tl.where(lane == 3, entry, zero),
+            tl.where(lane == SOURCE_WORD, word, zero),
+            tl.where(lane == PACKED_WORD, word, zero),
+            tl.where(lane == PLACE_WORD, word, zero),
+            tl.where(lane == average + HEADER, word, zero),
         ),
         0,
         _add4,
@@ -60,40 +79,49 @@ def _load_scalar(pointer):
 
 
 @triton.jit
+def _next_average(row_ptr, row, rows):
+    lane = tl.arange(0, LANES)
+    inside = (lane == 0) & (row + 1 < rows)
+    return tl.sum(tl.load(row_ptr + lane + (row + 1 + HEADER), mask=inside, other=0))
+
+
+@triton.jit
 def _add5(a0, a1, a2, a3, a4, b0, b1, b2, b3, b4):
     return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4
 
 
 @triton.jit
 def _weight(rule_ptr, n):
-    """The source's weight in fp64; kinds and columns as in csrc/update.h."""
+    """The source's weight in fp64."""
     kind = _load_scalar(rule_ptr)
     one = tl.full([], 1.0, tl.float64)
     weight = one / (n + 1).to(tl.float64)
-    if kind == 4.0:
+    if kind == EXTERNAL:
         weight = tl.where(n == 0, one, 0.0 * one)
-    elif kind > 0.0:
+    elif kind > SWA:
         column = tl.arange(0, LANES)
-        rule = tl.load(rule_ptr + column, mask=(column > 0) & (column < 6), other=0.0)
+        rule = tl.load(
+            rule_ptr + column, mask=(column >= DECAY) & (column <= UPDATE_AFTER_STEP), other=0.0
+        )
         zero = tl.zeros_like(rule)
         decay, min_decay, gamma, power, after = tl.reduce(
             (
-                tl.where(column == 1, rule, zero),
-                tl.where(column == 2, rule, zero),
-                tl.where(column == 3, rule, zero),
-                tl.where(column == 4, rule, zero),
-                tl.where(column == 5, rule, zero),
+                tl.where(column == DECAY, rule, zero),
+                tl.where(column == MIN_DECAY, rule, zero),
+                tl.where(column == GAMMA, rule, zero),
+                tl.where(column == POWER, rule, zero),
+                tl.where(column == UPDATE_AFTER_STEP, rule, zero),
             ),
             0,
             _add5,
         )
         s = n.to(tl.float64) - after
         d = decay
-        if kind == 2.0:
+        if kind == INVERSE_GAMMA:
             d = 1.0 - tl.exp(-power * tl.log(1.0 + tl.maximum(s, one) / gamma))
-        elif kind == 3.0:
+        elif kind == RATIO:
             d = (1.0 + s) / (10.0 + s)
-        if kind >= 2.0:
+        if kind >= INVERSE_GAMMA:
             d = tl.maximum(tl.minimum(d, decay), min_decay)
         weight = tl.where(s <= 0.0, one, 1.0 - d)
     return weight
@@ -117,14 +145,15 @@ def _random16(seed, first, n, row, BLOCK: tl.constexpr):
 
 @triton.jit
 def _rows(
+    row_ptr,
     average_address,
-    row_bytes,
+    start,
     rows,
     source_address,
     place,
     count,
     copied,
-    state_ptr,
+    n_averaged_ptr,
     rules_ptr,
     seed,
     AVERAGE: tl.constexpr,
@@ -134,8 +163,8 @@ def _rows(
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One run in every average, of types AVERAGE and SOURCE. VECTOR: the source is aligned to 16
-    bytes, and ``count`` is a multiple of 16; the averages always are aligned."""
+    """What a segment has from ``start`` on, in every average, of types AVERAGE and SOURCE. VECTOR:
+    source and averages are aligned to 16 bytes, and ``count`` is a multiple of 16."""
     element = tl.arange(0, BLOCK)
     # The wider type fills 16 bytes, so that neighbouring threads touch neighbouring bytes in both.
     SOURCE_WIDTH: tl.constexpr = SOURCE.primitive_bitwidth
@@ -145,20 +174,26 @@ def _rows(
     AVERAGE_BYTES: tl.constexpr = 16 * AVERAGE_WIDTH // WIDER
     # Hints last only on what the function itself computes: those on its arguments, or on what
     # another function returns, are lost when it is inlined, and with them the 16-byte accesses.
-    source_ptr = source_address.to(tl.pointer_type(SOURCE))
+    source_ptr = (source_address + start * (SOURCE_WIDTH // 8)).to(tl.pointer_type(SOURCE))
+    place += start
+    count -= start
     if VECTOR:
         source_ptr = tl.multiple_of(source_ptr, SOURCE_BYTES)
         count = count // 16 * 16
     mask = element < count
     source = tl.load(source_ptr + element, mask=mask).to(MATH)
     for row in range(rows):
-        n = _load_scalar(state_ptr + row)
+        n = _load_scalar(n_averaged_ptr + row)
         weight64 = tl.full([], 1.0, tl.float64)
         if copied == 0:
-            weight64 = _weight(rules_ptr + row * 8, n)
+            weight64 = _weight(rules_ptr + row * RULE_COLUMNS, n)
         weight = weight64.to(MATH)
-        average_ptr = (average_address + row * row_bytes).to(tl.pointer_type(AVERAGE))
-        average_ptr = tl.multiple_of(average_ptr, AVERAGE_BYTES)
+        average_ptr = average_address + start * (AVERAGE_WIDTH // 8)
+        average_ptr = average_ptr.to(tl.pointer_type(AVERAGE))
+        if VECTOR:
+            average_ptr = tl.multiple_of(average_ptr, AVERAGE_BYTES)
+        # The next average's address is on its way while this one's memory is.
+        average_address = _next_average(row_ptr, row, rows)
         if weight64 == 1.0:
             updated = source
         else:
@@ -184,9 +219,9 @@ def _rows(
 
 
 @triton.jit
-def _copy_bytes(target_address, source_address, count, BLOCK: tl.constexpr):
-    """At most BLOCK bytes; the target is aligned to 16."""
-    if (source_address | count) % 16 == 0:
+def _copy_bytes(target_address, source_address, count, wide, BLOCK: tl.constexpr):
+    """At most BLOCK bytes; ``wide``: all of them are multiples of 16 bytes."""
+    if wide:
         words = tl.arange(0, BLOCK // 8)
         wide_source = tl.multiple_of(source_address.to(tl.pointer_type(tl.int64)), 16)
         wide_target = tl.multiple_of(target_address.to(tl.pointer_type(tl.int64)), 16)
@@ -203,30 +238,33 @@ def _copy_bytes(target_address, source_address, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def _update_kernel(
-    bfloat16_ptr,  # the bfloat16 averages, from which places for the random bits are counted
     rows,
-    table_ptr,  # int64 [runs, 4]
-    state_ptr,  # int64 [rows + 3]
-    rules_ptr,  # float64 [rows, 8]
+    table_ptr,  # int64 [segments, HEADER + rows]
+    n_averaged_ptr,  # int64 [rows]
+    counters_ptr,  # int64 [3], or None: nothing is counted
+    rules_ptr,  # float64 [rows, RULE_COLUMNS]
     seed: tl.int64,
     PAIRS: tl.constexpr,  # bit 4 a + s: the table holds averages of type a with sources of type s
     STOCHASTIC: tl.constexpr,
-    GUARD: tl.constexpr,
+    SKIP_NONFINITE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    address, average, row_bytes, packed = _load_run(table_ptr)
-    place = (average - bfloat16_ptr.to(tl.int64)) // 2
+    row_ptr = table_ptr + tl.program_id(0).to(tl.int64) * (rows + HEADER)
+    source, packed, place, average = _load_segment(row_ptr, 0)
     count = packed & 0xFFFFFFFF
-    pair = ((packed >> 32) & 0xFF) * 4 + ((packed >> 40) & 0xFF)
-    copied = (packed >> 48) & 1
+    pair = ((packed >> AVERAGE_TYPE) & 0xFF) * 4 + ((packed >> SOURCE_TYPE) & 0xFF)
+    copied = (packed >> COPIED) & 1
+    wide = ((source | count) % 16 == 0) & ((packed >> ALIGNMENT) & 7 == 4)
     skip = tl.full([], 0, tl.int64)
-    if GUARD:
-        skip = _load_scalar(state_ptr + rows + 1)
+    if SKIP_NONFINITE:
+        skip = _load_scalar(counters_ptr + NON_FINITE)
 
     if skip == 0:
         if pair == BYTES * 4 + BYTES:
             for row in range(rows):
-                _copy_bytes(average + row * row_bytes, address, count, BLOCK)
+                target = average
+                average = _next_average(row_ptr, row, rows)
+                _copy_bytes(target, source, count, wide, BLOCK)
         for candidate in tl.static_range(16):
             # Nested, because the outer one is decided at compile time.
             if (PAIRS >> candidate) & 1:  # noqa: SIM102
@@ -234,77 +272,83 @@ def _update_kernel(
                     AVERAGE: tl.constexpr = TYPES[candidate // 4]
                     SOURCE: tl.constexpr = TYPES[candidate % 4]
                     MATH: tl.constexpr = (
-                        tl.float64 if candidate // 4 == 1 or candidate % 4 == 1 else tl.float32
+                        tl.float64
+                        if candidate // 4 == DOUBLE or candidate % 4 == DOUBLE
+                        else tl.float32
                     )
-                    ROUND: tl.constexpr = STOCHASTIC and candidate // 4 == 2 and candidate % 4 != 1
-                    if (address | count) % 16 == 0:
+                    ROUND: tl.constexpr = (
+                        STOCHASTIC and candidate // 4 == BFLOAT16 and candidate % 4 != DOUBLE
+                    )
+                    if wide:
                         _rows(
-                            average, row_bytes, rows, address, place, count, copied, state_ptr,
-                            rules_ptr, seed, AVERAGE, SOURCE, MATH, ROUND, True, BLOCK,
+                            row_ptr, average, 0, rows, source, place, count, copied,
+                            n_averaged_ptr, rules_ptr, seed, AVERAGE, SOURCE, MATH, ROUND, True,
+                            BLOCK,
                         )  # fmt: skip
                     else:
                         # In pieces of another shape: the compiler gives tensors of one shape one
                         # layout, and that of the 16-byte accesses would not coalesce here.
                         for start in range(0, count, BLOCK // 2):
                             _rows(
-                                average + start * (AVERAGE.primitive_bitwidth // 8), row_bytes,
-                                rows, address + start * (SOURCE.primitive_bitwidth // 8),
-                                place + start, count - start, copied, state_ptr, rules_ptr, seed,
-                                AVERAGE, SOURCE, MATH, ROUND, False, BLOCK // 2,
+                                row_ptr, average, start, rows, source, place, count, copied,
+                                n_averaged_ptr, rules_ptr, seed, AVERAGE, SOURCE, MATH, ROUND,
+                                False, BLOCK // 2,
                             )  # fmt: skip
 
-    # All threads have read the counters, so this program may draw its ticket.
-    tl.debug_barrier()
-    drawn = tl.atomic_add(state_ptr + rows, 1)
-    if drawn == tl.num_programs(0) - 1:
-        tl.store(state_ptr + rows, 0)
-        if skip != 0:
-            tl.store(state_ptr + rows + 1, 0)
-            tl.store(state_ptr + rows + 2, tl.load(state_ptr + rows + 2) + 1)
-        else:
-            for row in range(rows):
-                tl.store(state_ptr + row, tl.load(state_ptr + row) + 1)
+    if counters_ptr is not None:
+        # All threads have read the counters, so this program may draw its ticket.
+        tl.debug_barrier()
+        drawn = tl.atomic_add(counters_ptr + TICKET, 1)
+        if drawn == tl.num_programs(0) - 1:
+            tl.store(counters_ptr + TICKET, 0)
+            if skip != 0:
+                tl.store(counters_ptr + NON_FINITE, 0)
+                tl.store(counters_ptr + SKIPPED, tl.load(counters_ptr + SKIPPED) + 1)
+            else:
+                for row in range(rows):
+                    tl.store(n_averaged_ptr + row, tl.load(n_averaged_ptr + row) + 1)
 
 
 @triton.jit
-def _guard_kernel(table_ptr, flag_ptr, BLOCK: tl.constexpr):
-    """Sets the flag if an averaged source holds an infinity or NaN."""
-    address, _, _, packed = _load_run(table_ptr)
-    code = (packed >> 40) & 0xFF
+def _nonfinite_kernel(table_ptr, rows, counters_ptr, BLOCK: tl.constexpr):
+    """Sets a counter if an averaged source holds an infinity or NaN."""
+    row_ptr = table_ptr + tl.program_id(0).to(tl.int64) * (rows + HEADER)
+    address, packed, _, _ = _load_segment(row_ptr, 0)
+    code = (packed >> SOURCE_TYPE) & 0xFF
     element = tl.arange(0, BLOCK)
     mask = element < (packed & 0xFFFFFFFF)
     found = tl.full([], 0, tl.int32)
-    if ((packed >> 48) & 1) == 0:
+    if ((packed >> COPIED) & 1) == 0:
         # The exponent's bits are all set for infinities and NaN, and only for them.
-        if code == 0:
+        if code == FLOAT:
             bits = tl.load(address.to(tl.pointer_type(tl.int32)) + element, mask=mask, other=0)
             found = tl.max(((bits & 0x7F800000) == 0x7F800000).to(tl.int32))
-        elif code == 1:
+        elif code == DOUBLE:
             exponent = 0x7FF0000000000000
             wide = tl.load(address.to(tl.pointer_type(tl.int64)) + element, mask=mask, other=0)
             found = tl.max(((wide & exponent) == exponent).to(tl.int32))
-        elif code == 2:
+        elif code == BFLOAT16:
             half = tl.load(address.to(tl.pointer_type(tl.int16)) + element, mask=mask, other=0)
             found = tl.max(((half & 0x7F80) == 0x7F80).to(tl.int32))
-        elif code == 3:
+        elif code == HALF:
             half = tl.load(address.to(tl.pointer_type(tl.int16)) + element, mask=mask, other=0)
             found = tl.max(((half & 0x7C00) == 0x7C00).to(tl.int32))
     if found != 0:
-        tl.atomic_xchg(flag_ptr, 1)
+        tl.atomic_xchg(counters_ptr + NON_FINITE, 1)
 
 
 @triton.jit
-def _exchange_kernel(table_ptr, row: tl.int64, BLOCK: tl.constexpr):
-    address, average, row_bytes, packed = _load_run(table_ptr)
-    average += row * row_bytes
-    code = (packed >> 40) & 0xFF
-    size = tl.where(code == 1, 8, tl.where(code == 0, 4, tl.where(code == BYTES, 1, 2)))
+def _swap_kernel(table_ptr, rows, row, BLOCK: tl.constexpr):
+    row_ptr = table_ptr + tl.program_id(0).to(tl.int64) * (rows + HEADER)
+    address, packed, _, average = _load_segment(row_ptr, row)
+    code = (packed >> SOURCE_TYPE) & 0xFF
+    size = tl.where(code == DOUBLE, 8, tl.where(code == FLOAT, 4, tl.where(code == BYTES, 1, 2)))
     count = (packed & 0xFFFFFFFF) * size
     source_ptr = address.to(tl.pointer_type(tl.uint8))
     average_ptr = average.to(tl.pointer_type(tl.uint8))
-    # All of a run of 4096 floats at once, as the update reads them. In four steps, each of which
-    # waits for its loads, a swap reached two fifths of an H100's bandwidth.
-    whole = tl.where(address % 16 == 0, count // 16 * 16, 0)
+    # All of a segment of 4096 floats at once, as the update reads them. In four steps, each of
+    # which waits for its loads, a swap reached two fifths of an H100's bandwidth.
+    whole = tl.where((address | average) % 16 == 0, count // 16 * 16, 0)
     words = tl.arange(0, BLOCK // 2)
     for start in range(0, whole, 4 * BLOCK):
         left = (average_ptr + start).to(tl.pointer_type(tl.int64))
@@ -331,36 +375,45 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
 
 def update_(
     averages: list[Tensor],
-    state: Tensor,
+    sources: list[Tensor],
+    n_averaged: Tensor,
+    counters: Tensor | None,
     rules: Tensor,
     table: Tensor,
     pairs: int,
     seed: int | None,
-    guard: bool,
+    skip_nonfinite: bool,
+    short_segments: int = 0,
 ) -> None:
-    """See :func:`swa_fast._ops.update_`."""
-    rows = averages[0].shape[0]
-    bfloat16 = next((a for a in averages if a.dtype == torch.bfloat16), averages[0])
+    """See :func:`swa_fast.reference.update_`."""
+    rows = n_averaged.numel()
     with _on(table.device):
-        if guard:
-            _guard_kernel[(len(table),)](table, state[rows + 1 :], BLOCK, num_warps=NUM_WARPS)
+        if skip_nonfinite:
+            _nonfinite_kernel[(len(table),)](table, rows, counters, BLOCK, num_warps=NUM_WARPS)
         _update_kernel[(len(table),)](
-            bfloat16,
             rows,
             table,
-            state,
+            n_averaged,
+            counters,
             rules,
             0 if seed is None else seed,
             PAIRS=pairs,
             STOCHASTIC=seed is not None,
-            GUARD=guard,
+            SKIP_NONFINITE=skip_nonfinite,
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,
             maxnreg=REGISTERS if seed is None else STOCHASTIC_REGISTERS,
         )
 
 
-def exchange_(table: Tensor, row: int) -> None:
-    """See :func:`swa_fast._ops.exchange_`."""
+def swap_(
+    averages: list[Tensor],
+    sources: list[Tensor],
+    table: Tensor,
+    row: int,
+    short_segments: int = 0,
+) -> None:
+    """See :func:`swa_fast.reference.swap_`."""
+    rows = table.shape[1] - layout.SEGMENT_HEADER
     with _on(table.device):
-        _exchange_kernel[(len(table),)](table, row, BLOCK, num_warps=NUM_WARPS)
+        _swap_kernel[(len(table),)](table, rows, row, BLOCK, num_warps=NUM_WARPS)

@@ -4,9 +4,9 @@
 """
 
 from ._backends import BackendError, choose_backend
-from .averaging import (
-    AveragedModel,
-    Averager,
+from .averaged_model import AveragedModel
+from .averager import Averager
+from .avg_fns import (
     get_ema_avg_fn,
     get_ema_multi_avg_fn,
     get_swa_avg_fn,

@@ -1,4 +1,4 @@
-"""``python -m swa_fast``: versions, build facts, usable backends, and a one-step self-check."""
+"""``python -m swa_fast``: versions, build facts, usable backends, and a self-check of each."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import sys
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from . import __version__, _backends, _ops
+from . import SWA, Averager, __version__, _backends, update_bn
 
 
 def _version(distribution: str) -> str | None:
@@ -21,19 +22,55 @@ def _version(distribution: str) -> str | None:
         return None
 
 
+def _check_averager(backend: str, device: str) -> str | None:
+    """Averages 1, 2 and 6, puts the average in and takes it out; None, or what went wrong."""
+    weight = torch.zeros(1001, device=device)
+    averager = Averager([("weight", weight)], {"swa": SWA()}, backend=backend)
+    for value in (1.0, 2.0, 6.0):
+        weight.fill_(value)
+        averager.update()
+    if averager.n_averaged != {"swa": 3}:
+        return f"after 3 updates n_averaged is {averager.n_averaged}"
+    average = averager.averages["swa"]["weight"]
+
+    def hold(what: str, tensor: Tensor, expected: float) -> str | None:
+        error = (tensor - expected).abs().max().item()
+        return None if error < 1e-6 else f"{what} came out {expected} with an error of {error:.2g}"
+
+    problem = hold("the mean of 1, 2, 6", average, 3.0)
+    with averager.applied("swa"):
+        problem = problem or hold("the weight with the average applied", weight, 3.0)
+    problem = problem or hold("the weight after that", weight, 6.0)
+    return problem or hold("the average after that", average, 3.0)
+
+
+def _check_batch_norm(backend: str, device: str) -> str | None:
+    """Estimates the statistics of one batch; None, or what went wrong."""
+    batch = torch.arange(40.0).view(8, 5)
+    first, second = (nn.BatchNorm1d(5, device=device) for _ in range(2))
+    update_bn([batch], nn.Sequential(first, second), device, backend=backend)
+    variance, mean = (s.cpu() for s in torch.var_mean(batch, 0))
+    for what, found, expected in (
+        ("mean", first.running_mean, mean),
+        ("variance", first.running_var, variance),
+        ("mean of the output", second.running_mean, torch.zeros(5)),
+        ("variance of the output", second.running_var, torch.full((5,), 8 / 7)),
+    ):
+        assert found is not None
+        error = (found.cpu() - expected).abs().max().item()
+        if not error < 1e-4 * expected.abs().max().clamp(min=1).item():
+            return f"BatchNorm's {what} came out with an error of {error:.2g}"
+    return None
+
+
 def _self_check(backend: str, device: str) -> str:
-    """Averages 1, 2 and 6 with one backend; "passed", or what went wrong."""
-    average = torch.zeros(1001, device=device)
-    n = torch.zeros((), dtype=torch.int64, device=device)
+    """What users run, with one backend; "passed", or what went wrong."""
     try:
-        for value in (1.0, 2.0, 6.0):
-            _ops.average_([average], [torch.full_like(average, value)], n, backend=backend)
-            n += 1
-        error = (average.cpu() - 3.0).abs().max().item()
+        problem = _check_averager(backend, device) or _check_batch_norm(backend, device)
     # A report has to survive whatever a broken installation throws, and shows it.
     except Exception as failure:
         return f"failed: {type(failure).__name__}: {failure}"
-    return "passed" if error < 1e-6 else f"failed: the mean of 1, 2, 6 came out {3.0 + error}"
+    return "passed" if problem is None else f"failed: {problem}"
 
 
 def _code(device: str) -> dict[str, str]:

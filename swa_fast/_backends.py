@@ -210,12 +210,17 @@ def _triton_reason() -> str | None:
     if triton_interprets() and (reason := _why_not_interpreted()):
         return reason
     try:
-        importlib.import_module("swa_fast.kernels.average")
         importlib.import_module("swa_fast.kernels.batch_norm")
         importlib.import_module("swa_fast.kernels.update")
     except (ImportError, RuntimeError) as error:  # RuntimeError: triton without a usable driver
         return f"swa_fast.kernels does not load: {error}"
     return None
+
+
+def check_name(backend: str | None) -> None:
+    """Raises ValueError unless ``backend`` is None or a name of :data:`BACKENDS`."""
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, found {backend!r}")
 
 
 def triton_interprets() -> bool:
@@ -233,8 +238,7 @@ def why_unusable(backend: str, device: str | torch.device) -> str | None:
     Raises:
         ValueError: ``backend`` is not one of :data:`BACKENDS`.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, found {backend!r}")
+    check_name(backend)
     if backend == "reference":
         return None
     device_type, index = _type_and_index(device)

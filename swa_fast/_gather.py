@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _ops
-from .engine import FlatAverages, Slot, bytes_of
+from .engine import Engine, Plan, Slot, allocate, averages_in, bytes_of
 from .rules import SWA
 
 __all__ = ["CHUNK", "Gather", "gather_from_gpus"]
@@ -51,15 +51,15 @@ class Gather:
             memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
         except RuntimeError:  # more than may be pinned: the copies are slower then
             memory = torch.empty(sum(sizes), dtype=torch.uint8)
-        self._chunks: list[tuple[FlatAverages, Tensor, Tensor]] = []
+        self._chunks: list[tuple[Engine, Plan, Tensor, Tensor]] = []
         for chunk, of_chunk, size, target in zip(
             chunks, slots, sizes, memory.split(sizes), strict=True
         ):
-            flat = FlatAverages(of_chunk, [SWA()], self.device, memory=buffer[:size])
-            flat.bind(chunk)
-            self._chunks.append((flat, buffer[:size], target))
-            for i, slot in enumerate(of_chunk):
-                start = flat.view(0, i).data_ptr() - buffer.data_ptr()
+            views = averages_in(of_chunk, allocate(of_chunk, 1, self.device, buffer[:size]))
+            engine = Engine(of_chunk, views, [SWA()], self.device)
+            self._chunks.append((engine, engine.plan(chunk), buffer[:size], target))
+            for slot, view in zip(of_chunk, views[0], strict=True):
+                start = view.data_ptr() - buffer.data_ptr()
                 there = target[start : start + slot.numel * slot.dtype.itemsize]
                 self.copies.append(there.view(slot.dtype).as_strided(slot.shape, slot.stride))
 
@@ -69,14 +69,14 @@ class Gather:
 
     def __call__(self) -> None:
         """Copies the tensors' present values."""
-        for flat, gathered, target in self._chunks:
-            flat.update()
+        for engine, plan, gathered, target in self._chunks:
+            engine.update(plan)
             target.copy_(gathered, non_blocking=True)
         torch.cuda.current_stream(self.device).synchronize()
 
 
 def gather_from_gpus(
-    averages: FlatAverages, sources: Sequence[Tensor]
+    averages: Engine, sources: Sequence[Tensor]
 ) -> tuple[list[Gather], dict[int, Tensor]]:
     """For averages on the CPU: what brings their sources from each GPU, and by slot the copies.
     Sources that the averages could not read as they are, for their layout, are in neither."""
@@ -88,7 +88,7 @@ def gather_from_gpus(
             and (slot.averaged or slot.dtype == source.dtype)
             and not source.is_conj()
             and not source.is_neg()
-            and _ops.same_dense_layout(averages.view(0, index), source)
+            and _ops.same_dense_layout(averages.averages[0][index], source)
         ):
             by_device.setdefault(source.device, []).append(index)
     gathers: list[Gather] = []

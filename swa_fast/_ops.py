@@ -1,13 +1,15 @@
-"""Schemas and fake kernels of every operator, and the Python front that checks their arguments.
+"""The operators and the Python front that checks their arguments.
 
-The only place that talks to :mod:`torch.library`. One schema serves all backends; each backend is
-an overload of it (``average_.reference``, ``average_.cpu``, ``average_.cuda``,
-``average_.triton``), so that a traced graph says which implementation it holds and a requested
-backend is never silently another one. The C++ libraries only add implementations.
+The only place that talks to :mod:`torch.library`. One schema, inferred from the signature in
+:mod:`swa_fast.reference`, serves all backends; each backend is an overload of it
+(``update_.reference``, ``update_.cpu``, ``update_.cuda``, ``update_.triton``), so that a traced
+graph says which implementation it holds and a requested backend is never silently another one. The
+C++ libraries only add implementations.
 """
 
 from __future__ import annotations
 
+import importlib
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -15,153 +17,47 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import _backends, reference
+from . import _backends, _layout, reference
 
 __all__ = [
     "AVERAGE_DTYPES",
     "Updatable",
-    "average_",
     "averagers",
     "batch_norm_collect",
     "batch_norm_merge_",
     "batch_norm_tickets",
-    "exchange_",
     "refresh_averager",
     "same_dense_layout",
+    "swap_",
     "update_",
     "update_averager",
 ]
 
-AVERAGE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_AVERAGE_DTYPES = frozenset(AVERAGE_DTYPES)
-_CPU = torch.device("cpu")
-
-_AVERAGE_SCHEMA = "(Tensor(a!)[] averages, Tensor[] sources, Tensor n_averaged, float? decay) -> ()"
-
-# The fused update (swa_fast/engine.py). `table` holds addresses: of sources that the caller keeps
-# alive. `sources` are the same memory as tensors and are read by the reference backend only.
-_UPDATE_SCHEMA = (
-    "(Tensor(a!)[] averages, Tensor(b!) state, Tensor rules, Tensor table, Tensor[] sources, "
-    "int pairs, int? seed, bool guard, int short_runs=0) -> ()"
-)
-_EXCHANGE_SCHEMA = (
-    "(Tensor(a!)[] averages, Tensor(b!)[] sources, Tensor table, int row, int short_runs=0) -> ()"
-)
-
-_COLLECT_SCHEMA = (
-    "(Tensor x, Tensor? weight, Tensor? bias, float eps, bool relu, bool normalise, "
-    "Tensor(a!) batch, Tensor(b!)? tickets) -> Tensor"
-)
-_MERGE_SCHEMA = "(Tensor(a!) accumulators, Tensor(b!) batch, int estimator) -> ()"
+AVERAGE_DTYPES = tuple(_layout.TYPE_CODES)
 
 _library = torch.library.Library("swa_fast", "DEF")
 _library.define("watch(Tensor[] tensors) -> int")
-_library.define(
-    "update_averager(Tensor(a!)[] averages, Tensor(b!)[] states, Tensor[] sources, str handle) "
-    "-> ()"
-)
-
-
-def _average_fake(
-    averages: Sequence[Tensor], sources: Sequence[Tensor], n_averaged: Tensor, decay: float | None
-) -> None:
-    torch._check(
-        len(averages) == len(sources),
-        lambda: f"average_: {len(averages)} averages but {len(sources)} sources",
-    )
-    for average, source in zip(averages, sources, strict=True):
-        torch._check(average.shape == source.shape, lambda: "average_: shapes differ")
-
-
-def _average_triton(
-    averages: list[Tensor], sources: list[Tensor], n_averaged: Tensor, decay: float | None
-) -> None:
-    from .kernels import average
-
-    average.average_(averages, sources, n_averaged, decay)
+_library.define("remember(Tensor[] averages, Tensor[] sources) -> int")
+_library.define("remembered(int watch, Tensor[] averages, Tensor[] sources) -> bool")
 
 
 def _update_fake(
-    averages: Sequence[Tensor],
-    state: Tensor,
-    rules: Tensor,
-    table: Tensor,
-    sources: Sequence[Tensor],
-    pairs: int,
-    seed: int | None,
-    guard: bool,
-    short_runs: int = 0,
+    averages: Sequence[Tensor], sources: Sequence[Tensor], n_averaged: Tensor, *_: object
 ) -> None:
-    torch._check(all(a.dim() == 2 for a in averages))
-    torch._check(state.dtype == torch.int64 and rules.dtype == torch.float64)
+    torch._check(n_averaged.dtype == torch.int64)
 
 
-def _update_triton(
-    averages: list[Tensor],
-    state: Tensor,
-    rules: Tensor,
-    table: Tensor,
-    sources: list[Tensor],
-    pairs: int,
-    seed: int | None,
-    guard: bool,
-    short_runs: int = 0,
+def _swap_fake(
+    averages: Sequence[Tensor], sources: Sequence[Tensor], table: Tensor, row: int, _: int = 0
 ) -> None:
-    from .kernels import update
-
-    update.update_(averages, state, rules, table, pairs, seed, guard)
+    torch._check(0 <= row < table.shape[1] - _layout.SEGMENT_HEADER)
 
 
-def _exchange_fake(
-    averages: Sequence[Tensor],
-    sources: Sequence[Tensor],
-    table: Tensor,
-    row: int,
-    short_runs: int = 0,
-) -> None:
-    torch._check(all(0 <= row < a.shape[0] for a in averages))
-
-
-def _exchange_triton(
-    averages: list[Tensor],
-    sources: list[Tensor],
-    table: Tensor,
-    row: int,
-    short_runs: int = 0,
-) -> None:
-    from .kernels import update
-
-    update.exchange_(table, row)
-
-
-def _collect_fake(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    relu: bool,
-    normalise: bool,
-    batch: Tensor,
-    tickets: Tensor | None,
-) -> Tensor:
+def _collect_fake(x: Tensor, *others: Any) -> Tensor:
+    *_, normalise, batch, _ = others
     torch._check(x.dim() >= 2 and batch.shape == (4, x.shape[1]))
     torch._check(batch.dtype == torch.float64)
     return torch.empty_like(x) if normalise else x.new_empty(0)
-
-
-def _collect_triton(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    relu: bool,
-    normalise: bool,
-    batch: Tensor,
-    tickets: Tensor | None,
-) -> Tensor:
-    from .kernels import batch_norm
-
-    return batch_norm.collect(x, weight, bias, eps, relu, normalise, batch, tickets)
 
 
 def _merge_fake(accumulators: Tensor, batch: Tensor, estimator: int) -> None:
@@ -169,37 +65,33 @@ def _merge_fake(accumulators: Tensor, batch: Tensor, estimator: int) -> None:
     torch._check(batch.shape == (4, accumulators.shape[1]))
 
 
-def _merge_triton(accumulators: Tensor, batch: Tensor, estimator: int) -> None:
-    from .kernels import batch_norm
+def _in_kernels(module: str, name: str) -> Callable[..., Any]:
+    """A Triton function, imported at its first call."""
 
-    batch_norm.merge_(accumulators, batch, estimator)
+    def call(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(f"swa_fast.kernels.{module}"), name)(*arguments)
+
+    return call
 
 
-_FAMILIES: dict[str, tuple[str, Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
-    "average_": (_AVERAGE_SCHEMA, _average_fake, reference.average_, _average_triton),
-    "update_": (_UPDATE_SCHEMA, _update_fake, reference.update_, _update_triton),
-    "exchange_": (_EXCHANGE_SCHEMA, _exchange_fake, reference.exchange_, _exchange_triton),
-    "batch_norm_collect": (
-        _COLLECT_SCHEMA,
-        _collect_fake,
-        reference.batch_norm_collect,
-        _collect_triton,
-    ),
-    "batch_norm_merge_": (
-        _MERGE_SCHEMA,
-        _merge_fake,
-        reference.batch_norm_merge_,
-        _merge_triton,
-    ),
-}
-for _name, (_schema, _fake, _by_reference, _by_triton) in _FAMILIES.items():
+# The reference, what it writes to, the fake kernel, and the file of the Triton kernels.
+_FAMILIES: tuple[tuple[Callable[..., Any], tuple[str, ...], Callable[..., Any], str], ...] = (
+    (reference.update_, ("averages", "n_averaged", "counters"), _update_fake, "update"),
+    (reference.swap_, ("averages", "sources"), _swap_fake, "update"),
+    (reference.batch_norm_collect, ("batch", "tickets"), _collect_fake, "batch_norm"),
+    (reference.batch_norm_merge_, ("accumulators", "batch"), _merge_fake, "batch_norm"),
+)
+for _function, _written, _fake, _module in _FAMILIES:
+    _name = _function.__name__
+    # Plain integers: what they are the sizes of is known to the table's addresses alone.
+    _schema = torch.library.infer_schema(_function, mutates_args=_written).replace("SymInt", "int")
     for _backend in _backends.BACKENDS:
         _library.define(f"{_name}.{_backend}{_schema}")
         torch.library.register_fake(f"swa_fast::{_name}.{_backend}", _fake, lib=_library)
-    _library.impl(f"{_name}.reference", _by_reference, "CompositeExplicitAutograd")
+    _library.impl(f"{_name}.reference", _function, "CompositeExplicitAutograd")
     # Both keys, because Triton's interpreter runs the kernels on CPU tensors.
-    _library.impl(f"{_name}.triton", _by_triton, "CUDA")
-    _library.impl(f"{_name}.triton", _by_triton, "CPU")
+    _library.impl(f"{_name}.triton", _in_kernels(_module, _name), "CUDA")
+    _library.impl(f"{_name}.triton", _in_kernels(_module, _name), "CPU")
 
 
 class Updatable(Protocol):
@@ -208,7 +100,7 @@ class Updatable(Protocol):
     def _refresh(self) -> None: ...
 
     def _update_with(
-        self, averages: list[Tensor], states: list[Tensor], sources: list[Tensor]
+        self, averages: list[Tensor], counts: list[Tensor], sources: list[Tensor]
     ) -> None: ...
 
 
@@ -224,93 +116,38 @@ def refresh_averager(handle: str) -> bool:
 
 
 def _update_averager(
-    averages: list[Tensor], states: list[Tensor], sources: list[Tensor], handle: str
+    averages: list[Tensor], counts: list[Tensor], sources: list[Tensor], handle: str
 ) -> None:
-    averagers[handle]._update_with(averages, states, sources)
+    averagers[handle]._update_with(averages, counts, sources)
 
 
-_library.impl("update_averager", _update_averager, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "swa_fast::update_averager", lambda averages, states, sources, handle: None, lib=_library
-)
+def define(
+    name: str, function: Callable[..., None], written: tuple[str, ...]
+) -> Callable[..., None]:
+    """An operator for traced code, which runs ``function`` on any device."""
+    _library.define(name + torch.library.infer_schema(function, mutates_args=written))
+    _library.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"swa_fast::{name}", lambda *_: None, lib=_library)
+    operator: Callable[..., None] = getattr(torch.ops.swa_fast, name)
+    return operator
 
 
-def update_averager(
-    averages: list[Tensor], states: list[Tensor], sources: list[Tensor], handle: str
-) -> None:
-    """The update of a whole averager as one operator, for traced code. A compiler may hand over
-    other memory than the averager's own: the operator reads and writes its arguments."""
-    torch.ops.swa_fast.update_averager(averages, states, sources, handle)
+# The update of a whole averager, for traced code. A compiler may hand over other memory than the
+# averager's own: the operator reads and writes its arguments.
+update_averager = define("update_averager", _update_averager, ("averages", "counts"))
+
+_updates = {b: getattr(torch.ops.swa_fast.update_, b) for b in _backends.BACKENDS}
+_swaps = {b: getattr(torch.ops.swa_fast.swap_, b) for b in _backends.BACKENDS}
 
 
-_update_overloads = {b: getattr(torch.ops.swa_fast.update_, b) for b in _backends.BACKENDS}
+def update_(backend: str, *arguments: Any) -> None:
+    """:func:`swa_fast.reference.update_` by one backend."""
+    _updates[backend](*arguments)
 
 
-def update_(
-    backend: str,
-    averages: list[Tensor],
-    state: Tensor,
-    rules: Tensor,
-    table: Tensor,
-    sources: list[Tensor],
-    pairs: int,
-    seed: int | None,
-    guard: bool,
-    short_runs: int = 0,
-) -> None:
-    r"""Every average of one device moves towards its sources, in one launch.
-
-    For each average :math:`j` with :math:`n_j` updates before this one and each run of the table,
-    with the weight :math:`w_j` of the average's rule at :math:`n_j`:
-
-    .. math:: a \leftarrow a + w_j\,(b - a) \qquad n_j \leftarrow n_j + 1
-
-    in float32 (float64 when either side is float64), rounded once; copied where :math:`w_j = 1` or
-    the run is marked so.
-
-    Args:
-        backend: the overload to call.
-        averages: one tensor of shape [k, elements] for each dtype, with 128-byte aligned rows;
-            written.
-        state: int64 [k + 3]: :math:`n_j`, a ticket, the guard's flag, skipped updates; written.
-        rules: float64 [k, 8], see csrc/update.h; on the device for triton, else on the CPU.
-        table: int64 [runs, 4], addresses and sizes, see csrc/update.h.
-        sources: the runs' sources as one-dimensional tensors, for the reference backend.
-        pairs: bit :math:`4a + s` is set if a run has the types :math:`a` and :math:`s` of 0
-            (float32), 1 (float64), 2 (bfloat16), 3 (float16); what triton compiles for.
-        seed: round bfloat16 averages stochastically with it; None rounds to nearest.
-        guard: if an averaged source holds an infinity or NaN, write nothing but the count of
-            skipped updates.
-        short_runs: how many runs at the end of the table are short enough for one warp to read at
-            once; what cuda shares the work by. The result does not depend on it.
-    """
-    _update_overloads[backend](
-        averages, state, rules, table, sources, pairs, seed, guard, short_runs
-    )
-    # The stable ABI has no version counter, see average_.
-    torch.autograd.graph.increment_version(averages)
-
-
-def exchange_(
-    backend: str,
-    averages: list[Tensor],
-    sources: list[Tensor],
-    table: Tensor,
-    row: int,
-    short_runs: int = 0,
-) -> None:
-    """Exchanges the contents of the table's runs between average ``row`` and the sources.
-
-    Args:
-        backend: the overload to call.
-        averages: as in :func:`update_`; written.
-        sources: as in :func:`update_`; written.
-        table: as in :func:`update_`; both sides of a run have one type.
-        row: of ``averages``.
-        short_runs: as in :func:`update_`.
-    """
-    getattr(torch.ops.swa_fast.exchange_, backend)(averages, sources, table, row, short_runs)
-    torch.autograd.graph.increment_version(averages)
+def swap_(backend: str, *arguments: Any) -> None:
+    """:func:`swa_fast.reference.swap_` by one backend."""
+    _swaps[backend](*arguments)
 
 
 def same_dense_layout(average: Tensor, source: Tensor) -> bool:
@@ -334,117 +171,6 @@ def same_dense_layout(average: Tensor, source: Tensor) -> bool:
     return True
 
 
-def _check_pair(average: Tensor, source: Tensor, name: str) -> None:
-    if average.shape != source.shape:
-        raise ValueError(
-            f"{name}: the average has shape {tuple(average.shape)}, "
-            f"the source {tuple(source.shape)}"
-        )
-    if average.device != source.device:
-        raise ValueError(
-            f"{name}: the average is on {average.device}, the source on {source.device}"
-        )
-    for role, tensor in (("average", average), ("source", source)):
-        if tensor.layout != torch.strided:
-            raise TypeError(
-                f"{name}: the {role} has layout {tensor.layout}, expected torch.strided"
-            )
-        if tensor.dtype not in AVERAGE_DTYPES:
-            expected = ", ".join(str(d).removeprefix("torch.") for d in AVERAGE_DTYPES)
-            raise TypeError(
-                f"{name}: the {role} has dtype {str(tensor.dtype).removeprefix('torch.')}, "
-                f"expected one of {expected}"
-            )
-
-
-@torch.no_grad()
-def average_(
-    averages: Sequence[Tensor],
-    sources: Sequence[Tensor],
-    n_averaged: Tensor,
-    decay: float | None = None,
-    *,
-    backend: str | None = None,
-    names: Sequence[str] | None = None,
-) -> None:
-    r"""Moves every average towards its source, in place: one launch per device and dtype pair.
-
-    .. math::
-        a \leftarrow \begin{cases} b & n = 0 \\ a + w\,(b - a) & n > 0 \end{cases}
-        \qquad w = \begin{cases} 1/(n+1) & \text{decay is None (SWA)} \\
-                                 1 - \text{decay} & \text{otherwise (EMA)} \end{cases}
-
-    computed in float32 (float64 when either tensor of a pair is float64) and rounded once.
-
-    Args:
-        averages: tensors of dtype float32, float64, bfloat16 or float16, on any devices, of any
-            shapes and strides; written. Pairs that are dense and laid out alike go through the
-            kernels; others through the reference.
-        sources: one for each average, of its shape, on its device, of any of the four dtypes.
-        n_averaged: one int64 :math:`n`, the number of sources averaged before. On the averages'
-            device it is read there, without a synchronisation. Not changed.
-        decay: in [0, 1], or None for equal weights.
-        backend: ``cuda``, ``triton``, ``cpu`` or ``reference``; None chooses by
-            device and environment.
-        names: what to call the pairs in error messages.
-
-    Raises:
-        TypeError: a dtype outside the four, a sparse tensor, or an ``n_averaged`` that is not one
-            int64.
-        ValueError: lists, shapes or devices that do not match; a decay outside [0, 1].
-        BackendError: the requested backend cannot serve a tensor.
-
-    All arguments are checked before the first write.
-    """
-
-    if len(averages) != len(sources):
-        raise ValueError(
-            f"averages and sources: expected two lists of equal length, "
-            f"found {len(averages)} and {len(sources)} tensors"
-        )
-    if n_averaged.dtype != torch.int64 or n_averaged.numel() != 1:
-        raise TypeError(
-            f"n_averaged: expected one int64, found {tuple(n_averaged.shape)} {n_averaged.dtype}"
-        )
-    if decay is not None and not 0.0 <= decay <= 1.0:
-        raise ValueError(f"decay: expected a number in [0, 1], found {decay}")
-
-    # This loop is most of the cost of an update of many small tensors.
-    groups: dict[tuple[str, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
-    chosen: dict[torch.device, str] = {}
-    for i, (average, source) in enumerate(zip(averages, sources, strict=True)):
-        device = average.device
-        if (
-            average.shape != source.shape
-            or source.device != device
-            or average.dtype not in _AVERAGE_DTYPES
-            or source.dtype not in _AVERAGE_DTYPES
-            or average.layout is not torch.strided
-            or source.layout is not torch.strided
-        ):
-            _check_pair(average, source, f"pair {i}" if names is None else names[i])
-        served = chosen.get(device)
-        if served is None:
-            served = chosen[device] = _backends.choose_backend(device, backend)
-        if served != "reference" and not same_dense_layout(average, source):
-            served = "reference"
-        group = groups.get((served, device))
-        if group is None:
-            group = groups[served, device] = ([], [])
-        group[0].append(average)
-        group[1].append(source)
-
-    overloads = torch.ops.swa_fast.average_
-    for (served, device), (group_averages, group_sources) in groups.items():
-        # A counter on the CPU is an argument of the launch; one elsewhere has to be brought.
-        n = n_averaged if n_averaged.device in (device, _CPU) else n_averaged.to(device)
-        getattr(overloads, served)(group_averages, group_sources, n, decay)
-    if not torch.compiler.is_compiling():
-        # The stable ABI has no version counter: without this, autograd would not notice that a
-        # tensor it saved for backward has changed.
-        torch.autograd.graph.increment_version(list(averages))
-
-
 _ESTIMATORS = ("torch", "weighted", "pooled")  # as numbered in csrc/batch_norm.h
 
 
@@ -464,7 +190,7 @@ def _dtype_name(tensor: Tensor) -> str:
 def _check_floating(tensor: Tensor, name: str) -> None:
     if tensor.layout != torch.strided:
         raise TypeError(f"{name}: expected layout torch.strided, found {tensor.layout}")
-    if tensor.dtype not in _AVERAGE_DTYPES:
+    if tensor.dtype not in AVERAGE_DTYPES:
         expected = ", ".join(str(d).removeprefix("torch.") for d in AVERAGE_DTYPES)
         raise TypeError(f"{name}: expected dtype {expected}, found {_dtype_name(tensor)}")
 
@@ -546,7 +272,8 @@ def batch_norm_collect(
         normalise: False leaves out :math:`y`: statistics only.
         tickets: [C] of :func:`batch_norm_tickets` on ``x``'s device, for the backends cuda and
             triton. None makes new ones, at the cost of a launch.
-        backend: as for :func:`average_`.
+        backend: ``cuda``, ``triton``, ``cpu`` or ``reference``; None chooses by device and
+            environment.
 
     Returns:
         :math:`y` in ``x``'s dtype and memory format, or None without ``normalise``.
@@ -571,7 +298,9 @@ def batch_norm_collect(
         tickets,
     )
     if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version(batch)  # see average_
+        # The stable ABI has no version counter: without this, autograd would not notice that a
+        # tensor it saved for backward has changed.
+        torch.autograd.graph.increment_version(batch)
     return y if normalise else None
 
 
@@ -610,7 +339,8 @@ def batch_norm_merge_(
         batch: float64 [4, channels], contiguous, as :func:`batch_norm_collect` leaves it. Row 0 is
             zeroed, so that a layer which the next batch does not use is not merged twice.
         estimator: ``torch``, ``weighted`` or ``pooled``.
-        backend: as for :func:`average_`.
+        backend: ``cuda``, ``triton``, ``cpu`` or ``reference``; None chooses by device and
+            environment.
 
     Raises:
         TypeError: a dtype other than float64.

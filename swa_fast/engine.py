@@ -1,52 +1,36 @@
-"""Averages in flat storage, updated by one launch per device. Knows tensors and rules, not modules.
+"""The update of one device: a table of addresses, read by one launch. Knows tensors and rules, not
+modules.
 
-Storage of one device: for each dtype one tensor of shape [averages, elements]. Every tensor of a
-model has a segment at the same place in each row, aligned to 128 bytes.
-
-Sources are read where they are, through a table of runs (csrc/update.h) that holds their addresses
-and is rebuilt when a :class:`Watch` finds that one of them moved.
+Sources and averages are read and written where they are, through a table of segments
+(:mod:`swa_fast._layout`) that holds their addresses. Whoever binds sources watches them and the
+averages (:mod:`swa_fast._watch`), and asks for a new plan when one of them moved.
 """
 
 from __future__ import annotations
 
 import copy
-import itertools
-import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import _backends, _ops
+from . import _layout as layout
 from .rules import AveragingFunction, Rule, rule_row
 
 if TYPE_CHECKING:
     from ._gather import Gather
 
-__all__ = ["MAX_AVERAGES", "FlatAverages", "Slot", "Watch", "bytes_of", "dense_strides"]
+__all__ = ["Engine", "Plan", "Slot", "allocate", "averages_in", "bytes_of", "dense_strides"]
 
-MAX_AVERAGES = 16  # kMaxAverages in csrc/update.h
-ALIGNMENT = 128
-STATE_SLOTS = 3  # behind the counters of the averages: ticket, non-finite, skipped updates
-
-_TYPE_CODE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_BYTES = 4  # type code of a run that is copied unchanged
-_COPIED = 1 << 48
 _REAL = {
     torch.complex64: torch.float32,
     torch.complex128: torch.float64,
     torch.complex32: torch.float16,
 }
-
-# Most elements of a run; the CPU's threads cut runs by themselves. On a GPU a block or program
-# takes a run, in CUDA of as many bytes of the larger type as its threads load at once.
-_RUN_ELEMENTS = {"triton": 4096, "cpu": 1 << 30, "reference": 1 << 30}
-_CUDA_RUN_BYTES = 16384
-# Such a run is short: one warp loads it at once, and it comes last in the table.
-_CUDA_SHORT_BYTES = 2048
 
 
 def dense_strides(tensor: Tensor) -> tuple[int, ...]:
@@ -71,66 +55,66 @@ class Slot:
         return int(np.prod(self.shape, dtype=np.int64))
 
 
-class Watch:
-    """Notices when tensors move or change type, or module dictionaries change their contents.
-
-    Args:
-        tensors: held by reference, so that an assignment to ``.data`` is seen.
-        dictionaries: such as the ``_parameters`` of modules.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor], dictionaries: Iterable[dict[str, Any]]) -> None:
-        self._dictionaries = tuple(
-            (d, tuple(itertools.chain.from_iterable(d.items()))) for d in dictionaries
-        )
-        self._extension = _backends.cpu_library()
-        if self._extension is not None:
-            self._id = torch.ops.swa_fast.watch(list(tensors))
-            self._contents = self._extension.contents(self._dictionaries)
-            weakref.finalize(self, self._extension.forget, self._id)
-        else:
-            self._facts = [(t, self._look(t)) for t in tensors]
-
-    @staticmethod
-    def _look(tensor: Tensor) -> tuple[object, ...]:
-        return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
-
-    def holds(self) -> bool:
-        """True while nothing has changed."""
-        if self._extension is not None:
-            held: bool = self._extension.unchanged(self._id, self._contents)
-            return held
-        # By identity, because tensors compare elementwise.
-        return all(self._look(t) == facts for t, facts in self._facts) and all(
-            2 * len(d) == len(items)
-            and all(
-                a is b for a, b in zip(itertools.chain.from_iterable(d.items()), items, strict=True)
-            )
-            for d, items in self._dictionaries
-        )
-
-    @staticmethod
-    def dictionaries_of(module: nn.Module) -> Iterator[dict[str, Any]]:
-        """Where the modules of a tree keep their parameters, buffers and children."""
-        for child in module.modules():
-            yield from (child._parameters, child._buffers, child._modules)
-
-
 def _places(slots: Sequence[Slot]) -> tuple[list[int], dict[torch.dtype, int]]:
     """The first element of each slot in a row of its dtype, and the length of each such row."""
     places = []
     ends: dict[torch.dtype, int] = {}
     for slot in slots:
         places.append(ends.get(slot.dtype, 0))
-        step = ALIGNMENT // slot.dtype.itemsize
+        step = layout.ROW_ALIGNMENT // slot.dtype.itemsize
         ends[slot.dtype] = places[-1] + -(-slot.numel // step) * step
     # A row of nothing has an address all the same.
-    return places, {t: max(end, ALIGNMENT // t.itemsize) for t, end in ends.items()}
+    return places, {t: max(end, layout.ROW_ALIGNMENT // t.itemsize) for t, end in ends.items()}
 
 
 def bytes_of(slots: Sequence[Slot]) -> int:
-    """Of one average."""
+    """The size of one average's memory as :func:`allocate` lays it out."""
     return sum(dtype.itemsize * end for dtype, end in _places(slots)[1].items())
+
+
+def allocate(
+    slots: Sequence[Slot], rows: int, device: torch.device, buffer: Tensor | None = None
+) -> list[Tensor]:
+    """Memory that the averages of many tensors share.
+
+    Args:
+        slots: the tensors of an average.
+        rows: how many averages.
+        device: where.
+        buffer: uint8 [rows * :func:`bytes_of`], aligned to 128 bytes, to be cut; None allocates.
+
+    Returns:
+        For each dtype one tensor of shape [rows, elements], its rows aligned to 128 bytes; zeros
+        without ``buffer``.
+    """
+    memory = []
+    for dtype, end in _places(slots)[1].items():
+        size, spare = rows * end, layout.ROW_ALIGNMENT // dtype.itemsize
+        if buffer is None:
+            own = torch.zeros(size + spare, dtype=dtype, device=device)
+            own = own[-own.data_ptr() % layout.ROW_ALIGNMENT // dtype.itemsize :]
+        else:
+            own = buffer[: size * dtype.itemsize].view(dtype)
+            buffer = buffer[size * dtype.itemsize :]
+        memory.append(own[:size].view(rows, -1))
+    return memory
+
+
+def averages_in(slots: Sequence[Slot], memory: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The averages in memory laid out by :func:`allocate`: a list for each row, of views with the
+    shapes and strides of the slots."""
+    places, _ = _places(slots)
+    by_dtype = {tensor.dtype: tensor for tensor in memory}
+    rows = len(memory[0]) if memory else 0
+    result: list[list[Tensor]] = []
+    for row in range(rows):
+        of_row = {dtype: tensor[row] for dtype, tensor in by_dtype.items()}
+        views = []
+        for slot, place in zip(slots, places, strict=True):
+            base = of_row[slot.dtype]
+            views.append(base.as_strided(slot.shape, slot.stride, base.storage_offset() + place))
+        result.append(views)
+    return result
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -143,85 +127,128 @@ def _reals(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor).view(-1) if tensor.is_complex() else tensor
 
 
-class FlatAverages:
+def _is_plain(tensor: Tensor) -> bool:
+    """Gapless, and holding the values that its memory holds."""
+    plain = tensor.is_contiguous() or _ops.same_dense_layout(tensor, tensor)
+    return plain and not tensor.is_conj() and not tensor.is_neg()
+
+
+@dataclass
+class Table:
+    """What one launch reads."""
+
+    words: Tensor  # int64 [segments, SEGMENT_HEADER + averages], on the device
+    pairs: int = 0  # which pairs of types there are, a bit each
+    short: int = 0  # how many segments, at the end, are short
+    # The same memory as tensors, for the reference, which has no addresses.
+    averages: list[Tensor] = field(default_factory=list)
+    sources: list[Tensor] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+
+@dataclass
+class Plan:
+    """How given sources are read and swapped, until they or the averages move."""
+
+    backend: str
+    rules: Tensor  # where the backend reads them
+    sources: list[Tensor]  # one for each slot
+    read: list[Tensor]  # the same, or what stands for them
+    update: Table
+    swap: Table
+    # Slots that the swap's table serves, and those that it does not: of another dtype, layout or
+    # device. Slots over memory that another one swaps already are in neither.
+    swapped: frozenset[int]
+    others: list[int]
+    in_place: list[Tensor]  # sources that a swap writes, to tell autograd
+    # What torch brings to the averages' device, dtype and layout before each update, and into what.
+    staged: list[tuple[Tensor, Tensor]]
+    gathers: list[Gather]
+    direct: bool  # nothing but the table is needed for an update
+
+
+class Engine:
     """The averages of tensors that live on one device.
 
     Args:
         slots: the tensors of an average.
-        rules: one for each average, at most :data:`MAX_AVERAGES`.
+        averages: for each rule one tensor for each slot, wherever they lie on the device; written.
+        rules: one for each average, at most 16.
         device: where the averages live.
+        n_averaged: int64 with one element for each average, updates done, on the device; written
+            and read by every update. None makes one.
+        counted: False leaves ``n_averaged`` to its owner.
         backend: a name of ``BACKENDS``, or None to choose by device.
         seed: for stochastic rounding of bfloat16 averages; None rounds to nearest.
-        guard: skip an update whose averaged sources hold an infinity or NaN.
-        memory: uint8 [averages * :func:`bytes_of`], aligned to 128 bytes, that the averages are put
-            into; None allocates.
+        skip_nonfinite: skip an update whose averaged sources hold an infinity or NaN.
     """
 
     def __init__(
         self,
         slots: Sequence[Slot],
+        averages: Sequence[Sequence[Tensor]],
         rules: Sequence[Rule],
         device: torch.device,
         *,
+        n_averaged: Tensor | None = None,
+        counted: bool = True,
         backend: str | None = None,
         seed: int | None = None,
-        guard: bool = False,
-        memory: Tensor | None = None,
+        skip_nonfinite: bool = False,
     ) -> None:
         self.slots = tuple(slots)
         self.device = device
         self._requested = backend
         self.seed = seed
-        self.guard = guard
+        self.skip_nonfinite = skip_nonfinite
         self.functions: dict[int, AveragingFunction] = {
             row: rule for row, rule in enumerate(rules) if callable(rule)
         }
+        self.rules = torch.tensor([rule_row(rule) for rule in rules], dtype=torch.float64)
+        if n_averaged is None:
+            n_averaged = torch.zeros(len(rules), dtype=torch.int64, device=device)
+        self.n_averaged = n_averaged
+        self.counters = (
+            torch.zeros(layout.COUNTERS, dtype=torch.int64, device=device) if counted else None
+        )
+        self._places, _ = _places(self.slots)
+        self._put(averages)
 
-        self.places, ends = _places(self.slots)
-        self.flats: dict[torch.dtype, Tensor] = {}
-        for dtype, end in ends.items():
-            size = len(rules) * end
-            if memory is None:
-                own = torch.zeros(size + ALIGNMENT // dtype.itemsize, dtype=dtype, device=device)
-                own = own[-own.data_ptr() % ALIGNMENT // dtype.itemsize :]
-            else:
-                own = memory[: size * dtype.itemsize].view(dtype)
-                memory = memory[size * dtype.itemsize :]
-            self.flats[dtype] = own[:size].view(len(rules), -1)
-        self.rows = list(self.flats.values())
-        self.state = torch.zeros(len(rules) + STATE_SLOTS, dtype=torch.int64, device=device)
-        self._host_rules = torch.tensor([rule_row(rule) for rule in rules], dtype=torch.float64)
-        self._table = torch.empty((0, 4), dtype=torch.int64)
-        self._exchange_table = self._table
-        self._short_runs = self._exchange_short_runs = 0
-        self._sources: list[Tensor] = []
-        self._exchange_sources: list[Tensor] = []
-        self._in_place: list[Tensor] = []
-        self._others: list[int] = []
-        self._staged: list[tuple[Tensor, Tensor]] = []
-        self._gathers: list[Gather] = []
-        self._captured: list[object] = []
+    def _put(self, averages: Sequence[Sequence[Tensor]]) -> None:
+        self.averages = [list(row) for row in averages]
+        # Averages with gaps are updated in gapless memory and copied back.
+        self._gapless: list[tuple[Tensor, Tensor]] = []
+        self._written: list[list[Tensor]] = []
+        for row in self.averages:
+            written = []
+            for slot, average in zip(self.slots, row, strict=True):
+                if not _is_plain(average):
+                    gapless = torch.empty_strided(
+                        slot.shape, slot.stride, dtype=slot.dtype, device=self.device
+                    )
+                    self._gapless.append((gapless, average))
+                    average = gapless
+                written.append(average.detach())
+            self._written.append(written)
 
-    @property
-    def n_averaged(self) -> Tensor:
-        """int64 [averages], updates done, on the device; writing to it takes effect."""
-        return self.state[:-STATE_SLOTS]
+    def with_memory(self, averages: Sequence[Sequence[Tensor]], n_averaged: Tensor) -> Engine:
+        """The same engine on other memory, such as a compiler puts in the place of its own."""
+        other = copy.copy(self)
+        other.n_averaged = n_averaged
+        other._put(averages)
+        return other
 
     @property
     def skipped(self) -> Tensor:
-        """int64 scalar on the device: updates that the guard skipped."""
-        return self.state[-1]
-
-    def view(self, row: int, index: int) -> Tensor:
-        """The tensor of slot ``index`` in average ``row``."""
-        slot = self.slots[index]
-        memory = self.flats[slot.dtype][row]
-        place = memory.storage_offset() + self.places[index]
-        return memory.as_strided(slot.shape, slot.stride, place)
+        """int64 scalar on the device: updates that ``skip_nonfinite`` skipped."""
+        assert self.counters is not None
+        return self.counters[layout.SKIPPED]
 
     def _unsupported(self, slot: Slot, source: Tensor) -> str | None:
         for role, dtype in (("average", slot.dtype), ("source", source.dtype)):
-            if _REAL.get(dtype, dtype) not in _TYPE_CODE:
+            if _REAL.get(dtype, dtype) not in layout.TYPE_CODES:
                 found = str(dtype).removeprefix("torch.")
                 return (
                     f"{slot.name}: the {role} has dtype {found}, expected float32, float64, "
@@ -231,38 +258,32 @@ class FlatAverages:
             return f"{slot.name}: {slot.dtype} in the average, {source.dtype} in the model"
         return None
 
-    def _address(self, index: int) -> tuple[int, int]:
-        """Where slot ``index`` of row 0 lies, and how far it is to the next row, in bytes. The
-        reference, which has no addresses, counts from the start of the row."""
-        flat, size = self.flats[self.slots[index].dtype], self.slots[index].dtype.itemsize
-        start = 0 if self.backend == "reference" else flat.data_ptr()
-        return start + self.places[index] * size, flat.stride(0) * size
-
-    def bind(self, sources: Sequence[Tensor]) -> None:
-        """Reads from ``sources`` from now on, one for each slot and of its shape.
+    def plan(self, sources: Sequence[Tensor]) -> Plan:
+        """How to read ``sources``, one for each slot and of its shape, from now on.
 
         Raises:
-            TypeError: a dtype or layout that is not averaged; nothing has changed then.
+            TypeError: a dtype or layout that is not averaged.
             RuntimeError: during the capture of a CUDA graph.
         """
-        if self._capturing():
+        if self.capturing():
             raise RuntimeError(
                 "swa_fast: run one update of these tensors before capturing a CUDA graph; the "
                 "table of their addresses cannot be copied to the device during capture"
             )
         # Not earlier: an average may be built on one device, to be moved to another one.
-        self.backend = _backends.choose_backend(self.device, self._requested)
-        self.rules = self._host_rules.to(self.device if self.backend == "triton" else "cpu")
-        runs, staged = [], []
+        backend = _backends.choose_backend(self.device, self._requested)
+        gathers: list[Gather] = []
         gathered: dict[int, Tensor] = {}
-        self._gathers = []
         if self.device.type == "cpu" and any(s.device.type == "cuda" for s in sources):
             from ._gather import gather_from_gpus
 
-            self._gathers, gathered = gather_from_gpus(self, sources)
-        exchanged: list[tuple[int, Tensor]] = []
-        in_place: set[int] = set()
+            gathers, gathered = gather_from_gpus(self, sources)
+        read: list[Tensor] = []
+        staged: list[tuple[Tensor, Tensor]] = []
+        swapped: list[int] = []
+        in_place: list[int] = []
         addresses: set[int] = set()
+        gaps = {id(gapless) for gapless, _ in self._gapless}
         for index, (slot, source) in enumerate(zip(self.slots, sources, strict=True)):
             source = source.detach()
             if source.layout != torch.strided:
@@ -271,18 +292,18 @@ class FlatAverages:
                 )
             if slot.averaged and (problem := self._unsupported(slot, source)):
                 raise TypeError(problem)
+            average = self._written[0][index]
             same = slot.dtype == source.dtype
-            convertible = slot.dtype in _TYPE_CODE and source.dtype in _TYPE_CODE
+            convertible = slot.dtype in layout.TYPE_CODES and source.dtype in layout.TYPE_CODES
             dense = (
                 source.device == self.device
                 and not source.is_conj()
                 and not source.is_neg()
-                and _ops.same_dense_layout(self.view(0, index), source)
+                and _ops.same_dense_layout(average, source)
             )
             if index in gathered:
                 source = gathered[index]
             elif not dense or not (same or slot.averaged or convertible):
-                # Brought to the average's device and layout by torch before each update.
                 staging = torch.empty_strided(
                     slot.shape,
                     slot.stride,
@@ -291,180 +312,152 @@ class FlatAverages:
                 )
                 staged.append((staging, source))
                 source = staging
-            elif same:
-                in_place.add(index)
-                # Two parameters over the same memory must not be exchanged twice.
+            elif same and id(average) not in gaps:
+                in_place.append(index)
+                # Two parameters over the same memory must not be swapped twice.
                 if source.data_ptr() not in addresses:
-                    exchanged.append((index, source))
+                    swapped.append(index)
                 addresses.add(source.data_ptr())
-            runs.append((index, source))
-        self._table, self._sources, self._pairs, self._short_runs = self._build(runs)
-        (self._exchange_table, self._exchange_sources, _, self._exchange_short_runs) = self._build(
-            exchanged
+            read.append(source)
+        bound = [source.detach() for source in sources]
+        served = set(in_place)
+        return Plan(
+            backend,
+            self.rules.to(self.device if backend == "triton" else "cpu"),
+            bound,
+            read,
+            self._table(range(len(read)), read, backend),
+            self._table(swapped, [read[i] for i in swapped], backend),
+            frozenset(swapped),
+            # Listed here, because a list of all tensors takes longer than the swap of small ones.
+            [i for i in range(len(bound)) if i not in served],
+            [bound[i] for i in in_place],
+            staged,
+            gathers,
+            not (staged or gathers or self._gapless or backend == "reference"),
         )
-        self.exchanged = frozenset(index for index, _ in exchanged)
-        self._staged = staged
-        self._keep = [source for _, source in runs]
-        self._bound = [source.detach() for source in sources]
-        # Listed here, because a list of all tensors takes longer than the exchange of small ones.
-        self._in_place = [self._bound[i] for i in sorted(in_place)]
-        self._others = [i for i in range(len(self.slots)) if i not in in_place]
 
-    def unbind(self) -> None:
-        """Lets go of the sources; the next update needs others."""
-        self._keep, self._bound, self._sources, self._exchange_sources = [], [], [], []
-        self._in_place = []
-        self._staged, self._gathers = [], []
-
-    def _build(self, pairs: Sequence[tuple[int, Tensor]]) -> tuple[Tensor, list[Tensor], int, int]:
-        """The table of runs, for the reference backend the runs' sources, the bit mask of the type
-        pairs, and how many runs at the table's end are short."""
-        type_pairs = 0
+    def _table(self, slots: Sequence[int], sources: Sequence[Tensor], backend: str) -> Table:
+        """The table of ``sources``, which belong to the slots of these indices."""
+        k = len(self.averages)
+        pairs = 0
         columns: list[tuple[int, ...]] = []
         flats: list[Tensor] = []
-        for index, source in pairs:
+        targets: list[list[Tensor]] = [[] for _ in range(k)]
+        for index, source in zip(slots, sources, strict=True):
             slot = self.slots[index]
             flat = _flat(source)
-            bytes_copied = not slot.averaged and slot.dtype == source.dtype
-            if bytes_copied:
+            if flat.numel() == 0:
+                continue
+            if bytes_copied := not slot.averaged and slot.dtype == source.dtype:
                 flat = flat.view(torch.uint8)
-                average_code = source_code = _BYTES
+                average_code = source_code = layout.BYTES
                 average_size = 1
             else:
                 flat = _reals(flat)
                 average_dtype = _REAL.get(slot.dtype, slot.dtype)
-                average_code, source_code = _TYPE_CODE[average_dtype], _TYPE_CODE[flat.dtype]
+                average_code = layout.TYPE_CODES[average_dtype]
+                source_code = layout.TYPE_CODES[flat.dtype]
                 average_size = average_dtype.itemsize
-                type_pairs |= 1 << (4 * average_code + source_code)
-            if flat.numel() == 0:
-                continue
-            packed = average_code << 32 | source_code << 40 | (0 if slot.averaged else _COPIED)
-            packed |= list(self.flats).index(slot.dtype) << 49
-            columns.append(
-                (
-                    0 if self.backend == "reference" else flat.data_ptr(),
-                    *self._address(index),
-                    flat.numel(),
-                    packed,
-                    flat.element_size(),
-                    average_size,
-                )
-            )
-            flats.append(flat)
-        address, target, row_bytes, count, packed_, source_size, average_size_ = (
-            np.array(columns, dtype=np.int64).reshape(-1, 7).T
+                pairs |= 1 << (4 * average_code + source_code)
+            packed = average_code << layout.AVERAGE_TYPE | source_code << layout.SOURCE_TYPE
+            packed |= (not slot.averaged) << layout.COPIED
+            averages = [row[index] for row in self._written]
+            if backend == "reference":
+                flats.append(flat)
+                for target, average in zip(targets, averages, strict=True):
+                    own = _flat(average)
+                    target.append(own.view(torch.uint8) if bytes_copied else _reals(own))
+            sizes = flat.numel(), flat.element_size(), average_size
+            addresses = (average.data_ptr() for average in averages)
+            columns.append((flat.data_ptr(), packed, self._places[index], *addresses, *sizes))
+        table = np.array(columns, dtype=np.int64).reshape(
+            len(columns), layout.SEGMENT_HEADER + k + 3
         )
+        words, (count, source_size, average_size_) = table[:, :-3], table[:, -3:].T
+        addresses_ = words[:, layout.SEGMENT_HEADER :]
+        common = np.bitwise_or.reduce(addresses_, axis=1) | 16
+        words[:, layout.PACKED] |= np.log2(common & -common).astype(np.int64) << layout.ALIGNMENT
         larger = np.maximum(source_size, average_size_)
-        if self.backend == "cuda":
-            limit = _CUDA_RUN_BYTES // larger
-        else:
-            limit = np.full_like(count, _RUN_ELEMENTS[self.backend])
-        pieces = -(-count // limit)
-        tensor = np.repeat(np.arange(len(count)), pieces)
-        first = np.arange(len(tensor)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-        first *= limit[tensor]
-        length = np.minimum(count[tensor] - first, limit[tensor])
-        table = np.stack(
-            [
-                address[tensor] + first * source_size[tensor],
-                target[tensor] + first * average_size_[tensor],
-                row_bytes[tensor],
-                packed_[tensor] | length,
-            ],
-            axis=1,
+        short = 0
+        if backend != "reference":
+            limit = {
+                "cuda": layout.CUDA_SEGMENT_BYTES // larger,
+                "triton": np.full_like(count, layout.TRITON_SEGMENT),
+                "cpu": np.full_like(count, layout.CPU_SEGMENT),
+            }[backend]
+            pieces = -(-count // limit)
+            tensor = np.repeat(np.arange(len(count)), pieces)
+            first = np.arange(len(tensor)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+            first *= limit[tensor]
+            length = np.minimum(count[tensor] - first, limit[tensor])
+            words = words[tensor]
+            words[:, layout.SOURCE] += first * source_size[tensor]
+            words[:, layout.PACKED] |= length
+            words[:, layout.PLACE] += first
+            words[:, layout.SEGMENT_HEADER :] += (first * average_size_[tensor])[:, None]
+            if backend == "cuda":
+                # Long segments first, so that short ones fill the gaps at the end; those of one
+                # length stay in the order of their memory.
+                size = length * larger[tensor]
+                words = words[np.argsort(-size, kind="stable")]
+                short = int((size <= layout.CUDA_SHORT_BYTES).sum())
+        on_device = "cpu" if backend == "reference" else self.device
+        return Table(
+            torch.from_numpy(np.ascontiguousarray(words)).to(on_device),
+            pairs,
+            short,
+            [average for row in targets for average in row],
+            flats,
         )
-        short_runs = 0
-        if self.backend == "cuda":
-            # Long runs first, so that short ones fill the gaps at the end; runs of one length stay
-            # in the order of their memory.
-            size = length * larger[tensor]
-            table = table[np.argsort(-size, kind="stable")]
-            short_runs = int((size <= _CUDA_SHORT_BYTES).sum())
-        if self.backend != "reference":
-            flats = []
-        elif len(table) > len(flats):
-            flats = [
-                flats[t][a : a + n]
-                for t, a, n in zip(tensor.tolist(), first.tolist(), length.tolist(), strict=True)
-            ]
-        on_device = "cpu" if self.backend == "reference" else self.device
-        return torch.from_numpy(table).to(on_device), flats, type_pairs, short_runs
 
-    def _capturing(self) -> bool:
+    def capturing(self) -> bool:
+        """True while a CUDA graph is captured on this engine's device."""
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
-    def update(self) -> None:
-        """Takes the bound sources into every average."""
-        for gather in self._gathers:
+    def update(self, plan: Plan) -> None:
+        """Takes the plan's sources into every average."""
+        for gather in plan.gathers:
             gather()
-        for staging, source in self._staged:
+        for staging, source in plan.staged:
             staging.copy_(source)
         for row, function in self.functions.items():
-            self._call(row, function)
-        if self._capturing():
-            # A captured graph reads what it was captured with at every replay.
-            self._captured.append((self._table, self._sources, self._staged, self.rules))
-        if len(self._table) > 0:
+            self._call(row, function, plan)
+        for gapless, average in self._gapless:
+            gapless.copy_(average)
+        table = plan.update
+        if len(table) > 0:
             _ops.update_(
-                self.backend,
-                self.rows,
-                self.state,
-                self.rules,
-                self._table,
-                self._sources,
-                self._pairs,
+                plan.backend,
+                table.averages,
+                table.sources,
+                self.n_averaged,
+                self.counters,
+                plan.rules,
+                table.words,
+                table.pairs,
                 self.seed,
-                self.guard,
-                self._short_runs,
+                self.skip_nonfinite,
+                table.short,
             )
-        else:
+        elif self.counters is not None:
             self.n_averaged.add_(1)
+        for gapless, average in self._gapless:
+            average.copy_(gapless)
 
-    def update_with(self, rows: list[Tensor], state: Tensor, sources: Sequence[Tensor]) -> None:
-        """:meth:`update` on given tensors, which a compiler may have put in the place of this
-        object's own and of the bound sources."""
-        ours, theirs = [*self.rows, self.state, *self._bound], [*rows, state, *sources]
-        if all(a.data_ptr() == b.data_ptr() for a, b in zip(ours, theirs, strict=True)):
-            self.update()
-            return
-        other = copy.copy(self)
-        other.rows = rows
-        other.flats = dict(zip(self.flats, rows, strict=True))
-        other.state = state
-        other.bind(sources)
-        other.update()
-
-    def _call(self, row: int, function: AveragingFunction) -> None:
+    def _call(self, row: int, function: AveragingFunction, plan: Plan) -> None:
         groups: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
-        for index, (slot, source) in enumerate(zip(self.slots, self._keep, strict=True)):
+        for slot, average, source in zip(self.slots, self.averages[row], plan.read, strict=True):
             if slot.averaged:
                 group = groups.setdefault(slot.dtype, ([], []))
-                group[0].append(self.view(row, index))
+                group[0].append(average)
                 group[1].append(source.to(slot.dtype))
         for averages, sources in groups.values():
-            function(averages, sources, self.state[row])
+            function(averages, sources, self.n_averaged.view(-1)[row])
 
-    def exchange(self, row: int, sources: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
-        """Exchanges the bound sources with average ``row``, in place.
-
-        Tensors that cannot be exchanged without a loss, because the average is of another dtype,
-        layout or device, are left alone.
-
-        Returns:
-            Those tensors: slot index and source.
-        """
-        if len(self._exchange_table) > 0:
-            _ops.exchange_(
-                self.backend,
-                self.rows,
-                self._exchange_sources,
-                self._exchange_table,
-                row,
-                self._exchange_short_runs,
-            )
-        torch.autograd.graph.increment_version(self._in_place)
-        return [(i, sources[i]) for i in self._others]
-
-    def averages(self, row: int) -> Mapping[str, Tensor]:
-        """The tensors of average ``row`` by name."""
-        return {slot.name: self.view(row, i) for i, slot in enumerate(self.slots)}
+    def swap(self, plan: Plan, row: int) -> None:
+        """The plan's sources and average ``row`` trade places, but for ``plan.others``."""
+        table = plan.swap
+        if len(table) > 0:
+            _ops.swap_(plan.backend, table.averages, table.sources, table.words, row, table.short)
+        torch.autograd.graph.increment_version(plan.in_place)

@@ -1,6 +1,7 @@
 """Every operator in plain PyTorch: the specification, the fallback and the test oracle.
 
-Works on any device, for any strides, and in fp64. Nothing here imports the rest of the package.
+Works on any device, for any strides, and in fp64. The operators' schemas are inferred from the
+signatures here.
 """
 
 from __future__ import annotations
@@ -8,14 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = [
-    "average_",
-    "batch_norm_collect",
-    "batch_norm_merge_",
-    "exchange_",
-    "philox",
-    "update_",
-]
+from . import _layout as layout
+
+__all__ = ["batch_norm_collect", "batch_norm_merge_", "philox", "swap_", "update_"]
 
 
 def _math_dtype(average: Tensor, source: Tensor) -> torch.dtype:
@@ -25,57 +21,20 @@ def _math_dtype(average: Tensor, source: Tensor) -> torch.dtype:
     return torch.float32
 
 
-def average_(
-    averages: list[Tensor], sources: list[Tensor], n_averaged: Tensor, decay: float | None
-) -> None:
-    r"""Running average of many tensors, in place.
-
-    .. math::
-        a \leftarrow \begin{cases} b & n = 0 \\ a + w\,(b - a) & n > 0 \end{cases}
-        \qquad w = \begin{cases} 1/(n+1) & \text{decay is None (SWA)} \\
-                                 1 - \text{decay} & \text{otherwise (EMA)} \end{cases}
-
-    in float64 when either tensor of a pair is float64, else in float32, rounded once at the end.
-    The choice between the two cases is made on the device: the function never waits for it.
-
-    Args:
-        averages: tensors :math:`a`, written.
-        sources: tensors :math:`b`, one for each average, of its shape and on its device.
-        n_averaged: one int64, :math:`n`; not changed.
-        decay: None for equal weights, else the decay of the exponential average.
-
-    Source: Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization",
-    UAI 2018 (equal weights).
-    """
-    for average, source in zip(averages, sources, strict=True):
-        math = _math_dtype(average, source)
-        n = n_averaged.to(average.device)
-        one = torch.ones((), dtype=math, device=average.device)
-        weight = one / (n + 1).to(math) if decay is None else one * (1.0 - decay)
-        wide = source.to(math)
-        updated = torch.lerp(average.to(math), wide, weight)
-        average.copy_(torch.where(n == 0, wide, updated))
-
-
-# Type codes of the table's runs and kinds of the rules, as in csrc/update.h.
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8)
-_SWA, _CONSTANT, _INVERSE_GAMMA, _RATIO, _EXTERNAL = range(5)
-
-
 def _weight(rule: list[float], n: Tensor) -> Tensor:
     """The source's weight as a float64 scalar on the counter's device."""
     kind, decay, min_decay, gamma, power, update_after_step = rule[:6]
     one = torch.ones((), dtype=torch.float64, device=n.device)
-    if kind == _SWA:
+    if kind == layout.SWA:
         return one / (n + 1)
-    if kind == _EXTERNAL:
+    if kind == layout.EXTERNAL:
         return torch.where(n == 0, one, 0 * one)
     s = n - update_after_step
-    if kind == _CONSTANT:
+    if kind == layout.CONSTANT:
         settled = one * (1.0 - decay)
     else:
         positive = s.clamp(min=1).to(torch.float64)
-        if kind == _INVERSE_GAMMA:
+        if kind == layout.INVERSE_GAMMA:
             d = 1.0 - (1.0 + positive / gamma) ** -power
         else:
             d = (1.0 + positive) / (10.0 + positive)
@@ -142,73 +101,100 @@ def _round_stochastically(x: Tensor, first: int, seed: int, n: Tensor, row: int)
     return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
 
 
-def _memory(averages: list[Tensor], row: int, run: list[int], count: int) -> Tensor:
-    """What a run of ``count`` elements covers in average ``row``."""
-    _, offset, _, packed = run
-    dtype = _DTYPES[(packed >> 32) & 0xFF]
-    memory = averages[packed >> 49][row].view(torch.uint8)
-    return memory[offset : offset + count * dtype.itemsize].view(dtype)
-
-
 def update_(
     averages: list[Tensor],
-    state: Tensor,
+    sources: list[Tensor],
+    n_averaged: Tensor,
+    counters: Tensor | None,
     rules: Tensor,
     table: Tensor,
-    sources: list[Tensor],
     pairs: int,
     seed: int | None,
-    guard: bool,
-    short_runs: int = 0,
+    skip_nonfinite: bool,
+    short_segments: int = 0,
 ) -> None:
-    r"""Every average of one device moves towards its sources, see :func:`swa_fast._ops.update_`.
+    r"""Every average of one device moves towards its sources, in one launch.
 
-    Each run of the table is read from ``sources`` instead of from an address, and its place in an
-    average is counted in bytes from the start of the row. The choices that depend on counters and
-    values are made on the device: the function never waits for it.
+    For each average :math:`j` with :math:`n_j` updates before this one and each segment of the
+    table, with the weight :math:`w_j` of the average's rule at :math:`n_j`:
+
+    .. math:: a \leftarrow a + w_j\,(b - a) \qquad n_j \leftarrow n_j + 1
+
+    in float32 (float64 when either side is float64), rounded once; copied where :math:`w_j = 1` or
+    the segment is marked so. The choices that depend on counters and values are made on the device:
+    it is never waited for.
+
+    Args:
+        averages: for this backend alone: of average 0, then of average 1, and so on, the memory of
+            each segment as one dimension; written. Other backends write to the table's addresses,
+            whose memory the caller keeps.
+        sources: for this backend alone: the memory of each segment's source as one dimension.
+        n_averaged: int64 with k elements, :math:`n_j`; written, unless ``counters`` is None.
+        counters: int64 [3], see :data:`swa_fast._layout.TICKET`; written. None counts nothing: the
+            update leaves no trace but in the averages.
+        rules: float64 [k, 8], see :data:`swa_fast._layout.KIND`; on the device for triton, else on
+            the CPU.
+        table: int64 [segments, 3 + k], see :mod:`swa_fast._layout`.
+        pairs: bit :math:`4a + s` is set if a segment has the type codes :math:`a` and :math:`s`;
+            what triton compiles for.
+        seed: round bfloat16 averages stochastically with it; None rounds to nearest.
+        skip_nonfinite: if an averaged source holds an infinity or NaN, write nothing but the count
+            of skipped updates. Needs ``counters``.
+        short_segments: how many segments at the end of the table are short enough for one warp to
+            read at once; what cuda shares the work by. The result does not depend on it.
     """
-    rows = averages[0].shape[0]
-    runs = list(zip(table.tolist(), sources, strict=True))
-    proceed = torch.ones((), dtype=torch.bool, device=state.device)
-    if guard:
-        for run, source in runs:
-            if not run[3] >> 48 & 1:
+    rows, segments = n_averaged.numel(), table.tolist()
+    assert len(sources) == len(segments) and len(averages) == rows * len(segments)
+    counts = n_averaged.view(-1)
+    proceed = torch.ones((), dtype=torch.bool, device=n_averaged.device)
+    copied = [bool(segment[layout.PACKED] >> layout.COPIED & 1) for segment in segments]
+    if skip_nonfinite:
+        for source, always in zip(sources, copied, strict=True):
+            if not always:
                 proceed = proceed & source.isfinite().all()
-    weights = [_weight(rule, n) for rule, n in zip(rules.tolist(), state, strict=False)]
-    for run, source in runs:
-        copied = bool(run[3] >> 48 & 1)
-        for row in range(rows):
-            memory = _memory(averages, row, run, source.numel())
+    weights = [_weight(rule, n) for rule, n in zip(rules.tolist(), counts, strict=True)]
+    for row, weight64 in enumerate(weights):
+        own = averages[row * len(segments) : (row + 1) * len(segments)]
+        for memory, source, segment, always in zip(own, sources, segments, copied, strict=True):
             dtype = memory.dtype
             if dtype == torch.uint8:
                 memory.copy_(torch.where(proceed, source, memory))
                 continue
             math = _math_dtype(memory, source)
             wide, old = source.to(math), memory.to(math)
-            weight = torch.ones_like(weights[row]) if copied else weights[row]
+            weight = torch.ones_like(weight64) if always else weight64
             new = torch.where(weight == 1, wide, _blend(old, wide, weight.to(math)))
             new = torch.where(weight == 0, old, new)
             random = seed is not None and dtype == torch.bfloat16 and math == torch.float32
-            if random and not copied:
+            if random and not always:
                 assert seed is not None
-                place = run[1] // dtype.itemsize
-                rounded = _round_stochastically(new, place, seed, state[row], row)
+                place = segment[layout.PLACE]
+                rounded = _round_stochastically(new, place, seed, counts[row], row)
                 new = torch.where(weight == 0, memory, rounded)
             memory.copy_(torch.where(proceed, new.to(dtype), memory))
-    state[:rows] += proceed
-    state[-1] += ~proceed
+    if counters is not None:
+        counts += proceed
+        counters[layout.SKIPPED] += ~proceed
 
 
-def exchange_(
+def swap_(
     averages: list[Tensor],
     sources: list[Tensor],
     table: Tensor,
     row: int,
-    short_runs: int = 0,
+    short_segments: int = 0,
 ) -> None:
-    """Exchanges the runs of the table between average ``row`` and ``sources``, in place."""
-    for run, source in zip(table.tolist(), sources, strict=True):
-        memory = _memory(averages, row, run, source.numel())
+    """The memory of the table's segments trades places between average ``row`` and the sources.
+
+    Args:
+        averages: as in :func:`update_`; written.
+        sources: as in :func:`update_`; written.
+        table: as in :func:`update_`; both sides of a segment have one type.
+        row: which average.
+        short_segments: as in :func:`update_`.
+    """
+    own = averages[row * len(sources) : (row + 1) * len(sources)]
+    for memory, source in zip(own, sources, strict=True):
         kept = memory.clone()
         memory.copy_(source)
         source.copy_(kept)

@@ -6,15 +6,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from . import _layout as layout
 
 __all__ = ["EMA", "SWA", "AveragingFunction", "Rule", "Warmup"]
 
 # (averages, sources, n_averaged): changes the averages in place.
 AveragingFunction = Callable[[Sequence[Tensor], Sequence[Tensor], Tensor], None]
 
-# Kinds of the rules tensor, shared with csrc/update.h and kernels/update.py.
-_SWA, _CONSTANT, _INVERSE_GAMMA, _RATIO, _EXTERNAL = range(5)
+
+def _row(*columns: float) -> list[float]:
+    """A row of the rules tensor, see :data:`swa_fast._layout.KIND`."""
+    return [*columns, *[0.0] * (layout.RULE_COLUMNS - len(columns))]
+
+
+def steady_row(decay: float) -> list[float]:
+    """The rule of an average that weighs its source by 1 - decay from the first update on."""
+    return _row(layout.CONSTANT, decay, 0.0, 0.0, 0.0, -1.0)
 
 
 def check_decay(decay: float) -> None:
@@ -89,7 +99,7 @@ class SWA:
         return 1.0 / (n + 1)
 
     def _row(self) -> list[float]:
-        return [_SWA, 0, 0, 0, 0, 0, 0, 0]
+        return _row(layout.SWA)
 
 
 @dataclass(frozen=True)
@@ -155,9 +165,9 @@ class EMA:
     def _row(self) -> list[float]:
         w = self.warmup
         if w is None:
-            return [_CONSTANT, self.decay, 0, 0, 0, 0, 0, 0]
-        kind = _RATIO if w.gamma is None else _INVERSE_GAMMA
-        return [kind, self.decay, w.min_decay, w.gamma or 0, w.power, w.update_after_step, 0, 0]
+            return _row(layout.CONSTANT, self.decay)
+        kind = layout.RATIO if w.gamma is None else layout.INVERSE_GAMMA
+        return _row(kind, self.decay, w.min_decay, w.gamma or 0.0, w.power, w.update_after_step)
 
 
 Rule = SWA | EMA | AveragingFunction
@@ -165,7 +175,7 @@ Rule = SWA | EMA | AveragingFunction
 
 def rule_row(rule: Rule) -> list[float]:
     """The rule as a row of the rules tensor; a user's function is nobody's business there."""
-    return rule._row() if isinstance(rule, SWA | EMA) else [_EXTERNAL, 0, 0, 0, 0, 0, 0, 0]
+    return rule._row() if isinstance(rule, SWA | EMA) else _row(layout.EXTERNAL)
 
 
 def describe_rule(rule: Rule) -> dict[str, Any]:
@@ -178,3 +188,17 @@ def describe_rule(rule: Rule) -> dict[str, Any]:
     kind = type(rule)
     name = getattr(rule, "__qualname__", f"{kind.__module__}.{kind.__qualname__}")
     return {"rule": "function", "name": name}
+
+
+def why_it_stands_still(rule: Rule, dtype: torch.dtype) -> str | None:
+    """Why an exponential average of this dtype, rounded to nearest, would stand still."""
+    if not isinstance(rule, EMA) or not (dtype.is_floating_point or dtype.is_complex):
+        return None
+    resolution = torch.finfo(dtype).eps
+    if rule.decay == 1.0 or 1.0 - rule.decay >= resolution:
+        return None
+    return (
+        f"an EMA with decay {rule.decay} moves by {1.0 - rule.decay:.2g} of the difference at each "
+        f"update, which is below the resolution {resolution:.2g} of {dtype}: it would be rounded "
+        "away and the average would stand still"
+    )

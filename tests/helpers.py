@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from swa_fast import _backends
+from swa_fast import Averager, _backends
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -24,6 +25,17 @@ BACKENDS = [
 ]
 
 comparisons = 0
+
+
+def raw_arguments(averager: Averager) -> tuple[list[object], list[object]]:
+    """What the operators ``update_`` and ``swap_`` (of average 0) are called with for an averager
+    of tensors on one device, without their optional arguments."""
+    (part,), (plan,) = averager._storage.parts, averager._storage._plans
+    engine, update, swap = part.engine, plan.update, plan.swap
+    return [
+        update.averages, update.sources, engine.n_averaged, engine.counters, plan.rules,
+        update.words, update.pairs, engine.seed, engine.skip_nonfinite,
+    ], [swap.averages, swap.sources, swap.words, 0]  # fmt: skip
 
 
 def need(backend: str, device: str) -> None:
@@ -73,3 +85,47 @@ def unaligned(values: Tensor) -> Tensor:
     shifted = torch.empty(values.numel() + 1, dtype=values.dtype, device=values.device)
     shifted = shifted[1:].view(values.shape)
     return shifted.copy_(values)
+
+
+class Net(nn.Module):
+    """Odd sizes, both memory formats, tied, 0-dim, empty, frozen, complex, integers, strided."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
+        self.bn = nn.BatchNorm2d(5)
+        self.embed = nn.Embedding(7, 13)
+        self.out = nn.Linear(13, 7, bias=False)
+        self.out.weight = self.embed.weight
+        self.scalar = nn.Parameter(torch.randn(()))
+        self.empty = nn.Parameter(torch.randn(0, 3))
+        self.frozen = nn.Parameter(torch.randn(4097), requires_grad=False)
+        self.turned = nn.Parameter(torch.randn(33, 129).t())
+        self.strided = nn.Parameter(torch.randn(6, 10)[:, ::2])
+        self.phase = nn.Parameter(torch.randn(3, 5, dtype=torch.complex64))
+        self.register_buffer("mask", torch.tensor([True, False, True]))
+        self.register_buffer("scratch", torch.randn(3), persistent=False)
+
+
+def step(model: nn.Module) -> None:
+    """Pretended training: every floating tensor moves, counters count."""
+    with torch.no_grad():
+        for tensor in itertools.chain(model.parameters(), model.buffers()):
+            if tensor.dtype == torch.bool:
+                tensor.logical_not_()
+            elif tensor.is_floating_point() or tensor.is_complex():
+                # Drawn and added on the CPU, so that all devices see the same numbers: a GPU
+                # multiplies and adds 16-bit numbers with one rounding less.
+                now = tensor.cpu()
+                now.add_(torch.randn(tensor.shape, dtype=torch.float64).to(now), alpha=0.1)
+                tensor.copy_(now)
+            else:
+                tensor.add_(1)
+
+
+def of_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    return model._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import itertools
 import pickle
+import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import assert_as_accurate, extended
+from helpers import Net, assert_as_accurate, extended, of_dtype, snapshot, step
 from torch import Tensor, nn
 from torch.optim import swa_utils
 
@@ -306,43 +309,6 @@ def test_state_dict_loads_with_weights_only(tmp_path) -> None:
     swa_utils.AveragedModel(conv_net()).load_state_dict(loaded)
 
 
-def test_functions_as_torchs() -> None:
-    a, b = torch.randn(7), torch.randn(7)
-    for ours, theirs in (
-        (swa_fast.get_swa_avg_fn(), swa_utils.get_swa_avg_fn()),
-        (swa_fast.get_ema_avg_fn(0.7), swa_utils.get_ema_avg_fn(0.7)),
-    ):
-        assert torch.equal(ours(a, b, 4), theirs(a, b, 4))
-        assert torch.equal(ours(a, b, torch.tensor(4)), theirs(a, b, torch.tensor(4)))
-    for ours, theirs in (
-        (swa_fast.get_swa_multi_avg_fn(), swa_utils.get_swa_multi_avg_fn()),
-        (swa_fast.get_ema_multi_avg_fn(0.7), swa_utils.get_ema_multi_avg_fn(0.7)),
-    ):
-        for n in (0, 4, torch.tensor(4)):
-            left, right = [a.clone()], [a.clone()]
-            ours(left, [b], n)
-            theirs(right, [b], n)
-            torch.testing.assert_close(left, right)
-    counters = [torch.tensor([3])]
-    swa_fast.get_ema_multi_avg_fn(0.7)(counters, [torch.tensor([10])], 1)
-    assert counters[0].item() == 10
-    for make in (swa_fast.get_ema_avg_fn, swa_fast.get_ema_multi_avg_fn):
-        with pytest.raises(ValueError, match=r"decay: expected a number in \[0, 1\], found -0.1"):
-            make(-0.1)
-
-
-def test_our_functions_in_torchs_class() -> None:
-    model = conv_net()
-    theirs = swa_utils.AveragedModel(model, multi_avg_fn=swa_fast.get_swa_multi_avg_fn())
-    ours = swa_fast.AveragedModel(model)
-    for _ in range(3):
-        perturb(model)
-        theirs.update_parameters(model)
-        ours.update_parameters(model)
-    for left, right in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(left, right)
-
-
 def test_wrapped_models_are_unwrapped() -> None:
     model = conv_net()
     averaged = swa_fast.AveragedModel(model)
@@ -446,3 +412,171 @@ def test_unsupported_dtype_is_named_and_nothing_changes() -> None:
 
 def test_swalr_is_torchs() -> None:
     assert swa_fast.SWALR is swa_utils.SWALR
+
+
+def test_tensors_of_the_average_are_ordinary() -> None:
+    """Each has memory of its own, stays where it is, and is no view of anything."""
+    model = Net()
+    averaged = swa_fast.AveragedModel(model)
+    tensors = [*averaged.module.parameters(), *averaged.module.buffers(), averaged.n_averaged]
+    assert all(t.untyped_storage().nbytes() == t.nbytes for t in tensors)
+    assert len({t.untyped_storage().data_ptr() for t in tensors if t.numel()}) == sum(
+        t.numel() > 0 for t in tensors
+    )
+    addresses = [t.data_ptr() for t in tensors]
+    for _ in range(2):
+        step(model)
+        averaged.update_parameters(model)
+    with averaged.applied(model):
+        pass
+    now = [*averaged.module.parameters(), *averaged.module.buffers(), averaged.n_averaged]
+    assert all(a is b for a, b in zip(tensors, now, strict=True))
+    assert [t.data_ptr() for t in now] == addresses
+    assert averaged.module.out.weight is averaged.module.embed.weight
+
+
+def test_building_costs_one_model_of_memory() -> None:
+    model = nn.Linear(1000, 1000)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        averaged = swa_fast.AveragedModel(model)
+        averaged.update_parameters(model)
+    allocated = sum(
+        e.self_cpu_memory_usage for e in profile.key_averages() if e.self_cpu_memory_usage > 0
+    )
+    assert allocated < 1.05 * 4 * 1001 * 1000
+
+
+def test_parts_are_saved_and_shared_as_what_they_are(tmp_path: Path) -> None:
+    model = Net()
+    averaged = swa_fast.AveragedModel(model)
+    averaged.update_parameters(model)
+    torch.save(averaged.module.bn.state_dict(), tmp_path / "part.pt")
+    assert (tmp_path / "part.pt").stat().st_size < 5000
+    safetensors = pytest.importorskip("safetensors.torch")
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    averaged = swa_fast.AveragedModel(model)
+    averaged.update_parameters(model)
+    safetensors.save_model(averaged, str(tmp_path / "average.safetensors"))
+    assert (
+        safetensors.load_file(tmp_path / "average.safetensors").keys()
+        == averaged.state_dict().keys()
+    )
+    averaged.share_memory()
+    averaged.update_parameters(model)
+    assert all(t.is_shared() for t in averaged.parameters())
+
+
+@pytest.mark.parametrize("use_buffers", [False, True])
+def test_survives_what_is_done_to_it(use_buffers: bool, tmp_path) -> None:
+    model = Net()
+    averaged = swa_fast.AveragedModel(model, use_buffers=use_buffers)
+    plain = swa_fast.AveragedModel(model, use_buffers=use_buffers, backend="reference")
+
+    def written(a: swa_fast.AveragedModel) -> None:
+        with torch.no_grad():
+            a.module.turned.mul_(2)
+            a.n_averaged.add_(3)
+
+    def loaded(a: swa_fast.AveragedModel) -> None:
+        a.load_state_dict({k: v.clone() for k, v in a.state_dict().items()})
+
+    def assigned(a: swa_fast.AveragedModel) -> None:
+        a.load_state_dict({k: v.clone() for k, v in a.state_dict().items()}, assign=True)
+
+    def shared(a: swa_fast.AveragedModel) -> None:
+        a.share_memory()
+
+    def replaced(a: swa_fast.AveragedModel) -> None:
+        a.module.frozen = nn.Parameter(torch.zeros(4097))
+        a.module.bn.running_mean = torch.zeros(5)
+
+    def widened(a: swa_fast.AveragedModel) -> None:
+        of_dtype(a, torch.float64)
+
+    for change in (written, loaded, assigned, shared, replaced, widened, written):
+        for one in (averaged, plain):
+            change(one)
+        for _ in range(2):
+            step(model)
+            averaged.update_parameters(model)
+            plain.update_parameters(model)
+        for name, tensor in averaged.state_dict().items():
+            torch.testing.assert_close(tensor, plain.state_dict()[name], rtol=1e-5, atol=1e-6)
+        if change is shared:
+            assert averaged.module.frozen.is_shared()
+    clone = copy.deepcopy(averaged)
+    step(model)
+    clone.update_parameters(model)
+    assert averaged.n_averaged + 1 == clone.n_averaged
+    assert averaged.module.frozen.data_ptr() != clone.module.frozen.data_ptr()
+    averaged.update_parameters(model)
+    for name, tensor in averaged.state_dict().items():
+        assert torch.equal(tensor, clone.state_dict()[name])
+    torch.save(averaged.state_dict(), tmp_path / "a.pt")
+    assert (tmp_path / "a.pt").stat().st_size < 200_000
+
+
+def test_the_model_is_not_kept() -> None:
+    model = Net()
+    averaged = swa_fast.AveragedModel(model)
+    averaged.update_parameters(model)
+    alive = weakref.ref(model.turned)
+    del model
+    gc.collect()
+    assert alive() is None
+    averaged.update_parameters(Net())
+
+
+def test_applied() -> None:
+    model = Net()
+    averaged = swa_fast.AveragedModel(model)
+    with pytest.raises(RuntimeError, match="has not been updated yet"):
+        averaged.applied(model).__enter__()
+    for _ in range(3):
+        step(model)
+        averaged.update_parameters(model)
+    live = snapshot(model)
+    average = snapshot(averaged.module)
+    with pytest.raises(ArithmeticError), averaged.applied(model):
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, average[name])
+        for refused in (
+            lambda: averaged.applied(model).__enter__(),
+            lambda: averaged.update_parameters(model),
+            lambda: averaged.load_state_dict({}),
+        ):
+            with pytest.raises(RuntimeError, match="applied"):
+                refused()
+        raise ArithmeticError
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, live[name])
+        assert torch.equal(averaged.module.state_dict()[name], average[name])
+    with (
+        pytest.raises(RuntimeError, match="an average was written while one was applied"),
+        averaged.applied(model),
+        torch.no_grad(),
+    ):
+        averaged.module.frozen.zero_()
+
+
+def test_applied_in_another_dtype_and_with_a_user_s_function() -> None:
+    model = of_dtype(Net(), torch.bfloat16)
+    for arguments in ({"dtype": torch.float32}, {"avg_fn": lambda a, b, n: (a + b) / 2}):
+        averaged = swa_fast.AveragedModel(model, **arguments)
+        averaged.update_parameters(model)
+        step(model)
+        averaged.update_parameters(model)
+        live, average = snapshot(model), snapshot(averaged.module)
+        with averaged.applied(model):
+            for name, tensor in model.state_dict().items():
+                assert torch.equal(tensor, average[name].to(tensor.dtype))
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, live[name])
+            assert torch.equal(averaged.module.state_dict()[name], average[name])
+
+
+def test_says_that_an_ema_would_stand_still(caplog) -> None:
+    swa_fast.AveragedModel(
+        nn.Linear(2, 2).bfloat16(), multi_avg_fn=swa_fast.get_ema_multi_avg_fn(0.9999)
+    )
+    assert "below the resolution 0.0078 of torch.bfloat16" in caplog.text

@@ -1,4 +1,4 @@
-"""The Averager: rules, storage, detection of changes, exchange, resume; all backends, one suite."""
+"""The Averager: rules, storage, detection of changes, swap, resume; all backends, one suite."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 import gc
 import itertools
 import math
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,61 +13,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import BACKENDS, DTYPES, assert_as_accurate, extended, need
+from helpers import (
+    BACKENDS,
+    DTYPES,
+    Net,
+    assert_as_accurate,
+    extended,
+    need,
+    of_dtype,
+    raw_arguments,
+    snapshot,
+    step,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import swa_fast
 from swa_fast import EMA, SWA, Averager, Warmup, _backends, _gather, reference
-from swa_fast.engine import Watch
+from swa_fast._watch import Watch
 
 backends = pytest.mark.parametrize("backend, device", BACKENDS)
 RULES = {"swa": SWA(), "ema": EMA(0.9), "long": EMA(0.99, warmup="diffusers")}
-
-
-class Net(nn.Module):
-    """Odd sizes, both memory formats, tied, 0-dim, empty, frozen, complex, integers, strided."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
-        self.bn = nn.BatchNorm2d(5)
-        self.embed = nn.Embedding(7, 13)
-        self.out = nn.Linear(13, 7, bias=False)
-        self.out.weight = self.embed.weight
-        self.scalar = nn.Parameter(torch.randn(()))
-        self.empty = nn.Parameter(torch.randn(0, 3))
-        self.frozen = nn.Parameter(torch.randn(4097), requires_grad=False)
-        self.turned = nn.Parameter(torch.randn(33, 129).t())
-        self.strided = nn.Parameter(torch.randn(6, 10)[:, ::2])
-        self.phase = nn.Parameter(torch.randn(3, 5, dtype=torch.complex64))
-        self.register_buffer("mask", torch.tensor([True, False, True]))
-        self.register_buffer("scratch", torch.randn(3), persistent=False)
-
-
-def step(model: nn.Module) -> None:
-    """Pretended training: every floating tensor moves, counters count."""
-    with torch.no_grad():
-        for tensor in itertools.chain(model.parameters(), model.buffers()):
-            if tensor.dtype == torch.bool:
-                tensor.logical_not_()
-            elif tensor.is_floating_point() or tensor.is_complex():
-                # Drawn and added on the CPU, so that all devices see the same numbers: a GPU
-                # multiplies and adds 16-bit numbers with one rounding less.
-                now = tensor.cpu()
-                now.add_(torch.randn(tensor.shape, dtype=torch.float64).to(now), alpha=0.1)
-                tensor.copy_(now)
-            else:
-                tensor.add_(1)
-
-
-def of_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    return model._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
-
-
-def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def is_averaged(name: str, tensor: Tensor, buffers: str) -> bool:
@@ -283,7 +249,7 @@ def test_storage_is_flat_aligned_and_of_one_dtype() -> None:
         assert view.data_ptr() % 128 == 0
         assert view.untyped_storage().data_ptr() == storages[view.dtype]
     assert len(set(storages.values())) == len(storages)
-    memory = sum(rows.numel() * rows.element_size() for rows in averager._rows)
+    memory = sum(rows.numel() * rows.element_size() for rows in averager._memory)
     exact = sum(v.numel() * v.element_size() for v in views)
     assert memory <= exact + 128 * len(views)
     averages = averager.averages["ema"]
@@ -349,10 +315,11 @@ def test_changes_of_the_model_are_noticed(extension: bool, monkeypatch: pytest.M
     ):  # fmt: skip
         step(model)
         change(model)
-        watch = averager._watch
+        watch = averager._storage._watch
+        assert watch is not None
         assert watch.holds() == (change is nothing), change
         averager.update()
-        assert (averager._watch is watch) == (change is nothing)
+        assert (averager._storage._watch is watch) == (change is nothing)
         history.append({k: v.double() for k, v in snapshot(model).items() if v.is_floating_point()})
     for name in history[0]:
         if is_averaged(name, model.state_dict()[name], "copy"):
@@ -752,7 +719,7 @@ def test_a_write_while_applied_is_reported() -> None:
     averager = Averager(model, {"swa": SWA()})
     averager.update()
     with (
-        pytest.raises(RuntimeError, match="an average was written while 'swa' was applied"),
+        pytest.raises(RuntimeError, match="an average was written while one was applied"),
         averager.applied("swa"),
     ):
         averager.averages["swa"]["bias"].zero_()
@@ -794,7 +761,7 @@ def test_a_model_that_no_longer_fits_gets_its_weights_back() -> None:
             torch.testing.assert_close(averaged.module.state_dict()[name], average[name])
 
 
-def test_parameters_over_the_same_memory_are_exchanged_once() -> None:
+def test_parameters_over_the_same_memory_are_swapped_once() -> None:
     memory = torch.arange(6.0)
     sources = [memory, memory[:]]
     averager = Averager(sources, {"swa": SWA()})
@@ -1051,47 +1018,50 @@ def test_averages_kept_on_the_cpu() -> None:
 
 @backends
 @pytest.mark.parametrize("seed", [None, 5])
-@pytest.mark.parametrize("guard", [False, True])
-def test_opcheck(backend: str, device: str, seed: int | None, guard: bool) -> None:
+@pytest.mark.parametrize("on_nonfinite", [None, "skip"])
+def test_opcheck(backend: str, device: str, seed: int | None, on_nonfinite: str | None) -> None:
     need(backend, device)
     sources = [torch.randn(33).bfloat16().to(device), torch.randn(5).to(device)]
     averager = Averager(
         sources, {"a": SWA(), "b": EMA(0.9)}, dtype=torch.bfloat16, backend=backend,
-        rounding="nearest" if seed is None else "stochastic",
+        rounding="nearest" if seed is None else "stochastic", on_nonfinite=on_nonfinite,
     )  # fmt: skip
-    flat = averager._groups[0].flat
-    update = getattr(torch.ops.swa_fast.update_, backend)
-    arguments = (flat.rows, flat.state, flat.rules, flat._table, flat._sources, flat._pairs)
+    update, swap = raw_arguments(averager)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(update, (*arguments, seed, guard), test_utils=tests)
-    exchange = getattr(torch.ops.swa_fast.exchange_, backend)
     torch.library.opcheck(
-        exchange, (flat.rows, flat._exchange_sources, flat._exchange_table, 1),
-        test_utils=("test_faketensor",),
-    )  # fmt: skip
+        getattr(torch.ops.swa_fast.update_, backend), tuple(update), test_utils=tests
+    )
+    torch.library.opcheck(
+        getattr(torch.ops.swa_fast.swap_, backend), tuple(swap), test_utils=("test_faketensor",)
+    )
     torch.library.opcheck(
         torch.ops.swa_fast.update_averager,
-        (averager._rows, averager._states, averager._sources, averager._handle),
+        (averager._memory, averager._counts, averager._storage.live, averager._handle),
         test_utils=("test_faketensor", "test_autograd_registration"),
     )
 
 
 def test_raw_operators_check_their_arguments() -> None:
     need("cpu", "cpu")
-    flat = Averager([torch.randn(5)], {"a": SWA()}, backend="cpu")._groups[0].flat
-    update = torch.ops.swa_fast.update_.cpu
-    good = [flat.rows, flat.state, flat.rules, flat._table, [], flat._pairs, None, False]
+    good, good_swap = raw_arguments(Averager([torch.randn(5)], {"a": SWA()}, backend="cpu"))
     for at, bad, message in (
-        (0, [], "at least one tensor"),
-        (0, [torch.zeros(3)], "two dimensions"),
-        (1, torch.zeros(4), "state must hold 4 int64"),
-        (2, torch.zeros(1, 8), "rules must be fp64"),
-        (3, torch.zeros(3, dtype=torch.int64), "table must be int64"),
+        (2, torch.zeros(17, dtype=torch.int64), "expected 1 to 16 averages, found 17"),
+        (2, torch.zeros(1), "n_averaged must be contiguous int64"),
+        (3, torch.zeros(2, dtype=torch.int64), "counters must hold 3 int64"),
+        (4, torch.zeros(1, 8), "rules must be fp64"),
+        (5, torch.zeros(1, 3, dtype=torch.int64), r"table must be int64 of shape \[segments, 4\]"),
+        (5, torch.zeros(4, dtype=torch.int64), "table must be int64"),
     ):
-        arguments = list(good)
-        arguments[at] = bad
         with pytest.raises(RuntimeError, match=message):
-            update(*arguments)
+            torch.ops.swa_fast.update_.cpu(*good[:at], bad, *good[at + 1 :])
+    with pytest.raises(RuntimeError, match="skip_nonfinite needs counters"):
+        torch.ops.swa_fast.update_.cpu(*good[:3], None, *good[4:8], True)
+    for at, wrong, message in (
+        (2, torch.zeros(1, 3, dtype=torch.int64), "table must be int64"),
+        (3, 1, "expected average 0 to 0, found 1"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.swa_fast.swap_.cpu(*good_swap[:at], wrong, *good_swap[at + 1 :])
 
 
 def test_autograd_notices_an_update() -> None:
@@ -1122,133 +1092,3 @@ def test_watch_of_many() -> None:
         assert all(watch.holds() for watch in watches)
         change()
         assert not any(watch.holds() for watch in watches)
-
-
-# AveragedModel on the engine.
-
-
-def test_averaged_model_is_views_of_flat_storage() -> None:
-    averaged = swa_fast.AveragedModel(Net())
-    storages = {
-        t.untyped_storage().data_ptr()
-        for t in itertools.chain(averaged.module.parameters(), averaged.module.buffers())
-        if t.dtype == torch.float32 and t.numel()
-    }
-    assert len(storages) == 1
-    assert averaged.module.out.weight is averaged.module.embed.weight
-
-
-@pytest.mark.parametrize("use_buffers", [False, True])
-def test_averaged_model_survives_what_is_done_to_it(use_buffers: bool, tmp_path) -> None:
-    model = Net()
-    averaged = swa_fast.AveragedModel(model, use_buffers=use_buffers)
-    plain = swa_fast.AveragedModel(model, use_buffers=use_buffers, backend="reference")
-
-    def written(a: swa_fast.AveragedModel) -> None:
-        with torch.no_grad():
-            a.module.turned.mul_(2)
-            a.n_averaged.add_(3)
-
-    def loaded(a: swa_fast.AveragedModel) -> None:
-        a.load_state_dict({k: v.clone() for k, v in a.state_dict().items()})
-
-    def assigned(a: swa_fast.AveragedModel) -> None:
-        a.load_state_dict({k: v.clone() for k, v in a.state_dict().items()}, assign=True)
-
-    def shared(a: swa_fast.AveragedModel) -> None:
-        a.share_memory()
-
-    def replaced(a: swa_fast.AveragedModel) -> None:
-        a.module.frozen = nn.Parameter(torch.zeros(4097))
-        a.module.bn.running_mean = torch.zeros(5)
-
-    def widened(a: swa_fast.AveragedModel) -> None:
-        of_dtype(a, torch.float64)
-
-    for change in (written, loaded, assigned, shared, replaced, widened, written):
-        for one in (averaged, plain):
-            change(one)
-        for _ in range(2):
-            step(model)
-            averaged.update_parameters(model)
-            plain.update_parameters(model)
-        for name, tensor in averaged.state_dict().items():
-            torch.testing.assert_close(tensor, plain.state_dict()[name], rtol=1e-5, atol=1e-6)
-        if change is shared:
-            assert averaged.module.frozen.is_shared()
-    clone = copy.deepcopy(averaged)
-    step(model)
-    clone.update_parameters(model)
-    assert averaged.n_averaged + 1 == clone.n_averaged
-    assert averaged.module.frozen.data_ptr() != clone.module.frozen.data_ptr()
-    averaged.update_parameters(model)
-    for name, tensor in averaged.state_dict().items():
-        assert torch.equal(tensor, clone.state_dict()[name])
-    torch.save(averaged.state_dict(), tmp_path / "a.pt")
-    assert (tmp_path / "a.pt").stat().st_size < 200_000
-
-
-def test_averaged_model_does_not_keep_the_model() -> None:
-    model = Net()
-    averaged = swa_fast.AveragedModel(model)
-    averaged.update_parameters(model)
-    alive = weakref.ref(model.turned)
-    del model
-    gc.collect()
-    assert alive() is None
-    averaged.update_parameters(Net())
-
-
-def test_averaged_model_applied() -> None:
-    model = Net()
-    averaged = swa_fast.AveragedModel(model)
-    with pytest.raises(RuntimeError, match="has not been updated yet"):
-        averaged.applied(model).__enter__()
-    for _ in range(3):
-        step(model)
-        averaged.update_parameters(model)
-    live = snapshot(model)
-    average = snapshot(averaged.module)
-    with pytest.raises(ArithmeticError), averaged.applied(model):
-        for name, tensor in model.state_dict().items():
-            assert torch.equal(tensor, average[name])
-        for refused in (
-            lambda: averaged.applied(model).__enter__(),
-            lambda: averaged.update_parameters(model),
-            lambda: averaged.load_state_dict({}),
-        ):
-            with pytest.raises(RuntimeError, match="applied"):
-                refused()
-        raise ArithmeticError
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, live[name])
-        assert torch.equal(averaged.module.state_dict()[name], average[name])
-    with (
-        pytest.raises(RuntimeError, match="the average was written while it was applied"),
-        averaged.applied(model),
-        torch.no_grad(),
-    ):
-        averaged.module.frozen.zero_()
-
-
-def test_averaged_model_applied_in_another_dtype_and_with_a_user_s_function() -> None:
-    model = of_dtype(Net(), torch.bfloat16)
-    for arguments in ({"dtype": torch.float32}, {"avg_fn": lambda a, b, n: (a + b) / 2}):
-        averaged = swa_fast.AveragedModel(model, **arguments)
-        averaged.update_parameters(model)
-        step(model)
-        averaged.update_parameters(model)
-        live, average = snapshot(model), snapshot(averaged.module)
-        with averaged.applied(model):
-            for name, tensor in model.state_dict().items():
-                assert torch.equal(tensor, average[name].to(tensor.dtype))
-        for name, tensor in model.state_dict().items():
-            assert torch.equal(tensor, live[name])
-            assert torch.equal(averaged.module.state_dict()[name], average[name])
-
-
-def test_averaged_model_says_that_an_ema_would_stand_still(caplog) -> None:
-    swa_fast.AveragedModel(
-        nn.Linear(2, 2).bfloat16(), multi_avg_fn=swa_fast.get_ema_multi_avg_fn(0.9999)
-    )
-    assert "below the resolution 0.0078 of torch.bfloat16" in caplog.text

@@ -1,5 +1,5 @@
 """The GPU's ways through memory, which the bits of the result must not show: sources at any offset,
-runs that share a block and runs that have one, the ticket, the guard, the exchange."""
+segments that share a block and segments that have one, the ticket, skipped updates, the swap."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import itertools
 
 import pytest
 import torch
-from helpers import DTYPES
+from helpers import DTYPES, raw_arguments
 from torch import Tensor, nn
 
 from swa_fast import EMA, SWA, Averager
-from swa_fast.engine import _CUDA_RUN_BYTES, _CUDA_SHORT_BYTES
+from swa_fast import _layout as layout
 
 pytestmark = pytest.mark.gpu
 backends = pytest.mark.parametrize("backend", ["cuda", "triton"])
@@ -95,7 +95,7 @@ def test_buffers_at_any_offset(backend: str) -> None:
 
 @backends
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_exchange_at_any_offset(backend: str, dtype: torch.dtype) -> None:
+def test_swap_at_any_offset(backend: str, dtype: torch.dtype) -> None:
     torch.manual_seed(3)
     every = list(itertools.product(offsets(dtype), SIZES))
     sources = [at_offset(size, dtype, offset) for offset, size in every]
@@ -116,7 +116,7 @@ def test_exchange_at_any_offset(backend: str, dtype: torch.dtype) -> None:
 
 
 def mixed() -> list[Tensor]:
-    """Short runs, by number no multiple of a block's warps, between long ones, of all types."""
+    """Short segments, by number no multiple of a block's warps, between long ones, of all types."""
     sources = []
     for i in range(21):
         sources.append(at_offset(1 + 11 * i, DTYPES[i % 4], 0))
@@ -126,24 +126,26 @@ def mixed() -> list[Tensor]:
     return sources
 
 
-def test_the_table_has_short_runs_last() -> None:
+def test_the_table_has_short_segments_last() -> None:
     sources = mixed()
     averager = Averager(sources, RULES, dtype=None, backend="cuda")
     averager.update()
-    flat = averager._groups[0].flat
-    size = {0: 4, 1: 8, 2: 2, 3: 2}
-    rows = flat._table.cpu().tolist()
-    lengths = [(row[3] & 0xFFFFFFFF) * size[(row[3] >> 32) & 0xFF] for row in rows]
-    short = flat._short_runs
-    assert short > 16 and short % 8 != 0 and len(rows) - short > 8
-    assert all(length <= _CUDA_SHORT_BYTES for length in lengths[-short:])
-    assert all(_CUDA_SHORT_BYTES < length <= _CUDA_RUN_BYTES for length in lengths[:-short])
+    table = averager._storage._plans[0].update
+    size = {code: dtype.itemsize for dtype, code in layout.TYPE_CODES.items()}
+    packed = table.words.cpu()[:, layout.PACKED].tolist()
+    lengths = [(p & 0xFFFFFFFF) * size[(p >> layout.AVERAGE_TYPE) & 0xFF] for p in packed]
+    short = table.short
+    assert short > 16 and short % 8 != 0 and len(lengths) - short > 8
+    assert all(length <= layout.CUDA_SHORT_BYTES for length in lengths[-short:])
+    assert all(
+        layout.CUDA_SHORT_BYTES < length <= layout.CUDA_SEGMENT_BYTES for length in lengths[:-short]
+    )
     assert sum(lengths) == sum(s.numel() * s.element_size() for s in sources)
 
 
 @backends
 @pytest.mark.parametrize("captured", [False, True])
-def test_mixed_runs_tickets_and_a_guard_over_many_updates(backend: str, captured: bool) -> None:
+def test_mixed_segments_tickets_and_skips_over_many_updates(backend: str, captured: bool) -> None:
     torch.manual_seed(4)
     sources = mixed()
     kwargs = {"dtype": None, "on_nonfinite": "skip"}
@@ -157,34 +159,32 @@ def test_mixed_runs_tickets_and_a_guard_over_many_updates(backend: str, captured
         with torch.cuda.graph(graph):
             averager.update()
         update = graph.replay
-    flat = averager._groups[0].flat
+    engine = averager._storage.parts[0].engine
+    assert engine.counters is not None
     for turn in range(8):
         fill(sources)
-        if turn in (2, 5):  # in a short run and in a long one
+        if turn in (2, 5):  # in a short segment and in a long one
             sources[turn // 4][-1] = float("nan")
         update()
         plain.update()
-        ticket, flag, _ = flat.state[len(RULES) :].tolist()
-        assert (ticket, flag) == (0, 0)
+        assert engine.counters[: layout.SKIPPED].tolist() == [0, 0]  # ticket and flag
         assert_same(averager, plain)
-    assert flat.skipped.item() == 2
+    assert engine.skipped.item() == 2
 
 
-@pytest.mark.parametrize("guard", [False, True])
-def test_the_result_does_not_depend_on_how_runs_share_blocks(guard: bool) -> None:
+@pytest.mark.parametrize("on_nonfinite", [None, "skip"])
+def test_the_result_does_not_depend_on_how_segments_share_blocks(on_nonfinite: str | None) -> None:
     torch.manual_seed(5)
     sources = mixed()
     results = []
     for short in (0, 5, None):
-        averager = Averager(
-            sources, RULES, dtype=None, backend="cuda", on_nonfinite="skip" if guard else None
-        )
+        averager = Averager(sources, RULES, dtype=None, backend="cuda", on_nonfinite=on_nonfinite)
         averager.update()
-        flat = averager._groups[0].flat
+        table = averager._storage._plans[0].update
         if short is not None:
-            flat._short_runs = short
+            table.short = short
         averager.update()
-        assert short is None or flat._short_runs == short
+        assert averager._storage._plans[0].update is table
         results.append(averager)
     assert_same(results[0], results[1])
     assert_same(results[0], results[2])
@@ -192,7 +192,7 @@ def test_the_result_does_not_depend_on_how_runs_share_blocks(guard: bool) -> Non
 
 @backends
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_guard_sees_every_element(backend: str, dtype: torch.dtype) -> None:
+def test_the_check_sees_every_element(backend: str, dtype: torch.dtype) -> None:
     torch.manual_seed(6)
     for offset, size in itertools.product((0, dtype.itemsize), (1, 37, 1030, 2100)):
         source = at_offset(size, dtype, offset)
@@ -208,13 +208,10 @@ def test_the_guard_sees_every_element(backend: str, dtype: torch.dtype) -> None:
         assert averager.n_averaged["a"] == 1
 
 
-def test_raw_operators_check_short_runs() -> None:
-    flat = Averager([torch.randn(5).cuda()], {"a": SWA()}, backend="cuda")
-    flat.update()
-    group = flat._groups[0].flat
-    arguments = (group.rows, group.state, group.rules, group._table, [], group._pairs, None, False)
+def test_raw_operators_check_short_segments() -> None:
+    update, swap = raw_arguments(Averager([torch.randn(5).cuda()], {"a": SWA()}, backend="cuda"))
     for short in (-1, 2):
-        with pytest.raises(RuntimeError, match="expected 0 to 1 short runs"):
-            torch.ops.swa_fast.update_.cuda(*arguments, short)
-        with pytest.raises(RuntimeError, match="expected 0 to 1 short runs"):
-            torch.ops.swa_fast.exchange_.cuda(group.rows, [], group._table, 0, short)
+        with pytest.raises(RuntimeError, match="expected 0 to 1 short segments"):
+            torch.ops.swa_fast.update_.cuda(*update, short)
+        with pytest.raises(RuntimeError, match="expected 0 to 1 short segments"):
+            torch.ops.swa_fast.swap_.cuda(*swap, short)

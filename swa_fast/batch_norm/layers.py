@@ -14,7 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.optim import swa_utils
 
-from ..averaging import AveragedModel, _inner
+from .._modules import inner
+from ..averaged_model import AveragedModel
 from .options import Options
 
 if TYPE_CHECKING:
@@ -24,14 +25,14 @@ if TYPE_CHECKING:
 def unwrap(model: nn.Module) -> nn.Module:
     """Takes AveragedModel, torch.compile, DataParallel and DistributedDataParallel off a model."""
     while True:
-        inner = _inner(model)
-        forward = type(inner).forward
+        found = inner(model)
+        forward = type(found).forward
         if forward is AveragedModel.forward or forward is swa_utils.AveragedModel.forward:
-            assert isinstance(inner.module, nn.Module)
-            inner = inner.module
-        if inner is model:
+            assert isinstance(found.module, nn.Module)
+            found = found.module
+        if found is model:
             return model
-        model = inner
+        model = found
 
 
 def has_hooks(modules: Iterable[nn.Module]) -> bool:

@@ -1,0 +1,108 @@
+"""Walking, naming and matching the tensors of modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+__all__ = ["check_kind", "inner", "match", "state_tensors"]
+
+
+def inner(model: nn.Module) -> nn.Module:
+    """The model inside DataParallel, DistributedDataParallel and torch.compile."""
+    while True:
+        wrapped = getattr(model, "_orig_mod", None)
+        if wrapped is None and isinstance(
+            model, nn.DataParallel | nn.parallel.DistributedDataParallel
+        ):
+            wrapped = model.module
+        if not isinstance(wrapped, nn.Module):
+            return model
+        model = wrapped
+
+
+def state_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
+    """Name, tensor and whether it is a parameter, in the order and with the names of the model's
+    state_dict: tied tensors under each of their names, without non-persistent buffers."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        dot = f"{prefix}." if prefix else ""
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield dot + name, parameter, True
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                yield dot + name, buffer, False
+
+
+def check_kind(name: str, tensor: object) -> None:
+    """Refuses what has no memory of its own to be averaged.
+
+    Raises:
+        TypeError: no plain strided tensor.
+        ValueError: a tensor without values.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, found {type(tensor).__name__}")
+    if is_lazy(tensor):
+        raise ValueError(f"{name}: not initialised yet; run a forward of the model first")
+    if is_traceable_wrapper_subclass(tensor):
+        raise TypeError(
+            f"{name}: found a {type(tensor).__name__}, expected a plain tensor; sharded and "
+            "quantised parameters are not supported"
+        )
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name}: found layout {tensor.layout}, expected torch.strided")
+    if tensor.device.type == "meta":
+        raise ValueError(f"{name}: it is on the meta device and has no values")
+
+
+def _strip_wrappers(name: str) -> str:
+    """``name`` without what wrappers put into it: ``module.`` in front (DataParallel and
+    DistributedDataParallel), ``_orig_mod.`` anywhere (torch.compile, also of a submodule)."""
+    parts = [part for part in name.split(".") if part != "_orig_mod"]
+    while len(parts) > 1 and parts[0] == "module":
+        del parts[0]
+    return ".".join(parts)
+
+
+def match(
+    kind: str, averages: Iterable[tuple[str, Tensor]], model: Iterable[tuple[str, Tensor]]
+) -> tuple[list[Tensor], list[str]]:
+    """Finds the tensor of a model for each tensor of its average, by name.
+
+    Args:
+        kind: "parameter" or "buffer", for messages.
+        averages: named tensors of the average, each tensor once.
+        model: named tensors of the model, tied ones under each of their names.
+
+    Returns:
+        The model's tensors in the order of the average's, and what does not fit, a line each.
+    """
+    pairs, named = list(averages), list(model)
+    sources = dict(named)
+    if not all(name in sources for name, _ in pairs):
+        pairs = [(_strip_wrappers(name), tensor) for name, tensor in pairs]
+        named = [(_strip_wrappers(name), tensor) for name, tensor in named]
+        sources = dict(named)
+
+    found, problems = [], []
+    unused = {id(tensor): name for name, tensor in reversed(named)}
+    for name, average in pairs:
+        source = sources.get(name)
+        if source is None:
+            problems.append(f"{kind} {name}: in the average, not in the model")
+            continue
+        unused.pop(id(source), None)
+        if source.shape != average.shape:
+            problems.append(
+                f"{kind} {name}: shape {tuple(average.shape)} in the average, "
+                f"{tuple(source.shape)} in the model"
+            )
+            continue
+        found.append(source)
+    problems += [f"{kind} {name}: in the model, not in the average" for name in unused.values()]
+    return found, problems

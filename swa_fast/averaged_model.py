@@ -1,0 +1,355 @@
+"""A model of averaged weights: :class:`AveragedModel`, the drop-in for torch's class."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _backends, _ops
+from ._modules import check_kind, inner, match
+from ._watch import Watch
+from .avg_fns import AvgFn, MultiAvgFn, by_device_and_dtype, rule_of
+from .engine import Slot, dense_strides
+from .rules import SWA, why_it_stands_still
+from .storage import SeparateMemory, Storage
+
+__all__ = ["AveragedModel"]
+
+_log = logging.getLogger("swa_fast")
+
+
+def _no_model() -> None:
+    """The model of an average that has not been updated."""
+
+
+def _copy_all_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    # Grouped, because foreach is fused only for lists of one device and dtype.
+    for _, group in by_device_and_dtype(targets, sources):
+        torch._foreach_copy_(*group)
+
+
+class AveragedModel(nn.Module):
+    r"""A copy of a model whose parameters are running averages. Drop-in for
+    ``torch.optim.swa_utils.AveragedModel``: same arguments, attributes and state_dict keys.
+
+    .. math::
+        \bar w \leftarrow \begin{cases} w & n = 0 \\ \bar w + (w - \bar w)/(n + 1) & \text{SWA} \\
+        d\,\bar w + (1 - d)\,w & \text{EMA} \end{cases} \qquad n \leftarrow n + 1
+
+    Parameters and buffers of ``module`` are views of flat storage, which one launch per device
+    updates, buffers and counter included. They stay ordinary tensors: they may be written, loaded,
+    moved, copied and pickled, and what was moved is gathered again at the next update.
+
+    Where it differs from torch's class, on purpose:
+
+    * tensors are paired by name, and a model that does not fit is refused as a whole, instead of
+      being paired by position;
+    * with ``use_buffers=True`` the built-in rules copy integer buffers (``num_batches_tracked``)
+      instead of averaging them into a truncated number;
+    * ``n_averaged`` lives on the device of the model's first parameter when ``device`` is None, so
+      that an update never waits for the device;
+    * ``dtype`` keeps the average in another precision than the model.
+
+    Args:
+        model: the model to average. It is deep-copied.
+        device: where the average lives; None keeps each tensor where it is.
+        avg_fn: average of one tensor, ``(averaged, current, n_averaged) -> Tensor``.
+        multi_avg_fn: average of lists of tensors in place, ``(averaged_list, current_list,
+            n_averaged) -> None``, called once per device and dtype. At most one of the two; neither
+            means equal weights.
+        use_buffers: average the buffers like the parameters; False copies them at every update.
+        dtype: dtype of the average's floating-point parameters and buffers, such as
+            ``torch.float32`` for a bfloat16 model; None keeps the model's. float32, float64,
+            bfloat16 or float16.
+        backend: ``cuda``, ``triton``, ``cpu`` or ``reference``; None chooses by device. Not saved.
+        unwrap: copy the model inside DataParallel, DistributedDataParallel or torch.compile
+            instead of the wrapper.
+
+    Raises:
+        AssertionError: both functions are given (as torch does).
+        TypeError: ``dtype`` is none of the four.
+        ValueError: no such backend.
+
+    Source: Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization",
+    UAI 2018.
+    """
+
+    n_averaged: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        device: int | str | torch.device | None = None,
+        avg_fn: AvgFn | None = None,
+        multi_avg_fn: MultiAvgFn | None = None,
+        use_buffers: bool = False,
+        *,
+        dtype: torch.dtype | None = None,
+        backend: str | None = None,
+        unwrap: bool = False,
+    ) -> None:
+        super().__init__()
+        if avg_fn is not None and multi_avg_fn is not None:
+            raise AssertionError("avg_fn, multi_avg_fn: expected at most one of the two")
+        if dtype is not None and dtype not in _ops.AVERAGE_DTYPES:
+            raise TypeError(f"dtype: expected one of {_ops.AVERAGE_DTYPES}, found {dtype}")
+        _backends.check_name(backend)
+        self.module = copy.deepcopy(inner(model) if unwrap else model)
+        if device is not None:
+            self.module = self.module.to(device)
+        if dtype is not None:
+            # Not Module.to(dtype): that would drop the imaginary part of complex tensors.
+            self.module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
+        if device is None:
+            first = next(self.module.parameters(), None)
+            device = None if first is None else first.device
+        self.register_buffer("n_averaged", torch.zeros((), dtype=torch.int64, device=device))
+        self.avg_fn = avg_fn
+        self.multi_avg_fn = multi_avg_fn
+        self.use_buffers = use_buffers
+        self.backend = backend
+        # Of the model updated last, made at its first update and whenever something moved.
+        self._storage: Storage | None = None
+        self._key: tuple[object, ...] = ()
+        self._model: Callable[[], nn.Module | None] = _no_model
+        # The counter that an update has left behind.
+        self._counted: tuple[int, int] | None = None
+        self._handle = ""
+        self._warn_of_stagnation()
+
+    def _warn_of_stagnation(self) -> None:
+        rule = rule_of(self.multi_avg_fn or self.avg_fn)
+        for dtype in {p.dtype for p in self.module.parameters()}:
+            if rule is not None and (reason := why_it_stands_still(rule, dtype)):
+                _log.warning("AveragedModel: %s; use dtype=torch.float32", reason)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The averaged model's forward."""
+        return self.module(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Addresses and watches are of this process and of these tensors.
+        return {
+            **self.__dict__,
+            "_storage": None,
+            "_key": (),
+            "_model": _no_model,
+            "_counted": None,
+            "_handle": "",
+        }
+
+    def _own(self) -> list[tuple[str, Tensor, bool]]:
+        """Name and tensor of each part of the average, and whether it is a parameter."""
+        parameters = ((name, t, True) for name, t in self.module.named_parameters())
+        return [*parameters, *((name, t, False) for name, t in self.module.named_buffers())]
+
+    def _match(self, model: nn.Module) -> list[Tensor]:
+        """The model's tensors in the order of the average's.
+
+        Raises:
+            ValueError: the model does not fit.
+        """
+        parameters, problems = match(
+            "parameter",
+            self.module.named_parameters(),
+            model.named_parameters(remove_duplicate=False),
+        )
+        buffers, more = match(
+            "buffer",
+            self.module.named_buffers(),
+            model.named_buffers(remove_duplicate=False),
+        )
+        problems += more
+        if problems:
+            raise ValueError(
+                "update_parameters: the model does not fit the average\n  " + "\n  ".join(problems)
+            )
+        return parameters + buffers
+
+    def _bind(self, model: nn.Module) -> Storage:
+        """Reads from ``model`` from now on.
+
+        Raises:
+            ValueError, TypeError: the model does not fit; nothing has changed then.
+        """
+        live = self._match(model)
+        own = self._own()
+        slots = []
+        for name, tensor, parameter in own:
+            check_kind(name, tensor)
+            numeric = tensor.is_floating_point() or tensor.is_complex()
+            averaged = (parameter or self.use_buffers) and numeric
+            slots.append(
+                Slot(name, averaged, tensor.dtype, tuple(tensor.shape), dense_strides(tensor))
+            )
+        rule = rule_of(self.multi_avg_fn or self.avg_fn)
+        storage = Storage(
+            slots,
+            SeparateMemory([tensor for _, tensor, _ in own]),
+            [SWA() if rule is None else rule],
+            counter=self.n_averaged,
+            backend=self.backend,
+            captured=None if self._storage is None else self._storage.captured,
+        )
+        modules = itertools.chain(
+            [self._buffers], Watch.dictionaries_of(self.module), Watch.dictionaries_of(model)
+        )
+        storage.bind(live, modules)
+        # The model's tensors are held no longer than the model itself.
+        self._model = weakref.ref(model, lambda _: storage.unbind())
+        self._storage, self._key = storage, self._options()
+        self._handle = str(id(self))
+        _ops.averagers[self._handle] = self
+        return storage
+
+    def _options(self) -> tuple[object, ...]:
+        return self.backend, self.use_buffers, self.multi_avg_fn or self.avg_fn
+
+    def _bound(self, model: nn.Module) -> Storage:
+        storage = self._storage
+        if (
+            storage is None
+            or self._model() is not model
+            or self._key != self._options()
+            or not storage.holds()
+        ):
+            return self._bind(model)
+        return storage
+
+    def _refuse_if_applied(self, what: str) -> None:
+        if self._storage is not None and self._storage.swapped is not None:
+            raise RuntimeError(
+                f"{what}: the average is applied, so live weights are in its place; leave "
+                "applied() first"
+            )
+
+    def update_parameters(self, model: nn.Module) -> None:
+        """Takes the model's current weights into the average.
+
+        Args:
+            model: a model with the parameters and buffers of the one given to the constructor, on
+                any device; it may be wrapped by DataParallel, DistributedDataParallel or
+                torch.compile.
+
+        Raises:
+            ValueError: parameters or buffers that are missing, extra or of another shape, all
+                named in one message.
+            TypeError: a dtype that the built-in rules do not average.
+            RuntimeError: the average is applied to a model at the moment.
+
+        Nothing is written before everything has been checked. Under ``torch.compile`` the model is
+        the one of the last update, of which there must have been one.
+        """
+        if torch.compiler.is_compiling():
+            self._trace_update(model)
+        else:
+            self._update(model)
+
+    def _trace_update(self, model: nn.Module) -> None:
+        if self._storage is None or self._model() is not model:
+            raise RuntimeError(
+                "update_parameters: run one update of this model before compiling it"
+            )
+        if rule_of(self.multi_avg_fn or self.avg_fn) is None:
+            raise RuntimeError(
+                "update_parameters: a user's averaging function cannot be compiled; call this "
+                "outside of the compiled function"
+            )
+        _ops.refresh_averager(self._handle)
+        storage = self._storage
+        with torch.no_grad():
+            _ops.update_averager(storage.memory.tensors, storage.counts, storage.live, self._handle)
+
+    def _refresh(self) -> None:
+        model = self._model()
+        if model is not None:
+            self._bound(model)
+
+    @torch.no_grad()
+    def _update_with(
+        self, averages: list[Tensor], counts: list[Tensor], sources: list[Tensor]
+    ) -> None:
+        self._refuse_if_applied("update_parameters")
+        assert self._storage is not None
+        self._storage.update_with(averages, counts, sources)
+
+    @torch.no_grad()
+    def _update(self, model: nn.Module) -> None:
+        self._refuse_if_applied("update_parameters")
+        if rule_of(self.multi_avg_fn or self.avg_fn) is None:
+            self._apply_user_function(model)
+            self.n_averaged += 1
+            return
+        self._bound(model).update()
+        self._counted = self._counter_seen()
+
+    def _counter_seen(self) -> tuple[int, int] | None:
+        """Which counter this is, and how often something other than an update's kernel has written
+        it: after an update, what stays the same is not zero."""
+        if self.n_averaged.is_inference():
+            return None
+        return self.n_averaged.data_ptr(), self.n_averaged._version
+
+    def _apply_user_function(self, model: nn.Module) -> None:
+        # As torch does: the first update copies, and functions see every tensor, integers included.
+        sources = [source.detach() for source in self._match(model)]
+        own = self._own()
+        tensors = [tensor.detach() for _, tensor, _ in own]
+        averaged = sum(parameter or self.use_buffers for _, _, parameter in own)
+        averages = tensors[:averaged]
+        current = [
+            s if s.device == a.device else s.to(a.device)
+            for a, s in zip(averages, sources[:averaged], strict=True)
+        ]
+        if self.n_averaged == 0:
+            _copy_all_(averages, current)
+        elif self.multi_avg_fn is not None:
+            for (device, _), group in by_device_and_dtype(averages, current):
+                self.multi_avg_fn(*group, self.n_averaged.to(device))
+        else:
+            assert self.avg_fn is not None
+            for average, source in zip(averages, current, strict=True):
+                n_averaged = self.n_averaged.to(average.device)
+                average.copy_(self.avg_fn(average, source, n_averaged))
+        _copy_all_(tensors[averaged:], sources[averaged:])
+
+    @contextlib.contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """Puts the average into ``model`` for the time of a ``with`` block.
+
+        The model's tensors and the average's are swapped in place, without a third copy, where
+        their dtypes and devices agree; where they do not, the model's are kept in a copy. Inside
+        the block this AveragedModel holds the model's weights. The swap is undone when the block
+        ends, also by an exception.
+
+        Args:
+            model: as for :meth:`update_parameters`.
+
+        Raises:
+            RuntimeError: the average has not been updated yet, is already applied, or was written
+                inside the block.
+            ValueError, TypeError: as :meth:`update_parameters`.
+        """
+        if self._storage is not None and self._storage.swapped is not None:
+            raise RuntimeError("applied: the average is already applied")
+        # Else the device has to be waited for.
+        known = self._counted is not None and self._counted == self._counter_seen()
+        if not known and self.n_averaged == 0:
+            raise RuntimeError("applied: the average has not been updated yet")
+        with self._bound(model).applied(0, lambda: self._match(model)):
+            yield
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As ``torch.nn.Module.load_state_dict``; refused while the average is applied."""
+        self._refuse_if_applied("load_state_dict")
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
