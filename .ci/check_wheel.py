@@ -92,7 +92,7 @@ def check_kernels(tool: str, library: Path) -> None:
         arch = part.split()[0].removeprefix("sm_")
         found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", part)
         for name, used, stack, local in found:
-            if re.search(r"\d(update|exchange|guard|statistics|normalise|merge)_kernel", name):
+            if re.search(r"\d(update|swap|nonfinite|statistics|normalise|merge)_kernel", name):
                 kernels += 1
                 registers = max(registers, int(used))
                 if int(stack) or int(local):
@@ -106,7 +106,7 @@ def check_kernels(tool: str, library: Path) -> None:
     code = subprocess.run([tool, "-sass", str(library)], capture_output=True, text=True, check=True)
     for function in code.stdout.split("Function : ")[1:]:
         name = function.split()[0]
-        if re.search(r"\d(update|exchange)_kernel", name):
+        if re.search(r"\d(update|swap)_kernel", name):
             wide = all(f"{access}.E.128" in function for access in ("LDG", "STG"))
             if not wide:
                 check(False, f"128-bit accesses to global memory in {name}")

@@ -1,6 +1,6 @@
 """The average put into the model and taken out again, as around an evaluation.
 
-The least is to exchange both sides twice, 32 bytes per fp32 parameter; the competitors keep a copy
+The least is to swap both sides twice, 32 bytes per fp32 parameter; the competitors keep a copy
 of the weights, copy the average over them and copy the kept ones back.
 """
 

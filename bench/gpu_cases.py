@@ -140,7 +140,7 @@ def update_cases(device: torch.device, small: bool) -> list[Case]:
             }, bench_k_averages._size),
             case("update that skips NaN", name, fp32, {
                 **_limit(), **_ours(device, "Averager SWA", on_nonfinite="skip"),
-            }, _size_of_guarded),
+            }, _size_of_checked),
             case("update from misaligned memory", name, fp32, {
                 **_limit(), **_ours(device, "Averager SWA"),
                 **_theirs("foreach_lerp_, cached lists"),
@@ -156,7 +156,7 @@ def update_cases(device: torch.device, small: bool) -> list[Case]:
     return found
 
 
-def _size_of_guarded(model: nn.Module) -> Size:
+def _size_of_checked(model: nn.Module) -> Size:
     """Every weight is read once more, to see whether it is finite."""
     one = size_of(model)
     assert one.bytes is not None

@@ -751,7 +751,7 @@ NCU_SECTIONS = ("Occupancy", "LaunchStats", "WarpStateStats")
 # Instead of the section that has them among dozens of others: each few cost a pass of the kernel.
 NCU_METRICS = "gpu__time_duration.sum,gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed"
 # Ours among the launches of --kernels.
-NCU_KERNELS = "regex:update_kernel|statistics|normalise|merge_kernel|guard|finite|exchange|swap"
+NCU_KERNELS = "regex:update_kernel|statistics|normalise|merge_kernel|nonfinite|swap"
 
 
 def _in_and_out(averager: Averager) -> None:

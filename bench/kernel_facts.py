@@ -44,8 +44,8 @@ LIMITS = Path(__file__).with_name("kernel_limits.json")
 # TB/s for 700 ns over 132 multiprocessors), a B200 about 40.
 RESIDENT = {
     "update_kernel": (256, 3),
-    "guard_kernel": (256, 4),
-    "exchange_kernel": (256, 4),
+    "nonfinite_kernel": (256, 4),
+    "swap_kernel": (256, 4),
     "statistics_kernel": (256, 3),
     "normalise_kernel": (256, 3),
 }
@@ -204,42 +204,41 @@ def _launches() -> dict[str, Callable[[], object]]:
     """What the package launches, by a name for it, on CPU tensors that nothing will read."""
     import torch
 
-    from swa_fast.kernels import average, batch_norm, update
+    from swa_fast import _layout
+    from swa_fast.kernels import batch_norm, update
 
     def vector(dtype: torch.dtype, count: int = 4096) -> Any:
         return torch.zeros(count, dtype=dtype)
 
-    table, rules = torch.zeros((3, 4), dtype=torch.int64), torch.zeros((2, 8), dtype=torch.float64)
-    state = torch.zeros(5, dtype=torch.int64)
+    table = torch.zeros((3, _layout.SEGMENT_HEADER + 2), dtype=torch.int64)
+    rules = torch.zeros((2, _layout.RULE_COLUMNS), dtype=torch.float64)
+    n_averaged, counters = torch.zeros(2, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
     fp32, bf16 = torch.float32, torch.bfloat16
 
-    def updating(dtype: torch.dtype, pairs: int, seed: int | None, guard: bool) -> Any:
-        averages = [vector(dtype).view(2, -1)]
-        return lambda: update.update_(averages, state, rules, table, pairs, seed, guard)
-
-    def averaging(dtype: torch.dtype) -> Any:
-        count = vector(torch.int64, 1)
-        return lambda: average.average_([vector(fp32)], [vector(dtype)], count, None)
+    def updating(pairs: int, seed: int | None = None, skip_nonfinite: bool = False) -> Any:
+        return lambda: update.update_(
+            [], [], n_averaged, counters, rules, table, pairs, seed, skip_nonfinite
+        )
 
     def collecting(dtype: torch.dtype, layout: torch.memory_format) -> Any:
         x = torch.zeros((16, 64, 16, 16), dtype=dtype).contiguous(memory_format=layout)
         batch, weight = torch.zeros((4, 64), dtype=torch.float64), vector(fp32, 64)
-        return lambda: batch_norm.collect(x, weight, weight, 1e-5, True, True, batch, None)
+        return lambda: batch_norm.batch_norm_collect(
+            x, weight, weight, 1e-5, True, True, batch, None
+        )
 
     def merging() -> None:
         accumulators = torch.zeros((9, 64), dtype=torch.float64)
-        batch_norm.merge_(accumulators, torch.zeros((4, 64), dtype=torch.float64), 2)
+        batch_norm.batch_norm_merge_(accumulators, torch.zeros((4, 64), dtype=torch.float64), 2)
 
     contiguous, last = torch.contiguous_format, torch.channels_last
     return {
         # Bit 4 a + s of the pairs: averages of type a, sources of type s.
-        "fp32": updating(fp32, 1 << 0, None, False),
-        "fp32, guard": updating(fp32, 1 << 0, None, True),
-        "fp32 of bf16": updating(fp32, 1 << 2, None, False),
-        "bf16, stochastic": updating(bf16, 1 << 10, 1, False),
-        "any": lambda: update.exchange_(table, 0),
-        "fp32 average": averaging(fp32),
-        "fp32 average of bf16": averaging(bf16),
+        "fp32": updating(1 << 0),
+        "fp32, skip_nonfinite": updating(1 << 0, None, True),
+        "fp32 of bf16": updating(1 << 2),
+        "bf16, stochastic": updating(1 << 10, 1),
+        "any": lambda: update.swap_([], [], table, 0),
         "fp32 contiguous": collecting(fp32, contiguous),
         "fp32 channels-last": collecting(fp32, last),
         "bf16 contiguous": collecting(bf16, contiguous),

@@ -19,6 +19,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from swa_fast import _layout as layout
+
 __all__ = ["MACHINES", "Launch", "Machine", "key", "load", "machine_of", "seconds"]
 
 FILE = Path(__file__).resolve().parent / "predictions.json"
@@ -81,10 +83,10 @@ def seconds(machine: Machine, launch: Launch, mode: str) -> float:
 
 # ------------------------------------------------------------------- the kernels' own geometry
 
-# csrc/update_cuda.cu: a block takes LONG bytes of the wider type, or eight pieces of at most SHORT
-# bytes, a warp each. kernels/update.py: a program takes PIECE elements of any type.
-LONG, SHORT, SHORT_PER_BLOCK = 16384, 2048, 8
-PIECE = 4096
+# csrc/update_cuda.cu: a block takes a long segment, or eight short ones, a warp each.
+LONG, SHORT, SHORT_PER_BLOCK = layout.CUDA_SEGMENT_BYTES, layout.CUDA_SHORT_BYTES, 8
+# kernels/update.py: a program takes a segment of so many elements of any type.
+PIECE = layout.TRITON_SEGMENT
 UPDATE = {
     "cuda": {"resident": 4, "in_flight": 256 * 128, "chain": 4.0},
     "triton": {"resident": 4, "in_flight": 128 * 128, "chain": 8.0},
@@ -127,16 +129,17 @@ def update_launch(
     tensors = [(n, wider) for n in sizes] + [(n, 1) for n in buffers]
     entries, blocks = pieces(tensors, backend)
     facts = (STOCHASTIC if stochastic else UPDATE)[backend]
+    table = (24 + 8 * averages) * entries
     chain = facts["chain"] + 1.0 * (averages - 1)
     return Launch(
-        read=elements * (source + average * averages) + sum(buffers) + 32 * entries,
+        read=elements * (source + average * averages) + sum(buffers) + table,
         written=elements * average * averages + sum(buffers) * averages,
         blocks=blocks, resident=int(facts["resident"]), in_flight=int(facts["in_flight"]),
         chain=chain, touched=elements * (source + average * averages),
     )  # fmt: skip
 
 
-def guard_launch(sizes: Sequence[int], source: int, backend: str) -> Launch:
+def nonfinite_launch(sizes: Sequence[int], source: int, backend: str) -> Launch:
     elements = sum(sizes)
     _, blocks = pieces([(n, source) for n in sizes], backend)
     return Launch(elements * source, 0, blocks, resident=8, in_flight=256 * 32, chain=1.0)
@@ -258,7 +261,7 @@ def _update_launches(op: str, contender: str, shared: Any, dtype: str) -> list[L
         )
     ]
     if "NaN" in op:
-        launches.insert(0, guard_launch(sizes, source, backend))
+        launches.insert(0, nonfinite_launch(sizes, source, backend))
     return launches
 
 

@@ -159,7 +159,8 @@ SWA_FAST_AVX2 void average_avx2(Average* average, const Source* source, int64_t 
   int64_t i = 0;
   for (; i + L::kCount <= count; i += L::kCount) average_vector<kMode>(average + i, source + i, c);
   if (i < count) {
-    // Through a padded copy, so that an element's result does not depend on its place in the segment.
+    // Through a padded copy, so that an element's result does not depend on its place in the
+    // segment.
     Average a[L::kCount] = {};
     Source b[L::kCount] = {};
     std::memcpy(a, average + i, (count - i) * sizeof(Average));

@@ -1,5 +1,6 @@
-// What the CPU and the CUDA kernels of swa_fast::update_ and swa_fast::swap_ share: segments, rules and
-// random numbers. swa_fast/_layout.py describes the table of segments that swa_fast/engine.py builds.
+// What the CPU and the CUDA kernels of swa_fast::update_ and swa_fast::swap_ share: segments, rules
+// and random numbers. swa_fast/_layout.py describes the table of segments that swa_fast/engine.py
+// builds.
 #pragma once
 
 #include <cmath>

@@ -1,7 +1,7 @@
 // CPU kernels of swa_fast::update_ and swa_fast::swap_.
 //
-// Formula: update.h. Layout: every segment is consecutive in the source and in each average. Bytes per
-// element: sizeof(source) + 2 k sizeof(average), 4 + 8 k for k averages in fp32: a piece of the
+// Formula: update.h. Layout: every segment is consecutive in the source and in each average. Bytes
+// per element: sizeof(source) + 2 k sizeof(average), 4 + 8 k for k averages in fp32: a piece of the
 // source is used for all averages while it is in the first-level cache.
 //
 // The segments lie end to end on one axis of costs that torch's thread pool splits, so ten thousand

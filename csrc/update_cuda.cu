@@ -1,8 +1,8 @@
 // CUDA kernels of swa_fast::update_ and swa_fast::swap_.
 //
-// Formula: update.h. Layout: every segment is consecutive in the source and in each average, and has
-// less than 2^31 elements. Bytes per element: sizeof(source) + 2 k sizeof(average), 4 + 8 k for k
-// averages in fp32, plus 24 + 16 k for each segment's row of the table and the counters; bound by
+// Formula: update.h. Layout: every segment is consecutive in the source and in each average, and
+// has less than 2^31 elements. Bytes per element: sizeof(source) + 2 k sizeof(average), 4 + 8 k for
+// k averages in fp32, plus 24 + 16 k for each segment's row of the table and the counters; bound by
 // memory bandwidth. The first update, a copy, does not read the averages.
 //
 // A long segment has a block of its own. The short ones, which come last in the table, have a warp
@@ -73,7 +73,7 @@ struct Share {
 
 // What the threads of a block have in common.
 struct Shared {
-  int64_t words[kWarps * (kSegmentHeader + kMaxAverages)];  // its segments' rows of the table
+  int64_t words[kWarps][kSegmentHeader + kMaxAverages];  // its segments' rows of the table
   double weight[kMaxAverages];
   int64_t n[kMaxAverages];
   bool skip;
@@ -111,11 +111,12 @@ struct Blender {
   static constexpr int kPack = Traits::kPack;
   Math factor;
   bool copy, near;
-  int64_t seed, n;
+  int64_t seed;
+  uint32_t n;
   int row;
 
   __device__ __forceinline__ Blender(double w, int64_t seed_, int64_t n_, int row_)
-      : seed(seed_), n(n_), row(row_) {
+      : seed(seed_), n(static_cast<uint32_t>(n_)), row(row_) {
     const Math weight = static_cast<Math>(w);
     copy = w == 1.0;
     near = weight < Math(0.5);
@@ -310,21 +311,22 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     update_kernel(const __grid_constant__ Arguments arguments) {
   __shared__ Shared shared;
   const Share share{arguments.long_segments, arguments.segments};
+  // A warp reads the row of its segment, each lane a word, and the last warp reads the counters
+  // too: its loads are both on their way before it needs the first.
+  static_assert(kSegmentHeader + kMaxAverages <= kWarp && kMaxAverages < kWarp);
   const int width = kSegmentHeader + arguments.rows;
-  // The last warp reads the counters, the others the table. Neighbouring threads read neighbouring
-  // words, which are one memory sector for one segment and one average.
-  constexpr int kCountersFrom = kThreads - kWarp;
-  static_assert(sizeof(Shared::words) <= kCountersFrom * sizeof(int64_t));
-  static_assert(kMaxAverages < kWarp);
-  const int thread = static_cast<int>(threadIdx.x);
-  if (thread < share.segments() * width) {
-    shared.words[thread] = arguments.table[static_cast<int64_t>(share.first()) * width + thread];
-  } else if (thread >= kCountersFrom && thread < kCountersFrom + arguments.rows) {
-    const int row = thread - kCountersFrom;
-    const int64_t n = arguments.n_averaged[row];
-    shared.n[row] = n;
-    shared.weight[row] = arguments.rules[row].weight(n);
-  } else if (thread == kThreads - 1) {
+  const int warp = thread_id() / kWarp, lane = lane_id();
+  const bool has_word = lane < width && warp < share.segments();
+  const bool has_count = warp == kWarps - 1 && lane < arguments.rows;
+  int64_t word = 0, n = 0;
+  if (has_word) word = arguments.table[static_cast<int64_t>(share.first() + warp) * width + lane];
+  if (has_count) n = arguments.n_averaged[lane];
+  if (has_word) shared.words[warp][lane] = word;
+  if (has_count) {
+    shared.n[lane] = n;
+    shared.weight[lane] = arguments.rules[lane].weight(n);
+  }
+  if (threadIdx.x == kThreads - 1) {
     shared.skip = arguments.skip_nonfinite && arguments.counters[kNonFinite] != 0;
   }
   __syncthreads();
@@ -337,7 +339,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
 
   if (!shared.skip && share.segment() < share.segments()) {
-    const Segment segment{shared.words + share.segment() * width};
+    const Segment segment{shared.words[share.segment()]};
     if (segment.average_type() == kBytes) {
       copy_segment(segment, arguments.rows, share.part(), share.parts());
     } else {
@@ -507,11 +509,11 @@ void update_cuda(std::vector<Tensor> /*averages*/, std::vector<Tensor> /*sources
                  int64_t short_segments) {
   const int rows = check_update_arguments(n_averaged, counters, rules, table);
   const Launch launch(table, short_segments);
-  STD_TORCH_CHECK(n_averaged.is_cuda() &&
-                      n_averaged.get_device_index() == table.get_device_index() &&
-                      (!counters || (counters->is_cuda() && counters->get_device_index() ==
-                                                                table.get_device_index())),
-                  "update_.cuda: n_averaged, counters and table must be on one CUDA device");
+  STD_TORCH_CHECK(
+      n_averaged.is_cuda() && n_averaged.get_device_index() == table.get_device_index() &&
+          (!counters ||
+           (counters->is_cuda() && counters->get_device_index() == table.get_device_index())),
+      "update_.cuda: n_averaged, counters and table must be on one CUDA device");
   STD_TORCH_CHECK(counters || !skip_nonfinite, "update_.cuda: skip_nonfinite needs counters");
   Arguments arguments{};
   arguments.table = launch.table;

@@ -53,19 +53,26 @@ def _add4(a0, a1, a2, a3, b0, b1, b2, b3):
 
 
 @triton.jit
-def _load_segment(row_ptr, average):
+def _load_row(table_ptr, averages):
+    """This program's row of the table, a word in each of the first lanes."""
+    width = averages + HEADER
+    lane = tl.arange(0, LANES)
+    row_ptr = table_ptr + tl.program_id(0).to(tl.int64) * width
+    return tl.load(row_ptr + lane, mask=lane < width, other=0)
+
+
+@triton.jit
+def _segment(words, average):
     """Of a row of the table: source, packed, place and the address of an average."""
     lane = tl.arange(0, LANES)
-    inside = (lane < HEADER) | (lane == average + HEADER)
-    word = tl.load(row_ptr + lane, mask=inside, other=0)
-    zero = tl.zeros_like(word)
+    zero = tl.zeros_like(words)
     # All four at once, because the threads of a program wait for each other at every reduction.
     return tl.reduce(
         (
-            tl.where(lane == SOURCE_WORD, word, zero),
-            tl.where(lane == PACKED_WORD, word, zero),
-            tl.where(lane == PLACE_WORD, word, zero),
-            tl.where(lane == average + HEADER, word, zero),
+            tl.where(lane == SOURCE_WORD, words, zero),
+            tl.where(lane == PACKED_WORD, words, zero),
+            tl.where(lane == PLACE_WORD, words, zero),
+            tl.where(lane == average + HEADER, words, zero),
         ),
         0,
         _add4,
@@ -73,16 +80,15 @@ def _load_segment(row_ptr, average):
 
 
 @triton.jit
-def _load_scalar(pointer):
-    lane = tl.arange(0, WARP)
-    return tl.sum(tl.load(pointer + lane, mask=lane == 0, other=0))
+def _average(words, average):
+    lane = tl.arange(0, LANES)
+    return tl.sum(tl.where(lane == average + HEADER, words, tl.zeros_like(words)))
 
 
 @triton.jit
-def _next_average(row_ptr, row, rows):
-    lane = tl.arange(0, LANES)
-    inside = (lane == 0) & (row + 1 < rows)
-    return tl.sum(tl.load(row_ptr + lane + (row + 1 + HEADER), mask=inside, other=0))
+def _load_scalar(pointer):
+    lane = tl.arange(0, WARP)
+    return tl.sum(tl.load(pointer + lane, mask=lane == 0, other=0))
 
 
 @triton.jit
@@ -145,7 +151,7 @@ def _random16(seed, first, n, row, BLOCK: tl.constexpr):
 
 @triton.jit
 def _rows(
-    row_ptr,
+    words,
     average_address,
     start,
     rows,
@@ -192,8 +198,6 @@ def _rows(
         average_ptr = average_ptr.to(tl.pointer_type(AVERAGE))
         if VECTOR:
             average_ptr = tl.multiple_of(average_ptr, AVERAGE_BYTES)
-        # The next average's address is on its way while this one's memory is.
-        average_address = _next_average(row_ptr, row, rows)
         if weight64 == 1.0:
             updated = source
         else:
@@ -216,6 +220,7 @@ def _rows(
                     tl.store(average_ptr + element, updated.to(tl.bfloat16), mask=mask)
             else:
                 tl.store(average_ptr + element, updated.to(AVERAGE), mask=mask)
+        average_address = _average(words, row + 1)
 
 
 @triton.jit
@@ -249,8 +254,8 @@ def _update_kernel(
     SKIP_NONFINITE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row_ptr = table_ptr + tl.program_id(0).to(tl.int64) * (rows + HEADER)
-    source, packed, place, average = _load_segment(row_ptr, 0)
+    words = _load_row(table_ptr, rows)
+    source, packed, place, average = _segment(words, 0)
     count = packed & 0xFFFFFFFF
     pair = ((packed >> AVERAGE_TYPE) & 0xFF) * 4 + ((packed >> SOURCE_TYPE) & 0xFF)
     copied = (packed >> COPIED) & 1
@@ -262,9 +267,8 @@ def _update_kernel(
     if skip == 0:
         if pair == BYTES * 4 + BYTES:
             for row in range(rows):
-                target = average
-                average = _next_average(row_ptr, row, rows)
-                _copy_bytes(target, source, count, wide, BLOCK)
+                _copy_bytes(average, source, count, wide, BLOCK)
+                average = _average(words, row + 1)
         for candidate in tl.static_range(16):
             # Nested, because the outer one is decided at compile time.
             if (PAIRS >> candidate) & 1:  # noqa: SIM102
@@ -281,7 +285,7 @@ def _update_kernel(
                     )
                     if wide:
                         _rows(
-                            row_ptr, average, 0, rows, source, place, count, copied,
+                            words, average, 0, rows, source, place, count, copied,
                             n_averaged_ptr, rules_ptr, seed, AVERAGE, SOURCE, MATH, ROUND, True,
                             BLOCK,
                         )  # fmt: skip
@@ -290,7 +294,7 @@ def _update_kernel(
                         # layout, and that of the 16-byte accesses would not coalesce here.
                         for start in range(0, count, BLOCK // 2):
                             _rows(
-                                row_ptr, average, start, rows, source, place, count, copied,
+                                words, average, start, rows, source, place, count, copied,
                                 n_averaged_ptr, rules_ptr, seed, AVERAGE, SOURCE, MATH, ROUND,
                                 False, BLOCK // 2,
                             )  # fmt: skip
@@ -312,8 +316,7 @@ def _update_kernel(
 @triton.jit
 def _nonfinite_kernel(table_ptr, rows, counters_ptr, BLOCK: tl.constexpr):
     """Sets a counter if an averaged source holds an infinity or NaN."""
-    row_ptr = table_ptr + tl.program_id(0).to(tl.int64) * (rows + HEADER)
-    address, packed, _, _ = _load_segment(row_ptr, 0)
+    address, packed, _, _ = _segment(_load_row(table_ptr, rows), 0)
     code = (packed >> SOURCE_TYPE) & 0xFF
     element = tl.arange(0, BLOCK)
     mask = element < (packed & 0xFFFFFFFF)
@@ -339,8 +342,7 @@ def _nonfinite_kernel(table_ptr, rows, counters_ptr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _swap_kernel(table_ptr, rows, row, BLOCK: tl.constexpr):
-    row_ptr = table_ptr + tl.program_id(0).to(tl.int64) * (rows + HEADER)
-    address, packed, _, average = _load_segment(row_ptr, row)
+    address, packed, _, average = _segment(_load_row(table_ptr, rows), row)
     code = (packed >> SOURCE_TYPE) & 0xFF
     size = tl.where(code == DOUBLE, 8, tl.where(code == FLOAT, 4, tl.where(code == BYTES, 1, 2)))
     count = (packed & 0xFFFFFFFF) * size

@@ -616,7 +616,7 @@ def test_an_update_with_a_nonfinite_value_is_skipped(
         assert torch.equal(averager.averages[rule][name], before[rule][name])
     model.load_state_dict(good)
     with torch.no_grad():
-        model[1].running_mean[0] = bad  # copied, not averaged: none of the guard's business
+        model[1].running_mean[0] = bad  # copied, not averaged: not looked at
     averager.update()
     assert averager.n_averaged == dict.fromkeys(RULES, 2)
     assert averager.skipped_updates == 2

@@ -74,7 +74,7 @@ def test_averaged_model(simulator: Any, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
-def test_a_skipping_guard_waits_for_nothing(simulator: Any, backend: str) -> None:
+def test_skipping_waits_for_nothing(simulator: Any, backend: str) -> None:
     model = PreResNet(20).to("cuda")
     averager = Averager(model, {"swa": SWA()}, backend=backend, on_nonfinite="skip")
     averager.update()

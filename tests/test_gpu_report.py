@@ -19,7 +19,6 @@ import pytest
 import torch
 
 import swa_fast
-from swa_fast import engine
 from swa_fast.train.models.preresnet import PreResNet
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
@@ -334,8 +333,6 @@ def test_the_terms_of_the_model(bench: Any) -> None:
 
 def test_pieces_are_those_of_the_engine(bench: Any) -> None:
     predict = bench.predict
-    assert (predict.LONG, predict.SHORT) == (engine._CUDA_RUN_BYTES, engine._CUDA_SHORT_BYTES)
-    assert engine._RUN_ELEMENTS["triton"] == predict.PIECE
     # 4096 + 4096 + 1 elements of 4 bytes, 513 and 512 of them, nothing, eight of one.
     tensors = [(n, 4) for n in (8193, 513, 512, 0, *[1] * 8)]
     assert predict.pieces(tensors, "cuda") == (3 + 1 + 1 + 8, 2 + 1 + 2)

@@ -84,14 +84,34 @@ def test_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert "reference    usable on cpu, self-check passed" in text
 
 
-def test_failed_self_check_is_reported(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    "replaced, message",
+    [
+        ("update_", "after 3 updates n_averaged is {'swa': 0}"),
+        ("swap_", "the weight with the average applied came out 3.0 with an error"),
+        ("batch_norm_collect", ""),
+        ("batch_norm_merge_", ""),
+    ],
+)
+def test_a_self_check_fails_for_every_operator_that_does_nothing(
+    replaced: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from swa_fast import _ops
 
-    monkeypatch.setattr(_ops, "average_", lambda *a, **k: None)
+    packet = getattr(torch.ops.swa_fast, replaced)
+
+    def nothing(*arguments: Any) -> Any:
+        return torch.zeros_like(arguments[0]) if replaced == "batch_norm_collect" else None
+
+    for backend in _backends.BACKENDS:
+        monkeypatch.setattr(packet, backend, nothing)
+        if replaced in ("update_", "swap_"):
+            monkeypatch.setitem(getattr(_ops, f"_{replaced.strip('_')}s"), backend, nothing)
     assert main([]) == 1
-    assert "self-check failed: the mean of 1, 2, 6 came out" in capsys.readouterr().out
+    assert f"self-check failed: {message}" in capsys.readouterr().out
 
 
 def test_why_unusable() -> None:
@@ -479,8 +499,8 @@ def test_the_carried_wheel_serves_every_device_since_turing(setup_script) -> Non
 
 
 def test_nvcc_options(setup_script, monkeypatch) -> None:
-    monkeypatch.setenv("MAX_JOBS", "16")
-    assert setup_script.nvcc_options((12, 1), 7) == ["--threads=5"]
+    monkeypatch.setenv("MAX_JOBS", "8")
+    assert setup_script.nvcc_options((12, 1), 7) == ["--threads=4"]
     assert setup_script.nvcc_options((13, 0), 1) == [
         "--threads=1",
         "-static-global-template-stub=true",
