@@ -14,7 +14,7 @@ from PIL import Image
 from swa_fast.train import cli, presets
 from swa_fast.train.config import TrainConfig
 from swa_fast.train.report import compare_runs, find_runs
-from swa_fast.train.state import RunFolder
+from swa_fast.train.run_folder import RunFolder
 
 # Of a smaller network, where it does not matter which.
 SMALLEST = ["--model", "preresnet8"]

@@ -14,20 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from .config import TrainConfig, option_name, resolve_device, with_absolute_paths
+from .curves import draw_curves
 from .distributed import World
 from .errors import Stopped, TrainError
 from .presets import PRESETS, flop, measure_speed, scaled
 from .progress import Progress
-from .report import (
-    compare_runs,
-    draw_curves,
-    find_runs,
-    format_experiment,
-    format_phases,
-    format_table,
-)
-from .run import run
-from .state import RunFolder, write_atomically
+from .report import compare_runs, find_runs, format_experiment, format_phases, format_table
+from .run_folder import RunFolder, write_atomically
+from .session import run
 
 __all__ = ["build_parser", "main"]
 

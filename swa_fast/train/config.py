@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from ..schedules import budget_epoch, first_capture
-from .batches import NORMALISATIONS
-from .data import DATASETS
+from .data import DATASETS, NORMALISATIONS
 from .errors import TrainError
 from .models import MODELS
 

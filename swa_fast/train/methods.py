@@ -23,15 +23,8 @@ of DNNs", NeurIPS 2018, arXiv 1802.10026.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-
-from swa_fast import AveragedModel, get_ema_multi_avg_fn
 
 from ..schedules import (
     budget_epoch,
@@ -47,7 +40,7 @@ from ..schedules import (
 )
 from .config import TrainConfig
 
-__all__ = ["Average", "Ensemble", "Trajectory", "WeightAverage", "plan"]
+__all__ = ["Trajectory", "plan"]
 
 
 @dataclass(frozen=True)
@@ -232,105 +225,3 @@ def _swa_fixed(config: TrainConfig) -> Trajectory:
         captures={"swa-fixed": lambda epoch: epoch >= first},
         marks={"swa-fixed": _marks(config, first)},
     )
-
-
-class Average(ABC):
-    """What a method makes of a trajectory, beside its last weights.
-
-    Args:
-        captured: whether weights are captured after so many epochs; None for every step.
-    """
-
-    def __init__(self, captured: Callable[[int], bool] | None) -> None:
-        self._captured = captured
-        self.captures = 0
-
-    def due(self, epoch: int) -> bool:
-        """Whether weights are captured after ``epoch`` epochs."""
-        return self._captured is not None and self._captured(epoch)
-
-    @property
-    def every_step(self) -> bool:
-        """Whether weights are captured after every step instead."""
-        return self._captured is None
-
-    @abstractmethod
-    def capture(self, model: nn.Module, probabilities: Callable[[nn.Module], Tensor]) -> None:
-        """Takes the weights of ``model``.
-
-        Args:
-            model: the network in training.
-            probabilities: gives the softmax outputs of a network for the test set, float32 [N, K].
-        """
-
-    @abstractmethod
-    def state_dict(self) -> dict[str, Any]:
-        """Everything from which :meth:`load_state_dict` continues; tensors and plain values."""
-
-    @abstractmethod
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`."""
-
-
-class WeightAverage(Average):
-    """A running average of weights: equal weights, or exponential ones if ``decay`` is given."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        captured: Callable[[int], bool] | None,
-        *,
-        decay: float | None = None,
-        backend: str | None = None,
-    ) -> None:
-        super().__init__(captured)
-        options: dict[str, Any] = {}
-        if backend is not None:
-            options["backend"] = backend
-        if decay is not None:
-            options["multi_avg_fn"] = get_ema_multi_avg_fn(decay)
-        self.averaged = AveragedModel(model, **options)
-
-    def capture(self, model: nn.Module, probabilities: Callable[[nn.Module], Tensor]) -> None:
-        self.averaged.update_parameters(model)
-        self.captures += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"captures": self.captures, "averaged": self.averaged.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.averaged.load_state_dict(state["averaged"])
-        self.captures = int(state["captures"])
-
-
-class Ensemble(Average):
-    """The sum of the softmax outputs of networks along a trajectory, for the test set.
-
-    Each network predicts with its own BatchNorm statistics. The ensemble predicts the class with
-    the largest sum, and its loss is the cross-entropy of the mean probabilities.
-    """
-
-    def __init__(self, captured: Callable[[int], bool]) -> None:
-        super().__init__(captured)
-        self._sum: Tensor | None = None
-
-    def capture(self, model: nn.Module, probabilities: Callable[[nn.Module], Tensor]) -> None:
-        found = probabilities(model)
-        self._sum = found if self._sum is None else self._sum + found
-        self.captures += 1
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean probabilities of the members so far, float32 [N, K]."""
-        assert self._sum is not None
-        return self._sum / self.captures
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"captures": self.captures, "sum": self._sum}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        captures, total = int(state["captures"]), state["sum"]
-        if (captures > 0) != torch.is_tensor(total):
-            raise ValueError(f"expected the sum of {captures} members, found {type(total)}")
-        self._sum = total
-        self.captures = captures

@@ -83,7 +83,7 @@ class RunFolder:
     """The folder of a run.
 
     =============================== ============================================================
-    ``results.json``                settings, environment, records and summary; see ``report.py``
+    ``results.json``                settings, environment, records and summary; see ``results.py``
     ``curves.png``                  accuracy and learning rate over the epochs
     ``log.txt``                     what was printed, with the time
     ``model_METHOD.pt``             ``state_dict`` of the final network of a method (for fge one

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import TrainError, import_extra
+from ..errors import TrainError, import_extra
 
 __all__ = ["Listing", "check_same_classes", "list_images", "read_rgb"]
 

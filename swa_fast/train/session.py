@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import signal
-import subprocess
 import sys
 import threading
 import time
 from contextlib import nullcontext
-from pathlib import Path
+from dataclasses import dataclass, field
 from types import FrameType, TracebackType
 from typing import Any
 
 import torch
-from torch import nn
 
-import swa_fast
-
+from . import snapshot
 from .board import Board
 from .config import TrainConfig
+from .curves import draw_curves
 from .data import Dataset, load_dataset
 from .distributed import World
+from .environment import environment
 from .errors import Stopped, TrainError, import_extra
-from .loop import Record, Run, Trainer
-from .methods import Ensemble, Trajectory, WeightAverage, plan
+from .methods import Trajectory, plan
 from .progress import Progress
-from .report import draw_curves, summarise
-from .state import RunFolder
-from .stream import StreamedDataset
+from .results import summarise
+from .run_folder import RunFolder
+from .trainer import Record, Run, Trainer
 
-__all__ = ["Interrupts", "environment", "run"]
+__all__ = ["Interrupts", "run"]
 
 # Several processes have to agree before one of them saves or stops, which makes them wait.
 _AGREE_EVERY = 20
@@ -72,48 +68,6 @@ class Interrupts:
             file=sys.stderr,
             flush=True,
         )
-
-
-def environment(config: TrainConfig, processes: int) -> dict[str, Any]:
-    """Versions and hardware that a result depends on, as JSON values."""
-    device = torch.device(config.device)
-    return {
-        "swa_fast": swa_fast.__version__,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda if device.type == "cuda" else None,
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
-        "threads": config.threads,
-        "processes": processes,
-        "git_commit": _git_commit(),
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _git_commit() -> str | None:
-    """The commit of the checkout that swa_fast runs from; None for an installed copy."""
-    checkout = Path(__file__).resolve().parents[2]
-    if not (checkout / ".git").exists():
-        return None
-    try:
-        answer = subprocess.run(
-            ["git", "-C", os.fspath(checkout), "rev-parse", "--verify", "HEAD"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return answer.stdout.strip() if answer.returncode == 0 else None
 
 
 def run(
@@ -164,32 +118,30 @@ def run(
             torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True),
             Interrupts() as interrupts,
         ):
-            session = _Session(config, folder, progress, world, interrupts)
-            session.checkpoint_seconds = 60 * checkpoint_minutes
+            session = _Session(config, folder, progress, world, interrupts, 60 * checkpoint_minutes)
             return session.run(previous, preset, scale)
     finally:
         progress.stop()
         torch.set_num_threads(threads)
 
 
+@dataclass
 class _Session:
-    def __init__(
-        self,
-        config: TrainConfig,
-        folder: RunFolder,
-        progress: Progress,
-        world: World,
-        interrupts: Interrupts,
-    ) -> None:
-        self.config = config
-        self.folder = folder
-        self.progress = progress
-        self.world = world
-        self.interrupts = interrupts
-        self.checkpoint_seconds = 600.0
-        self.saved = time.monotonic()
-        #: The last epoch of each trajectory that results.json listed.
-        self.listed: dict[str, int] = {}
+    """One call of :func:`run`.
+
+    Attributes:
+        saved: when the last checkpoint was written.
+        listed: the last epoch of each trajectory that results.json listed.
+    """
+
+    config: TrainConfig
+    folder: RunFolder
+    progress: Progress
+    world: World
+    interrupts: Interrupts
+    checkpoint_seconds: float
+    saved: float = field(default_factory=time.monotonic)
+    listed: dict[str, int] = field(default_factory=dict)
 
     def run(
         self, previous: dict[str, Any] | None, preset: str | None, scale: float
@@ -197,40 +149,32 @@ class _Session:
         config, progress, world = self.config, self.progress, self.world
         import_extra("matplotlib.figure")  # needed only at the end, which is late to miss it
         dataset = self._load_data()
+        skipped = f"; {dataset.skipped_files} other files skipped" if dataset.skipped_files else ""
+        progress.say(
+            f"{config.dataset}: {len(dataset.train_labels):,} training and "
+            f"{len(dataset.test_labels):,} test images of {len(dataset.classes)} classes{skipped}"
+        )
+        trainer = Trainer(config, dataset, world, lambda: self.interrupts.requested)
         results: dict[str, Any] = {
             "status": "running",
             "preset": preset,
             "scale": scale,
             "config": config.to_json(),
-            "environment": environment(config, world.size),
+            "environment": {
+                **environment(config, world.size),
+                "averaging_backend": trainer.check_backend(),
+            },
             "data": dataset.to_json(),
             "initial": None,
             "records": [],
             "summary": [],
         }
-        progress.say(
-            f"{config.dataset}: {dataset.train_count:,} training and {dataset.test_count:,} test "
-            f"images of {len(dataset.classes)} classes"
-            + (f"; {dataset.skipped_files} other files skipped" if dataset.skipped_files else "")
-        )
-        trainer = Trainer(config, dataset, world, lambda: self.interrupts.requested)
-        results["environment"]["averaging_backend"] = trainer.check_backend()
         if previous is not None:
             self._compare(previous, results)
             self.listed = {r["trajectory"]: r["epoch"] for r in previous["records"]}
             for key in ("preset", "scale", "environment", "initial", "records"):
                 results[key] = previous[key]
-        model = trainer.build()
-        trainer.check_images(model)
-        progress.say(
-            f"{config.model}: {sum(p.numel() for p in model.parameters()):,} parameters, on "
-            f"{config.device}" + (f", {world.size} processes" if world.size > 1 else "")
-        )
-        if config.pretrained is not None and results["initial"] is None:
-            loss, accuracy = trainer.evaluate(model)
-            results["initial"] = {"test_loss": loss, "test_accuracy": accuracy}
-            progress.say(f"pretrained network: test {accuracy:.2f}%")
-        del model
+        self._check_network(trainer, results)
         if world.main:
             if previous is None:
                 self.folder.clear()
@@ -250,11 +194,11 @@ class _Session:
         world.wait()
         return results
 
-    def _load_data(self) -> Dataset | StreamedDataset:
+    def _load_data(self) -> Dataset:
         """The data; the first process alone may have to download them."""
         config = self.config
 
-        def load() -> Dataset | StreamedDataset:
+        def load() -> Dataset:
             return load_dataset(
                 config.dataset,
                 config.data_dir,
@@ -270,6 +214,20 @@ class _Session:
         self.world.wait()
         return dataset if self.world.main else load()
 
+    def _check_network(self, trainer: Trainer, results: dict[str, Any]) -> None:
+        """Whether there is a network for these images, and what a pretrained one is worth."""
+        config, progress, world = self.config, self.progress, self.world
+        model = trainer.build()
+        trainer.check_images(model)
+        progress.say(
+            f"{config.model}: {sum(p.numel() for p in model.parameters()):,} parameters, on "
+            f"{config.device}" + (f", {world.size} processes" if world.size > 1 else "")
+        )
+        if config.pretrained is not None and results["initial"] is None:
+            loss, accuracy = trainer.evaluation.score(model)
+            results["initial"] = {"test_loss": loss, "test_accuracy": accuracy}
+            progress.say(f"pretrained network: test {accuracy:.2f}%")
+
     def _write(self, results: dict[str, Any]) -> None:
         if self.world.main:
             self.folder.write_results(results)
@@ -282,7 +240,7 @@ class _Session:
         finished: list[Record],
     ) -> None:
         """Trains along one trajectory, from its beginning or from its last checkpoint."""
-        progress, world = self.progress, self.world
+        progress, steps = self.progress, len(trainer.batches)
         current = trainer.start(trajectory)
         self._restore(trainer, current)
         if (listed := self.listed.get(trajectory.name, 0)) > current.epoch:
@@ -291,63 +249,52 @@ class _Session:
                 f"checkpoint beyond epoch {current.epoch} is left; going on from there"
             )
         results["records"] = finished + current.records
-        steps = len(trainer.batches)
         progress.start(
             trajectory.name.upper(),
             epochs=trajectory.end,
             steps=steps,
             done=current.epoch * steps + current.step,
         )
-        board = (
-            Board(self.folder.tensorboard, trajectory.name, progress.say) if world.main else None
+        board = Board(
+            self.folder.tensorboard, trajectory.name, progress.say, silent=not self.world.main
         )
-        if board is not None:
-            board.restart(current.records)
-
-        def save() -> None:
-            state = trainer.state(current)
-            if world.main:
-                self.folder.save_checkpoint(trajectory.name, current.epoch, current.step, state)
-            self.saved = time.monotonic()
-
-        def between() -> None:
-            progress.step()
-            wanted = self._wanted()
-            if world.size > 1:
-                if current.step % _AGREE_EVERY:
-                    return
-                wanted = world.largest(wanted, trainer.device)
-            if wanted == 2:
-                raise Stopped
-            if wanted:
-                save()
-
+        board.restart(current.records)
         try:
             while current.epoch < trajectory.end:
-                members = {m: a.captures for m, a in current.averages.items()}
                 try:
-                    record = trainer.train_epoch(current, between)
+                    record = trainer.train_epoch(current, lambda: self._between(trainer, current))
                 except Stopped:
-                    save()
+                    self._save(trainer, current)
                     raise
                 # Everything that the epoch leaves comes before the checkpoint that says it is done.
-                self._save_models(trainer, current, members)
+                self._save_models(current)
                 if current.epoch in trajectory.branches:
-                    state = trainer.state(current)
-                    if world.main:
+                    state = snapshot.take(trainer, current)
+                    if self.world.main:
                         self.folder.save_branch(trajectory.name, current.epoch, state)
-                save()
+                self._save(trainer, current)
                 results["records"] = finished + current.records
                 self._write(results)
-                if board is not None:
-                    board.add(record)
+                board.add(record)
                 progress.epoch(record)
-                if world.largest(self._wanted(), trainer.device) == 2:
+                if self.world.largest(self._wanted(), trainer.device) == 2:
                     raise Stopped
         finally:
-            if board is not None:
-                board.close()
+            board.close()
             progress.stop()
+
+    def _between(self, trainer: Trainer, current: Run) -> None:
+        """After every step: saves or stops where that is wanted."""
+        self.progress.step()
+        wanted = self._wanted()
+        if self.world.size > 1:
+            if current.step % _AGREE_EVERY:
+                return
+            wanted = self.world.largest(wanted, trainer.device)
+        if wanted == 2:
+            raise Stopped
+        if wanted:
+            self._save(trainer, current)
 
     def _wanted(self) -> int:
         """2 to stop, 1 to save, 0 to go on."""
@@ -355,37 +302,38 @@ class _Session:
             return 2
         return int(time.monotonic() - self.saved > self.checkpoint_seconds)
 
+    def _save(self, trainer: Trainer, current: Run) -> None:
+        state = snapshot.take(trainer, current)
+        if self.world.main:
+            name = current.trajectory.name
+            self.folder.save_checkpoint(name, current.epoch, current.step, state)
+        self.saved = time.monotonic()
+
     def _restore(self, trainer: Trainer, current: Run) -> None:
-        trajectory = current.trajectory
-        found = self.folder.load_checkpoint(trajectory.name, trainer.device, self.progress.say)
+        trajectory, say = current.trajectory, self.progress.say
+        found = self.folder.load_checkpoint(trajectory.name, trainer.device, say)
         if found is not None:
             path, state = found
-            trainer.restore(current, state, path)
+            snapshot.restore(trainer, current, state, path)
         elif trajectory.begin > 0:
-            path, state = self.folder.load_branch(
-                "sgd", trajectory.begin, trainer.device, self.progress.say
-            )
-            trainer.continue_from(current, state, path)
+            path, state = self.folder.load_branch("sgd", trajectory.begin, trainer.device, say)
+            snapshot.continue_from(trainer, current, state, path)
 
-    def _save_models(self, trainer: Trainer, current: Run, members: dict[str, int]) -> None:
+    def _save_models(self, current: Run) -> None:
         """Final weights of the methods whose results this epoch gives, and new ensemble members."""
         if not self.world.main:
             return
-        trajectory, epoch = current.trajectory, current.epoch
-        for method, marks in trajectory.marks.items():
-            average = current.averages.get(method)
-            if isinstance(average, Ensemble):
-                if average.captures > members[method]:
-                    name = f"{method}-{average.captures:02d}"
-                    self.folder.save_model(name, current.model.state_dict())
-                continue
-            for budget, end in marks.items():
-                if end == epoch:
-                    network: nn.Module = current.model
-                    if isinstance(average, WeightAverage):
-                        network = average.averaged.module
-                    name = method if budget == max(marks) else f"{method}-{budget:g}"
-                    self.folder.save_model(name, network.state_dict())
+        for method, marks in current.trajectory.marks.items():
+            names = [
+                method if budget == max(marks) else f"{method}-{budget:g}"
+                for budget, end in marks.items()
+                if end == current.epoch
+            ]
+            networks = dict.fromkeys(names, current.model)
+            if (average := current.averages.get(method)) is not None:
+                networks = average.networks(method, current.epoch, names, current.model)
+            for name, network in networks.items():
+                self.folder.save_model(name, network.state_dict())
 
     def _compare(self, previous: dict[str, Any], current: dict[str, Any]) -> None:
         """Refuses other data; mentions other software or hardware."""
