@@ -65,7 +65,7 @@ pytestmark = pytest.mark.usefixtures("small")
         (["--dataset", "imagenet"], "--data-dir: expected a folder with .*val/<class>"),
         (["--dataset", "images", "--data-dir", "missing"], "missing/train: expected a folder"),
         (["--dataset", "images", "--data-dir", ".", "--image-size", "4"], "--image-size: exp"),
-        (["--data-dir", "."], "--data-dir: expected only with datasets that are files"),
+        (["--data-dir", "."], "--data-dir: expected none with --dataset digits, which has no"),
         (["--pretrained", "torchvision"], "--pretrained: torchvision has weights of resnet50"),
         (["--pretrained", "missing.pt"], "missing.pt"),
         (["--methods", "sgd", "--fge-start", "nan"], "--fge-start: expected a fraction"),

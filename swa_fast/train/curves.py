@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .config import METHODS, TrainConfig
+from .config import TrainConfig
 from .errors import import_extra
 from .methods import plan
+from .options import METHODS
 from .results import Results
 from .run_folder import write_atomically
 

@@ -9,46 +9,47 @@ from typing import Any
 
 from .clock import PHASES
 from .config import TrainConfig
-from .errors import TrainError
+from .errors import TrainError, import_extra
 from .methods import plan
 from .presets import Preset, scaled
 from .results import Results, overhead
 from .run_folder import RunFolder
 
-__all__ = ["compare_runs", "find_runs", "format_experiment", "format_phases", "format_table"]
+__all__ = [
+    "compare_runs",
+    "find_runs",
+    "format_experiment",
+    "format_phases",
+    "format_rows",
+    "format_table",
+]
 
 
-def _align(lines: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as aligned text, the first column to the left; the first row is the header."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
-    text.insert(1, "-" * max(len(line) for line in text))
-    return "\n".join(text)
+def format_rows(header: Sequence[str], rows: Sequence[Sequence[str]], style: str = "simple") -> str:
+    """Cells as a table of tabulate's style, the first column to the left."""
+    align = ["left", *["right"] * (len(header) - 1)]
+    tabulate = import_extra("tabulate").tabulate
+    text: str = tabulate(rows, header, style, colalign=align, disable_numparse=True)
+    return text
 
 
 def format_table(summary: Sequence[Mapping[str, Any]]) -> str:
     """The summary as aligned text."""
-    lines = [("", "test accuracy", "last iterate", "test loss", "epochs", "captures", "time")]
-    for row in summary:
-        lines.append(
-            (
-                row["name"],
-                f"{row['test_accuracy']:.2f} %",
-                f"{row['iterate_accuracy']:.2f} %",
-                f"{row['test_loss']:.4f}",
-                str(row["epochs"]),
-                "-" if row["captures"] is None else str(row["captures"]),
-                f"{row['seconds']:.1f} s",
-            )
+    header = ("", "test accuracy", "last iterate", "test loss", "epochs", "captures", "time")
+    rows = [
+        (
+            row["name"],
+            f"{row['test_accuracy']:.2f} %",
+            f"{row['iterate_accuracy']:.2f} %",
+            f"{row['test_loss']:.4f}",
+            str(row["epochs"]),
+            "-" if row["captures"] is None else str(row["captures"]),
+            f"{row['seconds']:.1f} s",
         )
+        for row in summary
+    ]
     return (
-        _align(lines)
+        format_rows(header, rows)
         + "\nTime: training, with the averaging and the BatchNorm pass of the result; "
         "no evaluation."
     )
@@ -57,30 +58,31 @@ def format_table(summary: Sequence[Mapping[str, Any]]) -> str:
 def format_phases(results: Results) -> str:
     """Where the time went: seconds and shares by phase and trajectory, as aligned text."""
     trajectories = plan(TrainConfig.from_json(results["config"]))
-    lines = [["phase", *(f"{t.name}" for t in trajectories)]]
     by_name = {
         t.name: [r for r in results["records"] if r["trajectory"] == t.name] for t in trajectories
     }
-    totals = {
-        name: {phase: sum(r["seconds"][phase] for r in records) for phase in PHASES}
-        for name, records in by_name.items()
-    }
-    for phase in PHASES:
-        line = [phase.replace("_", "/")]
-        for t in trajectories:
-            whole = sum(totals[t.name].values()) or 1.0
-            seconds = totals[t.name][phase]
-            line.append(f"{seconds:.2f} s {100 * seconds / whole:5.1f} %")
-        lines.append(line)
-    lines.append(
-        ["all", *(f"{sum(totals[t.name].values()):.2f} s {100.0:5.1f} %" for t in trajectories)]
-    )
+    seconds = [
+        [sum(r["seconds"][phase] for r in records) for phase in PHASES]
+        for records in by_name.values()
+    ]
+    wholes = [sum(column) for column in seconds]
+    rows = [
+        [
+            phase.replace("_", "/"),
+            *(
+                f"{part:.2f} s {100 * part / (whole or 1.0):5.1f} %"
+                for part, whole in zip(parts, wholes, strict=True)
+            ),
+        ]
+        for phase, *parts in zip(PHASES, *seconds, strict=True)
+    ]
+    rows.append(["all", *(f"{whole:.2f} s {100.0:5.1f} %" for whole in wholes)])
     shares = [
         f"{t.name} {100 * overhead(by_name[t.name], t.reported):.2f} %"
         for t in trajectories
         if t.captures
     ]
-    text = _align(lines)
+    text = format_rows(["phase", *by_name], rows)
     if shares:
         text += (
             "\nAveraging and the BatchNorm passes of the results, of the training time: "
@@ -215,14 +217,7 @@ def compare_runs(
 
 def format_experiment(experiment: Mapping[str, Any], *, markdown: bool) -> str:
     """An experiment's table, as Markdown or aligned text."""
-    header, rows = experiment["header"], experiment["rows"]
-    if not markdown:
-        return f"{experiment['title']}\n{_align([header, *rows])}"
-    lines = [
-        f"**{experiment['title']}**",
-        "",
-        "| " + " | ".join(header) + " |",
-        "|---|" + "---:|" * (len(header) - 1),
-        *("| " + " | ".join(row) + " |" for row in rows),
-    ]
-    return "\n".join(lines)
+    table = format_rows(experiment["header"], experiment["rows"], "pipe" if markdown else "simple")
+    return (
+        f"**{experiment['title']}**\n\n{table}" if markdown else f"{experiment['title']}\n{table}"
+    )

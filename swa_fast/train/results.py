@@ -29,8 +29,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .config import METHODS, TrainConfig
+from .config import TrainConfig
 from .methods import plan
+from .options import METHODS
 
 __all__ = ["Results", "overhead", "summarise"]
 

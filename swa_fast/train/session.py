@@ -147,7 +147,8 @@ class _Session:
         self, previous: dict[str, Any] | None, preset: str | None, scale: float
     ) -> dict[str, Any]:
         config, progress, world = self.config, self.progress, self.world
-        import_extra("matplotlib.figure")  # needed only at the end, which is late to miss it
+        for module in ("matplotlib.figure", "tabulate"):
+            import_extra(module)  # needed only at the end, which is late to miss it
         dataset = self._load_data()
         skipped = f"; {dataset.skipped_files} other files skipped" if dataset.skipped_files else ""
         progress.say(

@@ -22,6 +22,7 @@ __all__ = [
     "Batches",
     "Dataset",
     "Placement",
+    "check_data_options",
     "load_dataset",
 ]
 
@@ -60,21 +61,7 @@ def load_dataset(
         TrainError: an unknown name, a value out of its range, or files that are missing, cannot be
             downloaded or cannot be used; the message says which, and what was expected.
     """
-    if name not in DATASETS:
-        raise TrainError(f"--dataset: expected one of {', '.join(DATASETS)}, found {name!r}")
-    if image_size is not None and image_size < MIN_SIZE:
-        raise TrainError(f"--image-size: expected {MIN_SIZE} or more pixels, found {image_size}")
-    check_fraction(fraction)
-    if name in ("images", "imagenet") and data_dir is None:
-        expected = "train/<class>/ and " + ("test" if name == "images" else "val") + "/<class>/"
-        raise TrainError(
-            f"--data-dir: expected a folder with {expected} for --dataset {name}, found nothing"
-        )
-    if name in ("digits", "synthetic") and data_dir is not None:
-        raise TrainError(
-            f"--data-dir: expected none with --dataset {name}, which has no files, found {data_dir}"
-        )
-
+    check_data_options(name, data_dir, image_size, fraction)
     if name == "imagenet":
         assert data_dir is not None
         return load_stream(
@@ -95,3 +82,24 @@ def load_dataset(
         dataset = load_torchvision(name, Path("data", name) if data_dir is None else data_dir)
     dataset = dataclasses.replace(dataset, normalise=normalise).share(fraction, min_per_class)
     return dataset if image_size is None else dataset.resized(image_size)
+
+
+def check_data_options(
+    name: str, data_dir: str | Path | None, image_size: int | None, fraction: float
+) -> None:
+    """Raises TrainError for a value out of its range, and for a folder that is missing or not
+    needed. The arguments are those of :func:`load_dataset`."""
+    if name not in DATASETS:
+        raise TrainError(f"--dataset: expected one of {', '.join(DATASETS)}, found {name!r}")
+    if image_size is not None and image_size < MIN_SIZE:
+        raise TrainError(f"--image-size: expected {MIN_SIZE} or more pixels, found {image_size}")
+    check_fraction(fraction)
+    if name in ("images", "imagenet") and data_dir is None:
+        expected = "train/<class>/ and " + ("test" if name == "images" else "val") + "/<class>/"
+        raise TrainError(
+            f"--data-dir: expected a folder with {expected} for --dataset {name}, found nothing"
+        )
+    if name in ("digits", "synthetic") and data_dir is not None:
+        raise TrainError(
+            f"--data-dir: expected none with --dataset {name}, which has no files, found {data_dir}"
+        )
