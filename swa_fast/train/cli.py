@@ -50,16 +50,12 @@ def build_parser() -> argparse.ArgumentParser:
         "and compares them. Several devices: torchrun --nproc-per-node N -m swa_fast.train ...",
         argument_default=argparse.SUPPRESS,
     )
-    groups = _add_settings(train)
-    groups["output"].add_argument(
-        "--out",
-        metavar="DIR",
-        help="folder of the run (default: runs/<dataset>-<model>-seed<seed>)",
-    )
-    groups["output"].add_argument(
-        "--resume", metavar="DIR", help="continue the run in DIR with the settings stored there"
-    )
-    _add_output(groups["output"])
+    output = _add_settings(train)
+    out_help = "folder of the run (default: runs/<dataset>-<model>-seed<seed>)"
+    output.add_argument("--out", metavar="DIR", help=out_help)
+    resume_help = "continue the run in DIR with the settings stored there"
+    output.add_argument("--resume", metavar="DIR", help=resume_help)
+    _add_output(output)
 
     preset = commands.add_parser(
         "run",
@@ -82,11 +78,10 @@ def build_parser() -> argparse.ArgumentParser:
         "to what still has the form of the experiment; 0.01 takes a minute or two on a CPU "
         "(default: 1)",
     )
-    groups = _add_settings(preset)
-    groups["output"].add_argument(
-        "--out", metavar="DIR", help="folder of all runs (default: runs/<preset>[-scale<S>])"
-    )
-    _add_output(groups["output"])
+    output = _add_settings(preset)
+    out_help = "folder of all runs (default: runs/<preset>[-scale<S>])"
+    output.add_argument("--out", metavar="DIR", help=out_help)
+    _add_output(output)
 
     listing = commands.add_parser(
         "presets",
@@ -118,8 +113,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """The options of all settings, by group."""
+def _add_settings(parser: argparse.ArgumentParser) -> Any:
+    """Adds the options of all settings; gives the group of those about output."""
     groups: dict[str, Any] = {}
     for field in dataclasses.fields(TrainConfig):
         meta = field.metadata
@@ -129,7 +124,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> dict[str, Any]:
             group.add_argument(name, action=argparse.BooleanOptionalAction, help=meta["help"])
         else:
             group.add_argument(name, type=parse, metavar=meta["metavar"], help=meta["help"])
-    return groups
+    return groups["output"]
 
 
 def _add_output(group: Any) -> None:
@@ -242,16 +237,8 @@ def _one_run(
             progress.say(f"The run in {folder.path} is already complete.")
             results = previous
         else:
-            minutes = manner.checkpoint_minutes
-            results = run(
-                config,
-                folder,
-                progress,
-                previous,
-                world=world,
-                checkpoint_minutes=minutes,
-                **preset,
-            )
+            how = {"world": world, "checkpoint_minutes": manner.checkpoint_minutes, **preset}
+            results = run(config, folder, progress, previous, **how)
         progress.say("\n" + format_phases(results))
         progress.say("\n" + format_table(results["summary"]))
         progress.say(f"\nAll files are in {folder.path}")
@@ -344,16 +331,12 @@ def _run(options: dict[str, Any], command: list[str]) -> int:
 
 def _presets(options: dict[str, Any]) -> int:
     machine = {"device": options["device"], "amp": options["amp"]}
-    configs = {
-        name: TrainConfig.from_options(
-            {
-                **_preset_options(name, options["scale"], machine),
-                # Nothing is read.
-                **({"data_dir": "."} if preset.options["dataset"] == "imagenet" else {}),
-            }
-        )
-        for name, preset in PRESETS.items()
-    }
+    configs = {}
+    for name, preset in PRESETS.items():
+        chosen = _preset_options(name, options["scale"], machine)
+        if preset.options["dataset"] == "imagenet":
+            chosen["data_dir"] = "."  # nothing is read
+        configs[name] = TrainConfig.from_options(chosen)
     speed = measure_speed(**machine)
     rows = []
     for name, preset in PRESETS.items():

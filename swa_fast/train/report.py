@@ -134,6 +134,9 @@ def _spread(values: Sequence[float]) -> str:
     return f"{mean:.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
+_HEADER = ["", "test accuracy %", "paired gain", "last iterate %", "n", "epochs", "published %"]
+
+
 def compare_runs(
     runs: Sequence[tuple[Path, Results]],
     presets: Mapping[str, Preset],
@@ -166,26 +169,24 @@ def compare_runs(
         base = ("sgd", 1.0) if ("sgd", 1.0) in tables[0] else (None, 0.0)
         rows = []
         for key, row in tables[0].items():
-            accuracies = [table[key]["test_accuracy"] for table in tables]
-            iterates = [table[key]["iterate_accuracy"] for table in tables]
             gain = "-"
             if key != base and base in tables[0]:
-                differences = [
-                    table[key]["test_accuracy"] - table[base]["test_accuracy"] for table in tables
-                ]
-                gain = ("+" if statistics.fmean(differences) >= 0 else "") + _spread(differences)
-            mean, deviation = known.get(key, (None, None))
+                gains = [t[key]["test_accuracy"] - t[base]["test_accuracy"] for t in tables]
+                gain = ("+" if statistics.fmean(gains) >= 0 else "") + _spread(gains)
+            iterates = "-" if key == base else _spread([t[key]["iterate_accuracy"] for t in tables])
+            published = "-"
+            if key in known:
+                mean, deviation = known[key]
+                published = f"{mean:.2f}" + (f" ± {deviation:.2f}" if deviation is not None else "")
             rows.append(
                 [
                     row["name"],
-                    _spread(accuracies),
+                    _spread([t[key]["test_accuracy"] for t in tables]),
                     gain,
-                    "-" if key == base else _spread(iterates),
+                    iterates,
                     str(len(members)),
                     str(row["epochs"]),
-                    "-"
-                    if mean is None
-                    else f"{mean:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}"),
+                    published,
                 ]
             )
         title = f"{config['model']} (width {config['width']}) on {config['dataset']}"
@@ -196,22 +197,7 @@ def compare_runs(
             title += f", at scale {scale:g}"
         if preset is not None and (other := _overridden(preset, scale, config)):
             title += f", with other {', '.join(other)} than the preset's"
-        experiments.append(
-            {
-                "title": title,
-                "header": [
-                    "",
-                    "test accuracy %",
-                    "paired gain",
-                    "last iterate %",
-                    "n",
-                    "epochs",
-                    "published %",
-                ],
-                "rows": rows,
-                "runs": members,
-            }
-        )
+        experiments.append({"title": title, "header": _HEADER, "rows": rows, "runs": members})
     return experiments
 
 

@@ -53,20 +53,8 @@ def summarise(results: Results) -> list[dict[str, Any]]:
     nor the passes that only the curves need are counted.
     """
     rows: list[dict[str, Any]] = []
-    if results["initial"] is not None:
-        rows.append(
-            {
-                "name": "pretrained",
-                "method": None,
-                "budget": 0.0,
-                "epochs": 0,
-                "captures": None,
-                "test_accuracy": results["initial"]["test_accuracy"],
-                "test_loss": results["initial"]["test_loss"],
-                "iterate_accuracy": results["initial"]["test_accuracy"],
-                "seconds": 0.0,
-            }
-        )
+    if (initial := results["initial"]) is not None:
+        rows.append(_row("pretrained", None, 0.0, 0, None, initial, initial, 0.0))
     by_name: dict[str, dict[int, Mapping[str, Any]]] = {}
     for record in results["records"]:
         by_name.setdefault(record["trajectory"], {})[record["epoch"]] = record
@@ -82,20 +70,32 @@ def summarise(results: Results) -> list[dict[str, Any]]:
                     # What the conventional run averaged is another method's.
                     seconds += sum(r["seconds"]["average"] for r in own)
                     seconds += record["seconds"]["bn"]
-                rows.append(
-                    {
-                        "name": _key(method, budget),
-                        "method": method,
-                        "budget": budget,
-                        "epochs": epoch,
-                        "captures": None if method == "sgd" else found["captures"],
-                        "test_accuracy": found["test_accuracy"],
-                        "test_loss": found["test_loss"],
-                        "iterate_accuracy": record["test_accuracy"],
-                        "seconds": seconds,
-                    }
-                )
+                name, captures = _key(method, budget), found.get("captures")
+                rows.append(_row(name, method, budget, epoch, captures, found, record, seconds))
     return rows
+
+
+def _row(
+    name: str,
+    method: str | None,
+    budget: float,
+    epochs: int,
+    captures: int | None,
+    found: Mapping[str, Any],
+    iterate: Mapping[str, Any],
+    seconds: float,
+) -> dict[str, Any]:
+    return {
+        "name": name,
+        "method": method,
+        "budget": budget,
+        "epochs": epochs,
+        "captures": captures,
+        "test_accuracy": found["test_accuracy"],
+        "test_loss": found["test_loss"],
+        "iterate_accuracy": iterate["test_accuracy"],
+        "seconds": seconds,
+    }
 
 
 def overhead(records: Iterable[Mapping[str, Any]], reported: frozenset[int]) -> float:

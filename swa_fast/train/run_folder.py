@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,6 +26,7 @@ _CHECKPOINT_VERSION = 2
 
 RESULTS_SCHEMA = "swa_fast.train.results"
 RESULTS_VERSION = 2
+_RESULTS_KEYS = "status preset scale config environment data initial records summary"
 
 #: Checkpoints kept per trajectory: if the newest cannot be read, the one before it can.
 KEEP = 2
@@ -93,6 +94,9 @@ class RunFolder:
                                     other trajectories go on, with a copy
     ``tensorboard/``                event files, a folder per curve
     =============================== ============================================================
+
+    Where the disk is full or cannot be written, methods that write raise TrainError, and what was
+    there before is intact.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -182,18 +186,11 @@ class RunFolder:
 
     def log(self, text: str) -> None:
         """Appends to log.txt; a disk that is full costs the line, not the run."""
-        try:
-            with open(self.file("log.txt"), "a", encoding="utf-8") as file:
-                file.write(text)
-        except OSError:
-            pass
+        with suppress(OSError), open(self.file("log.txt"), "a", encoding="utf-8") as file:
+            file.write(text)
 
     def write_results(self, results: Mapping[str, Any]) -> None:
-        """Replaces results.json.
-
-        Raises:
-            TrainError: the disk is full or cannot be written.
-        """
+        """Replaces results.json."""
         text = json.dumps(
             {"schema": RESULTS_SCHEMA, "schema_version": RESULTS_VERSION, **results},
             indent=1,
@@ -221,18 +218,7 @@ class RunFolder:
             raise TrainError(f"{path}: {expected}, found another kind of file")
         if results.get("schema_version") != RESULTS_VERSION:
             raise TrainError(f"{path}: {expected}, found version {results.get('schema_version')}")
-        missing = {
-            "status",
-            "preset",
-            "scale",
-            "config",
-            "environment",
-            "data",
-            "initial",
-            "records",
-            "summary",
-        } - set(results)
-        if missing:
+        if missing := set(_RESULTS_KEYS.split()) - set(results):
             raise TrainError(f"{path}: {expected}, found no {', '.join(sorted(missing))}")
         return results
 
@@ -246,9 +232,6 @@ class RunFolder:
             trajectory: its name.
             epoch, step: finished epochs, and finished steps of the present one.
             content: tensors and plain values.
-
-        Raises:
-            TrainError: the disk is full or cannot be written. Earlier checkpoints are intact.
         """
         path = self.checkpoints / f"{trajectory}-{epoch:05d}-{step:07d}.pt"
         self._save(path, trajectory, content)
@@ -260,9 +243,6 @@ class RunFolder:
     def save_branch(self, trajectory: str, epoch: int, content: Mapping[str, Any]) -> None:
         """Writes the state after ``epoch`` epochs from which other trajectories go on. In two
         files: for a damaged checkpoint its predecessor stands in, and here there is none.
-
-        Raises:
-            TrainError: the disk is full or cannot be written.
         """
         for path in self._branches(trajectory, epoch):
             self._save(path, trajectory, content)
@@ -301,11 +281,7 @@ class RunFolder:
         return found
 
     def save_model(self, name: str, state: Mapping[str, torch.Tensor]) -> None:
-        """Replaces ``model_NAME.pt``, the final weights of a method.
-
-        Raises:
-            TrainError: the disk is full or cannot be written.
-        """
+        """Replaces ``model_NAME.pt``, the final weights of a method."""
         self.write(self.file(f"model_{name}.pt"), lambda f: torch.save(dict(state), f))
 
     def _load_first(
@@ -356,11 +332,7 @@ class RunFolder:
         self.write(path, lambda f: torch.save(payload, f))
 
     def write(self, path: Path, write: Callable[[Any], object]) -> None:
-        """Writes a file of the folder by :func:`write_atomically`, and makes its parent folder.
-
-        Raises:
-            TrainError: the disk is full or cannot be written.
-        """
+        """Writes a file of the folder by :func:`write_atomically`, and makes its parent folder."""
         failures: list[OSError] = []
         try:
             path.parent.mkdir(exist_ok=True)
