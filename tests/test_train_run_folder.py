@@ -70,20 +70,13 @@ def test_one_run_at_a_time(
     assert cli.main(["train", "--resume", str(interrupted)]) == 0
 
 
-@pytest.mark.parametrize("written", range(6))
-def test_every_failed_write_of_a_checkpoint_is_reported(
-    written: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_failed_write_of_a_checkpoint_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Wherever in the file the disk is full: torch.save has an error for every place."""
-
     class Full(io.FileIO):
-        left = written
-
         def write(self, content: Any) -> int:
-            self.left -= 1
-            if self.left < 0:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return super().write(content)
+            super().write(bytes(content)[:1000])
+            raise OSError(errno.ENOSPC, "No space left on device")
 
     folder = RunFolder(tmp_path)
     folder.save_checkpoint("sgd", 0, 1, {"a": 1})
@@ -103,23 +96,25 @@ def test_a_file_takes_its_name_once_it_is_on_the_disk(
         monkeypatch.setattr(
             os, name, lambda *a, name=name, call=original: (done.append(name), call(*a))
         )
-    write_atomically(tmp_path / "x", lambda file: file.write(b"x"))
+    write_atomically(tmp_path / "x", b"x")
     assert done == ["fsync", "replace", "fsync"]  # the file, and the folder
     (tmp_path / "y").touch()
     assert (tmp_path / "x").stat().st_mode == (tmp_path / "y").stat().st_mode
 
 
-def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
+def test_an_interrupted_write_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "file"
-    write_atomically(path, lambda f: f.write(b"old"))
+    write_atomically(path, b"old")
 
-    def fail(file: Any) -> None:
-        file.write(b"ne")
+    def fail(descriptor: int) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(path, fail)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "fsync", fail)
+        write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
-    write_atomically(path, lambda f: f.write(b"new"))
+    write_atomically(path, b"new")
     assert path.read_bytes() == b"new"

@@ -386,7 +386,7 @@ def _report(options: dict[str, Any]) -> int:
     text = "\n\n".join(format_experiment(e, markdown=True) for e in experiments) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "report.md", lambda file: file.write(text.encode()))
+        write_atomically(folder / "report.md", text.encode())
         for number, experiment in enumerate(experiments, 1):
             name = "curves.png" if len(experiments) == 1 else f"curves-{number}.png"
             draw_curves(experiment["runs"], folder / name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ _COLORS = {
 def draw_curves(
     runs: Results | Sequence[Results],
     path: Path,
-    write: Callable[[Path, Callable[[Any], object]], object] = write_atomically,
+    write: Callable[[Path, memoryview], object] = write_atomically,
 ) -> None:
     """Draws test accuracy and learning rate over the epochs of all trajectories.
 
@@ -125,4 +126,6 @@ def draw_curves(
     bottom.set_ylim(bottom=0)
     bottom.legend(loc="lower left", framealpha=0.9, fontsize=8)
     bottom.xaxis.get_major_locator().set_params(integer=True)
-    write(path, lambda file: figure.savefig(file, format="png", dpi=150))
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=150)
+    write(path, content.getbuffer())

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import functools
 import math
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils.benchmark import Timer
 
 from .config import TrainConfig, resolve_device
 from .errors import TrainError
@@ -337,14 +337,6 @@ def measure_speed(device: str = "auto", amp: str = "none") -> float:
             logits = model(images)
         F.cross_entropy(logits.float(), labels).backward()
 
-    step()
-    best = math.inf
-    for _ in range(3):
-        if target.type == "cuda":
-            torch.cuda.synchronize(target)
-        start = time.perf_counter()
-        step()
-        if target.type == "cuda":
-            torch.cuda.synchronize(target)
-        best = min(best, time.perf_counter() - start)
+    timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
+    best = min(timer.timeit(1).mean for _ in range(2))
     return 6.0 * forward_macs(model, (3, 32, 32)) * batch / best

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -32,18 +33,13 @@ _RESULTS_KEYS = "status preset scale config environment data initial records sum
 KEEP = 2
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Writes a file so that at any moment, also after a power cut, ``path`` holds either its old
-    content or all of the new one.
-
-    Args:
-        path: the file.
-        write: writes the content to the binary file it is given.
-    """
+    content or all of the new one."""
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            write(file)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         # mkstemp makes files private; these should be as readable as any other.
@@ -62,22 +58,12 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         os.close(folder)
 
 
-class _Recorded:
-    """What :func:`torch.save` needs of a file; remembers the errors of writing."""
-
-    def __init__(self, file: IO[bytes], failures: list[OSError]) -> None:
-        self._file = file
-        self._failures = failures
-
-    def write(self, content: Any) -> int:
-        try:
-            return self._file.write(content)
-        except OSError as error:
-            self._failures.append(error)
-            raise
-
-    def flush(self) -> None:
-        self._file.flush()
+def _saved(content: Mapping[str, Any]) -> memoryview:
+    """The bytes of :func:`torch.save`. It does not write the file itself, because it hides the
+    reason of a failed write behind errors of its own."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getbuffer()
 
 
 class RunFolder:
@@ -196,7 +182,7 @@ class RunFolder:
             indent=1,
             allow_nan=False,
         )
-        self.write(self.file("results.json"), lambda f: f.write(text.encode() + b"\n"))
+        self.write(self.file("results.json"), text.encode() + b"\n")
 
     def read_results(self) -> dict[str, Any]:
         """Content of results.json.
@@ -282,7 +268,7 @@ class RunFolder:
 
     def save_model(self, name: str, state: Mapping[str, torch.Tensor]) -> None:
         """Replaces ``model_NAME.pt``, the final weights of a method."""
-        self.write(self.file(f"model_{name}.pt"), lambda f: torch.save(dict(state), f))
+        self.write(self.file(f"model_{name}.pt"), _saved(dict(state)))
 
     def _load_first(
         self,
@@ -329,24 +315,17 @@ class RunFolder:
             "trajectory": trajectory,
             **content,
         }
-        self.write(path, lambda f: torch.save(payload, f))
+        self.write(path, _saved(payload))
 
-    def write(self, path: Path, write: Callable[[Any], object]) -> None:
+    def write(self, path: Path, content: bytes | memoryview) -> None:
         """Writes a file of the folder by :func:`write_atomically`, and makes its parent folder."""
-        failures: list[OSError] = []
         try:
             path.parent.mkdir(exist_ok=True)
-            write_atomically(path, lambda file: write(_Recorded(file, failures)))
-        except (OSError, RuntimeError) as error:
-            if isinstance(error, OSError):
-                failures = [error]
-            elif not failures:
-                raise
-            # torch.save hides the reason of a failed write behind RuntimeErrors of its own.
-            reason = failures[0]
-            full = reason.errno in (errno.ENOSPC, errno.EDQUOT)
+            write_atomically(path, content)
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             raise TrainError(
-                f"{path}: cannot be written ({reason}); {'the disk is full, ' if full else ''}what "
+                f"{path}: cannot be written ({error}); {'the disk is full, ' if full else ''}what "
                 f"was saved before is intact: make room and continue with --resume {self.path}"
             ) from error
 

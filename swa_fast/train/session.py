@@ -6,9 +6,10 @@ import signal
 import sys
 import threading
 import time
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -27,47 +28,42 @@ from .results import summarise
 from .run_folder import RunFolder
 from .trainer import Record, Run, Trainer
 
-__all__ = ["Interrupts", "run"]
+__all__ = ["run"]
 
 # Several processes have to agree before one of them saves or stops, which makes them wait.
 _AGREE_EVERY = 20
 
 
-class Interrupts:
-    """While active, SIGINT (Ctrl-C) and SIGTERM only ask for a stop; the second one stops at once.
+@contextmanager
+def interrupts() -> Iterator[Callable[[], bool]]:
+    """Gives a function that tells whether SIGINT (Ctrl-C) or SIGTERM has come; within this context
+    they only ask for a stop, and the second one stops at once.
 
     Other threads than the main one cannot receive signals and are left alone.
     """
+    requested = False
 
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> Interrupts:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal requested
+        if requested:
             raise KeyboardInterrupt
-        self.requested = True
+        requested = True
         print(
             "\nStopping after this step; again to stop at once, which loses what came after the "
             "last checkpoint.",
             file=sys.stderr,
             flush=True,
         )
+
+    previous: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, handle)
+    try:
+        yield lambda: requested
+    finally:
+        for caught, handler in previous.items():
+            signal.signal(caught, handler)
 
 
 def run(
@@ -116,9 +112,11 @@ def run(
         with (
             folder.locked() if world.main else nullcontext(),
             torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True),
-            Interrupts() as interrupts,
+            interrupts() as interrupted,
         ):
-            session = _Session(config, folder, progress, world, interrupts, 60 * checkpoint_minutes)
+            session = _Session(
+                config, folder, progress, world, interrupted, 60 * checkpoint_minutes
+            )
             return session.run(previous, preset, scale)
     finally:
         progress.stop()
@@ -138,7 +136,7 @@ class _Session:
     folder: RunFolder
     progress: Progress
     world: World
-    interrupts: Interrupts
+    interrupted: Callable[[], bool]
     checkpoint_seconds: float
     saved: float = field(default_factory=time.monotonic)
     listed: dict[str, int] = field(default_factory=dict)
@@ -155,7 +153,7 @@ class _Session:
             f"{config.dataset}: {len(dataset.train_labels):,} training and "
             f"{len(dataset.test_labels):,} test images of {len(dataset.classes)} classes{skipped}"
         )
-        trainer = Trainer(config, dataset, world, lambda: self.interrupts.requested)
+        trainer = Trainer(config, dataset, world, self.interrupted)
         results: dict[str, Any] = {
             "status": "running",
             "preset": preset,
@@ -299,7 +297,7 @@ class _Session:
 
     def _wanted(self) -> int:
         """2 to stop, 1 to save, 0 to go on."""
-        if self.interrupts.requested:
+        if self.interrupted():
             return 2
         return int(time.monotonic() - self.saved > self.checkpoint_seconds)
 
