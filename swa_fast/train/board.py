@@ -36,10 +36,7 @@ class Board:
     def restart(self, records: Sequence[dict[str, Any]]) -> None:
         """Writes the files of a continued trajectory anew, so that no epoch is missing or there
         twice.
-
-        Args:
-            records: of its finished epochs; none for a trajectory at its beginning.
-        """
+        ``records`` are those of its finished epochs."""
         if self._closed:
             return
         names = {self._trajectory, *(f"{m}-average" for r in records for m in r["averages"])}

@@ -213,12 +213,7 @@ class RunFolder:
     ) -> None:
         """Adds a checkpoint and removes all but the last :data:`KEEP` of the trajectory. Later ones
         go, too: they are damaged, or training would not be here again.
-
-        Args:
-            trajectory: its name.
-            epoch, step: finished epochs, and finished steps of the present one.
-            content: tensors and plain values.
-        """
+        ``epoch`` epochs and ``step`` steps of the next one are finished."""
         path = self.checkpoints / f"{trajectory}-{epoch:05d}-{step:07d}.pt"
         self._save(path, trajectory, content)
         states = self._states(trajectory)
@@ -228,8 +223,7 @@ class RunFolder:
 
     def save_branch(self, trajectory: str, epoch: int, content: Mapping[str, Any]) -> None:
         """Writes the state after ``epoch`` epochs from which other trajectories go on. In two
-        files: for a damaged checkpoint its predecessor stands in, and here there is none.
-        """
+        files: for a damaged checkpoint its predecessor stands in, and here there is none."""
         for path in self._branches(trajectory, epoch):
             self._save(path, trajectory, content)
 
@@ -237,14 +231,8 @@ class RunFolder:
         self, trajectory: str, device: torch.device, warn: Callable[[str], object]
     ) -> tuple[Path, dict[str, Any]] | None:
         """The newest checkpoint of a trajectory that can be read, its tensors on ``device``; None
-        if there is none.
-
-        Only tensors and plain values are read, no code is run.
-
-        Args:
-            trajectory: its name.
-            device: where tensors go.
-            warn: told of a checkpoint that cannot be read, if an earlier one can.
+        if there is none. Only tensors and plain values are read, no code is run. ``warn`` is told
+        of a checkpoint that cannot be read, if an earlier one can.
 
         Raises:
             TrainError: no file is a complete checkpoint of this version and trajectory.

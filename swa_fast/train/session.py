@@ -79,13 +79,10 @@ def run(
 ) -> dict[str, Any]:
     """Trains along all trajectories of a configuration and leaves the files of :class:`RunFolder`.
 
-    Torch's global random state is overwritten; its number of threads is restored.
+    The folder exists. A new run replaces the one that it may hold, once everything is known to be
+    in order. Torch's global random state is overwritten; its number of threads is restored.
 
     Args:
-        config: the settings.
-        folder: an existing folder. A new run replaces the one it may hold, once everything is
-            known to be in order.
-        progress: where progress is shown.
         previous: content of results.json of the run to continue; None starts a new one.
         world: the processes of the run; None for this one alone.
         preset, scale: the preset that the configuration came from, for reports.

@@ -49,13 +49,8 @@ def take(trainer: Trainer, run: Run) -> dict[str, Any]:
 
 
 def restore(trainer: Trainer, run: Run, state: Mapping[str, Any], path: Path) -> None:
-    """Puts a run made by :meth:`Trainer.start` into a saved state.
-
-    Args:
-        trainer: that of the run.
-        run: its weights, optimiser, averages and records are replaced.
-        state: as :func:`take` gave it.
-        path: the file it came from, for messages.
+    """Puts a run made by :meth:`Trainer.start` into a state that :func:`take` gave; ``path`` is the
+    file that it came from, for messages.
 
     Raises:
         TrainError: the state is of other settings, or of another number of processes, or does not
