@@ -21,8 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swa_fast.train.batches import NORMALISATIONS, Batches
-from swa_fast.train.data import DATASETS, load_dataset, train_batches
+from swa_fast.train.data import DATASETS, NORMALISATIONS, Batches, Placement, load_dataset
 from swa_fast.train.models import MODELS, build_model
 
 
@@ -78,13 +77,7 @@ def main() -> None:
         threads=arguments.threads,
     )
     source = endless(
-        train_batches(
-            dataset,
-            batch_size=arguments.batch_size,
-            device=device,
-            channels_last=True,
-            workers=arguments.workers,
-        )
+        dataset.train_batches(arguments.batch_size, Placement(device, workers=arguments.workers))
     )
     images, labels = next(source)
     model = build_model(

@@ -34,7 +34,8 @@ from torch.optim import swa_utils
 
 import swa_fast
 from swa_fast.batch_norm.malloc import kept_memory
-from swa_fast.train.data import Dataset, TrainBatches, eval_batches, load_dataset
+from swa_fast.train.data import Dataset, Placement, load_dataset
+from swa_fast.train.data.memory import MemoryDataset
 from swa_fast.train.models import MODELS, build_model
 
 BF16 = torch.bfloat16
@@ -86,7 +87,7 @@ def make(model: str, batch: int, count: int) -> tuple[nn.Module, list[Tensor]]:
 def accuracy(model: nn.Module, dataset: Dataset, in_autocast: bool) -> float:
     model.eval()
     correct = 0
-    test = eval_batches(dataset, batch_size=500, device=torch.device("cpu"), channels_last=True)
+    test = dataset.test_batches(500, Placement(torch.device("cpu")))
     with torch.no_grad(), autocast(in_autocast):
         for images, labels in test():
             correct += int((model(images).argmax(1) == labels).sum())
@@ -104,7 +105,7 @@ def trained(arguments: argparse.Namespace) -> None:
         normalise=config["normalise"],
         fraction=config["fraction"],
     )
-    if not isinstance(dataset, Dataset):
+    if not isinstance(dataset, MemoryDataset):
         raise SystemExit(
             f"--run: expected a dataset that fits into memory, found {config['dataset']}"
         )
@@ -121,9 +122,7 @@ def trained(arguments: argparse.Namespace) -> None:
         width=config["width"],
     )
     model.load_state_dict(weights)
-    data = TrainBatches(
-        dataset, batch_size=config["batch_size"], device=torch.device("cpu"), channels_last=False
-    )
+    data = dataset.train_batches(config["batch_size"], Placement(torch.device("cpu"), False))
     contenders: dict[str, tuple[bool, Callable[[Any, nn.Module], Any]]] = {
         "torch": (False, swa_utils.update_bn),
         "swa_fast": (False, swa_fast.update_bn),

@@ -17,6 +17,9 @@ if not torch.cuda.is_available():
 import gpusim
 import helpers
 
+# Fixtures of the trainer's tests.
+from train_runs import finished, interrupted, small  # noqa: F401
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available() or os.environ.get("SWA_FAST_REQUIRE_GPU") == "1":

@@ -18,18 +18,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from swa_fast.train.batches import Normalise, Shares, balanced_share
-from swa_fast.train.data import (
-    Dataset,
-    TrainBatches,
-    channel_statistics,
-    eval_batches,
-    load_dataset,
-    load_digits,
-    load_images,
-    load_synthetic,
-    train_batches,
-)
+from swa_fast.train.data import Placement, load_dataset
+from swa_fast.train.data.dataset import balanced_share
+from swa_fast.train.data.memory import MemoryDataset, channel_statistics
+from swa_fast.train.data.placement import Normalise
+from swa_fast.train.data.sources import load_digits, load_images, load_synthetic
 from swa_fast.train.errors import TrainError, import_extra
 
 CPU = torch.device("cpu")
@@ -42,18 +35,18 @@ def make_dataset(
     channels: int = 3,
     pad: int = 2,
     flip: bool = True,
-) -> Dataset:
+) -> MemoryDataset:
     """Images whose pixels are all different from zero, so that padding can be told apart; the label
     is the image's number."""
     generator = torch.Generator().manual_seed(3)
     images = torch.randint(1, 256, (count, channels, *size), dtype=torch.uint8, generator=generator)
     labels = torch.arange(count)
-    return Dataset(
+    return MemoryDataset(
         tuple(map(str, range(count))), images, labels, images[:5], labels[:5], pad=pad, flip=flip
     )
 
 
-def denormalise(batch: torch.Tensor, dataset: Dataset) -> torch.Tensor:
+def denormalise(batch: torch.Tensor, dataset: MemoryDataset) -> torch.Tensor:
     mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in dataset.statistics)
     return (batch.double() * std + mean).round().to(torch.uint8)
 
@@ -78,7 +71,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("flip", [False, True])
 def test_crops_are_windows_of_the_padded_image(flip: bool) -> None:
     dataset = make_dataset(3, flip=flip)
-    batches = TrainBatches(dataset, batch_size=2, device=CPU, channels_last=True)
+    batches = dataset.train_batches(2, Placement(CPU))
     padded = torch.nn.functional.pad(dataset.train_images, (2, 2, 2, 2))
     seen: set[tuple[int, int, bool]] = set()
     for epoch in range(150):
@@ -114,7 +107,7 @@ def test_an_epoch_holds_every_image_once(
     count: int, batch: int, channels: int, seed: int, channels_last: bool
 ) -> None:
     dataset = make_dataset(count, channels=channels)
-    batches = TrainBatches(dataset, batch_size=batch, device=CPU, channels_last=channels_last)
+    batches = dataset.train_batches(batch, Placement(CPU, channels_last))
     parts = list(batches.epoch(seed))
     assert len(parts) == len(batches)
     assert [len(labels) for _, labels in parts[:-1]] == [batch] * (len(parts) - 1)
@@ -127,7 +120,7 @@ def test_an_epoch_holds_every_image_once(
 
 
 def test_batches_depend_on_the_seed_only() -> None:
-    batches = TrainBatches(make_dataset(9), batch_size=4, device=CPU, channels_last=True)
+    batches = make_dataset(9).train_batches(4, Placement(CPU))
     first = list(batches.epoch(5))
     torch.manual_seed(99)
     list(batches.epoch(6))
@@ -140,7 +133,7 @@ def test_batches_depend_on_the_seed_only() -> None:
 
 @pytest.mark.parametrize("first", [0, 1, 2, 3])
 def test_an_epoch_can_be_entered_anywhere(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    batches = train_batches(make_dataset(9), batch_size=4, device=CPU, channels_last=True)
+    batches = make_dataset(9).train_batches(4, Placement(CPU))
     whole = list(batches.epoch(5))
     made = []
     normalise = Normalise.__call__
@@ -155,7 +148,7 @@ def test_an_epoch_can_be_entered_anywhere(first: int, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("first", [-1, 4])
 def test_an_epoch_is_not_entered_outside(first: int) -> None:
-    batches = TrainBatches(make_dataset(9), batch_size=4, device=CPU, channels_last=True)
+    batches = make_dataset(9).train_batches(4, Placement(CPU))
     with pytest.raises(ValueError, match=f"first: expected 0 to 3 batches, found {first}"):
         batches.epoch(5, first=first)
 
@@ -173,12 +166,9 @@ def test_the_processes_share_every_batch(
 ) -> None:
     assume(world == 1 or min(count, batch) >= 2 * world)
     dataset = make_dataset(count)
-    alone = TrainBatches(dataset, batch_size=batch, device=CPU, channels_last=True)
+    alone = dataset.train_batches(batch, Placement(CPU))
     ranks = [
-        TrainBatches(
-            dataset, batch_size=batch, device=CPU, channels_last=True, rank=r, world_size=world
-        )
-        for r in range(world)
+        dataset.train_batches(batch, Placement(CPU, rank=r, world_size=world)) for r in range(world)
     ]
     last = count % batch
     left_out = last if world > 1 and last < 2 * world else 0
@@ -211,23 +201,22 @@ def test_impossible_shares(
     arguments: tuple[int, ...], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        Shares(*arguments)
+        count, batch_size, *ranks = arguments
+        make_dataset(count).train_batches(batch_size, Placement(CPU, True, *ranks))
 
 
 @settings(max_examples=30, deadline=None)
 @given(count=st.integers(1, 12), batch=st.integers(1, 5), world=st.integers(1, 14))
 def test_every_test_image_is_evaluated_by_one_process(count: int, batch: int, world: int) -> None:
     base = make_dataset(12)
-    dataset = Dataset(
+    dataset = MemoryDataset(
         base.classes, base.train_images, base.train_labels,
         base.train_images[:count], base.train_labels[:count], pad=1, flip=False,
     )  # fmt: skip
-    (everything,) = eval_batches(dataset, batch_size=99, device=CPU, channels_last=True)()
+    (everything,) = dataset.test_batches(99, Placement(CPU))()
     seen = []
     for rank in range(world):
-        mine = eval_batches(
-            dataset, batch_size=batch, device=CPU, channels_last=True, rank=rank, world_size=world
-        )
+        mine = dataset.test_batches(batch, Placement(CPU, rank=rank, world_size=world))
         for images, labels in mine():
             assert 1 <= len(labels) <= batch
             assert torch.equal(images, everything[0][labels])
@@ -237,14 +226,12 @@ def test_every_test_image_is_evaluated_by_one_process(count: int, batch: int, wo
 
 def test_evaluation_checks_the_rank() -> None:
     with pytest.raises(ValueError, match="rank: expected one in 0"):
-        eval_batches(
-            make_dataset(3), batch_size=1, device=CPU, channels_last=True, rank=3, world_size=3
-        )
+        make_dataset(3).test_batches(1, Placement(CPU, rank=3, world_size=3))
 
 
 def test_evaluation_is_in_order_and_normalised() -> None:
     dataset = make_dataset(6)
-    batches = eval_batches(dataset, batch_size=2, device=CPU, channels_last=False)
+    batches = dataset.test_batches(2, Placement(CPU, False))
     for _ in range(2):
         parts = list(batches())
         assert [len(labels) for _, labels in parts] == [2, 2, 1]
@@ -282,16 +269,15 @@ def test_named_normalisation(
     name: str, mean: tuple[float, ...], std: tuple[float, ...], channels_last: bool
 ) -> None:
     base = make_dataset(5)
-    dataset = Dataset(
+    dataset = MemoryDataset(
         base.classes, base.train_images, base.train_labels, base.test_images, base.test_labels,
         pad=0, flip=False, normalise=name,
     )  # fmt: skip
     m, s = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (mean, std))
     expected = (base.train_images.double() / 255 - m) / s
-    training = TrainBatches(dataset, batch_size=5, device=CPU, channels_last=channels_last)
-    for batch in (training.epoch(0), eval_batches(
-        dataset, batch_size=5, device=CPU, channels_last=channels_last
-    )()):  # fmt: skip
+    training = dataset.train_batches(5, Placement(CPU, channels_last))
+    test = dataset.test_batches(5, Placement(CPU, channels_last))
+    for batch in (training.epoch(0), test()):
         ((images, labels),) = batch
         torch.testing.assert_close(images.double(), expected[labels], rtol=1e-5, atol=1e-5)
     values = dataset.to_json()
@@ -310,7 +296,7 @@ def test_unfit_normalisation(name: str, channels: int, message: str) -> None:
     images = torch.zeros(2, channels, 8, 8, dtype=torch.uint8)
     labels = torch.zeros(2, dtype=torch.int64)
     with pytest.raises(TrainError, match=message):
-        Dataset(("a",), images, labels, images, labels, pad=1, flip=False, normalise=name)
+        MemoryDataset(("a",), images, labels, images, labels, pad=1, flip=False, normalise=name)
 
 
 @pytest.mark.parametrize(
@@ -325,7 +311,7 @@ def test_unfit_normalisation(name: str, channels: int, message: str) -> None:
 def test_labels_are_checked(train: list[int], test: list[int], message: str) -> None:
     images = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
     with pytest.raises(TrainError, match=message):
-        Dataset(
+        MemoryDataset(
             ("a", "b"), images, torch.tensor(train), images[:1], torch.tensor(test),
             pad=1, flip=False,
         )  # fmt: skip
@@ -335,9 +321,9 @@ def test_parts_are_checked() -> None:
     images = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
     labels = torch.zeros(4, dtype=torch.int64)
     with pytest.raises(TrainError, match="test images: expected 1 or more, found none"):
-        Dataset(("a",), images, labels, images[:0], labels[:0], pad=1, flip=False)
+        MemoryDataset(("a",), images, labels, images[:0], labels[:0], pad=1, flip=False)
     with pytest.raises(TrainError, match=r"the training images, \(3, 8, 8\), found \(3, 8, 7\)"):
-        Dataset(("a",), images, labels, images[..., :7], labels, pad=1, flip=False)
+        MemoryDataset(("a",), images, labels, images[..., :7], labels, pad=1, flip=False)
 
 
 @settings(max_examples=40, deadline=None)
@@ -368,7 +354,7 @@ def test_a_share_is_no_prefix_of_the_class() -> None:
 def test_fraction_of_a_dataset() -> None:
     whole = load_dataset("synthetic")
     part = load_dataset("synthetic", fraction=0.1, min_per_class=20)
-    assert isinstance(whole, Dataset) and isinstance(part, Dataset)
+    assert isinstance(whole, MemoryDataset) and isinstance(part, MemoryDataset)
     assert torch.bincount(part.train_labels).tolist() == [50] * 10
     assert torch.bincount(part.test_labels).tolist() == [20] * 10
     assert part.to_json()["fraction"] == 0.1
@@ -471,7 +457,7 @@ def test_cifar(name: str, train: int, tmp_path: Path, monkeypatch: pytest.Monkey
     pixels = write_cifar(tmp_path / "data" / name, name, monkeypatch)
     monkeypatch.chdir(tmp_path)  # the folder need not be given
     dataset = load_dataset(name, normalise="cifar")
-    assert isinstance(dataset, Dataset)
+    assert isinstance(dataset, MemoryDataset)
     classes = 10 if name == "cifar10" else 100
     assert dataset.classes == tuple(f"class {i}" for i in range(classes))
     assert np.array_equal(dataset.train_images.numpy(), pixels["train_list"])
@@ -487,7 +473,7 @@ def test_cifar(name: str, train: int, tmp_path: Path, monkeypatch: pytest.Monkey
 def test_fashion_mnist(tmp_path: Path) -> None:
     pixels = write_fashion(tmp_path)
     dataset = load_dataset("fashion-mnist", tmp_path)
-    assert isinstance(dataset, Dataset)
+    assert isinstance(dataset, MemoryDataset)
     assert np.array_equal(dataset.train_images.numpy(), pixels["train"][:, None])
     assert np.array_equal(dataset.test_images.numpy(), pixels["t10k"][:, None])
     assert dataset.test_labels.tolist() == [0, 1, 2, 3, 4]
@@ -503,7 +489,7 @@ def test_fashion_mnist(tmp_path: Path) -> None:
 def test_resizing_is_pillows_bilinear(size: int, tmp_path: Path) -> None:
     pixels = write_fashion(tmp_path)
     resized = load_dataset("fashion-mnist", tmp_path, image_size=size)
-    assert isinstance(resized, Dataset)
+    assert isinstance(resized, MemoryDataset)
     for i in range(5):
         expected = Image.fromarray(pixels["t10k"][i]).resize((size, size), Image.BILINEAR)
         difference = resized.test_images[i, 0].int() - torch.from_numpy(np.array(expected)).int()
@@ -513,7 +499,7 @@ def test_resizing_is_pillows_bilinear(size: int, tmp_path: Path) -> None:
 def test_resized_digits() -> None:
     dataset = load_dataset("digits", image_size=16)
     assert dataset.image_shape == (1, 16, 16)
-    assert isinstance(dataset, Dataset)
+    assert isinstance(dataset, MemoryDataset)
     small = torch.nn.functional.avg_pool2d(dataset.test_images.double(), 2)
     correlation = torch.corrcoef(
         torch.stack([small.flatten(), load_digits().test_images.double().flatten()])
@@ -608,7 +594,7 @@ def test_images_by_name(folder: Path) -> None:
         progress=lambda items, count: counts.append(count) or items,  # type: ignore[func-returns-value]
     )  # fmt: skip
     assert dataset.image_shape == (3, 9, 9)
-    assert (dataset.train_count, dataset.test_count) == (2, 2)
+    assert (len(dataset.train_labels), len(dataset.test_labels)) == (2, 2)
     assert counts == [8]
 
 

@@ -20,13 +20,17 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from swa_fast import update_bn
-from swa_fast.train import cli, data, loop, progress
+from swa_fast.train import cli, data, progress
+from swa_fast.train import trainer as trainer_module
+from swa_fast.train.averages import WeightAverage
 from swa_fast.train.config import TrainConfig
-from swa_fast.train.data import Dataset, train_batches
+from swa_fast.train.data import Placement
+from swa_fast.train.data.memory import MemoryDataset
 from swa_fast.train.distributed import World
-from swa_fast.train.loop import Trainer, derive_seed
-from swa_fast.train.methods import WeightAverage, plan
+from swa_fast.train.methods import plan
 from swa_fast.train.models import build_model
+from swa_fast.train.randomness import derive_seed
+from swa_fast.train.trainer import Trainer
 
 RANKS = 2
 OPTIONS: dict[str, Any] = {
@@ -42,14 +46,16 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def images() -> Dataset:
+def images() -> MemoryDataset:
     """93 training images: the last of three batches has 29, 15 for one process and 14 for the
     other; and an odd number of test images."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(93) % 3
     pixels = torch.randint(0, 80, (93, 1, 8, 8), dtype=torch.uint8, generator=generator)
     pixels += (60 * labels)[:, None, None, None].to(torch.uint8)
-    return Dataset(("a", "b", "c"), pixels, labels, pixels[:21], labels[:21], pad=1, flip=False)
+    return MemoryDataset(
+        ("a", "b", "c"), pixels, labels, pixels[:21], labels[:21], pad=1, flip=False
+    )
 
 
 def _child(rank: int, work: Callable[[Path, int], None], folder: Path, port: int) -> None:
@@ -142,14 +148,9 @@ def test_averages_are_equal_everywhere_and_statistics_those_of_all_data(tmp_path
     batches = [
         batch
         for rank in range(RANKS)
-        for batch, _ in train_batches(
-            images(),
-            batch_size=32,
-            device=torch.device("cpu"),
-            channels_last=True,
-            rank=rank,
-            world_size=RANKS,
-        ).epoch(seed)
+        for batch, _ in images()
+        .train_batches(32, Placement(torch.device("cpu"), rank=rank, world_size=RANKS))
+        .epoch(seed)
     ]
     assert sum(len(batch) for batch in batches) == 93
     update_bn(batches, model, estimator="weighted")
@@ -171,7 +172,7 @@ class _Plain(nn.Module):
 
 @in_group
 def plain(world: World, folder: Path, rank: int) -> None:
-    loop.build_model = lambda *args, **kwargs: _Plain()  # type: ignore[assignment]
+    trainer_module.build_model = lambda *args, **kwargs: _Plain()  # type: ignore[assignment]
     config = TrainConfig.from_options({**OPTIONS, "methods": ("sgd",)})
     trainer = Trainer(config, images(), world)
     run = trainer.start(plan(config)[0])
@@ -187,7 +188,7 @@ def plain(world: World, folder: Path, rank: int) -> None:
 def test_every_image_weighs_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in the last batch, which the processes share unevenly."""
     processes(plain, tmp_path)
-    monkeypatch.setattr(loop, "build_model", None)  # set by plain, restored here
+    monkeypatch.setattr(trainer_module, "build_model", None)  # set by plain, restored here
     plain(tmp_path, 0)
     (shared, record), (alone, expected) = (torch.load(tmp_path / f"plain{n}.pt") for n in (2, 1))
     for name, value in alone.items():

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from swa_fast.schedules import budget_epoch
 from swa_fast.train.config import TrainConfig
-from swa_fast.train.loop import Trainer
-from swa_fast.train.methods import Ensemble, Trajectory, plan
+from swa_fast.train.methods import Trajectory, plan
 from swa_fast.train.presets import PRESETS, flop, scaled
 
 STEPS = 391  # of CIFAR at batch 128
@@ -228,17 +225,3 @@ def test_budgets_end_after_whole_epochs() -> None:
     for epochs, budget in ((0, 1.0), (1, 0.0), (1, math.nan)):
         with pytest.raises(ValueError, match=r"epochs|budget"):
             budget_epoch(epochs, budget)
-
-
-def test_an_ensemble_that_rules_a_label_out_has_a_finite_loss() -> None:
-    """Two networks so sure of the first class that float32 leaves nothing for the second."""
-    ensemble = Ensemble(lambda epoch: True)
-    for scale in (200.0, 300.0):
-        ensemble.capture(nn.Identity(), lambda _, s=scale: torch.tensor([[s, 0.0]] * 2).softmax(1))
-    trainer: Any = SimpleNamespace(
-        _test_labels=torch.tensor([0, 1]), device="cpu", world=SimpleNamespace(sum=lambda x: x)
-    )
-    loss, accuracy = Trainer._evaluate_ensemble(trainer, ensemble)
-    assert accuracy == 50.0
-    # Of the two labels one costs nothing and one the logarithm of the least float32.
-    assert loss == pytest.approx(149 * math.log(2) / 2)

@@ -21,22 +21,24 @@ class Board:
         folder: of all event files of the run.
         trajectory: name of the trajectory.
         say: told once if nothing can be written.
+        silent: whether to write nothing, as all processes of a run but one.
     """
 
-    def __init__(self, folder: Path, trajectory: str, say: Callable[[str], object]) -> None:
+    def __init__(
+        self, folder: Path, trajectory: str, say: Callable[[str], object], *, silent: bool = False
+    ) -> None:
         self._folder = folder
         self._trajectory = trajectory
         self._say = say
         self._writers: dict[str, Any] = {}
-        self._closed = False
+        self._closed = silent
 
     def restart(self, records: Sequence[dict[str, Any]]) -> None:
         """Writes the files of a continued trajectory anew, so that no epoch is missing or there
         twice.
-
-        Args:
-            records: of its finished epochs; none for a trajectory at its beginning.
-        """
+        ``records`` are those of its finished epochs."""
+        if self._closed:
+            return
         names = {self._trajectory, *(f"{m}-average" for r in records for m in r["averages"])}
         for name in names:
             shutil.rmtree(self._folder / name, ignore_errors=True)

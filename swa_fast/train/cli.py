@@ -10,24 +10,27 @@ import dataclasses
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import TrainConfig, option_name, resolve_device, with_absolute_paths
+from .config import TrainConfig, resolve_device, with_absolute_paths
+from .curves import draw_curves
 from .distributed import World
 from .errors import Stopped, TrainError
+from .options import PARSERS, option_name
 from .presets import PRESETS, flop, measure_speed, scaled
 from .progress import Progress
 from .report import (
     compare_runs,
-    draw_curves,
     find_runs,
     format_experiment,
     format_phases,
+    format_rows,
     format_table,
 )
-from .run import run
-from .state import RunFolder, write_atomically
+from .run_folder import RunFolder, write_atomically
+from .session import run
 
 __all__ = ["build_parser", "main"]
 
@@ -47,16 +50,12 @@ def build_parser() -> argparse.ArgumentParser:
         "and compares them. Several devices: torchrun --nproc-per-node N -m swa_fast.train ...",
         argument_default=argparse.SUPPRESS,
     )
-    groups = _add_settings(train)
-    groups["output"].add_argument(
-        "--out",
-        metavar="DIR",
-        help="folder of the run (default: runs/<dataset>-<model>-seed<seed>)",
-    )
-    groups["output"].add_argument(
-        "--resume", metavar="DIR", help="continue the run in DIR with the settings stored there"
-    )
-    _add_output(groups["output"])
+    output = _add_settings(train)
+    out_help = "folder of the run (default: runs/<dataset>-<model>-seed<seed>)"
+    output.add_argument("--out", metavar="DIR", help=out_help)
+    resume_help = "continue the run in DIR with the settings stored there"
+    output.add_argument("--resume", metavar="DIR", help=resume_help)
+    _add_output(output)
 
     preset = commands.add_parser(
         "run",
@@ -79,11 +78,10 @@ def build_parser() -> argparse.ArgumentParser:
         "to what still has the form of the experiment; 0.01 takes a minute or two on a CPU "
         "(default: 1)",
     )
-    groups = _add_settings(preset)
-    groups["output"].add_argument(
-        "--out", metavar="DIR", help="folder of all runs (default: runs/<preset>[-scale<S>])"
-    )
-    _add_output(groups["output"])
+    output = _add_settings(preset)
+    out_help = "folder of all runs (default: runs/<preset>[-scale<S>])"
+    output.add_argument("--out", metavar="DIR", help=out_help)
+    _add_output(output)
 
     listing = commands.add_parser(
         "presets",
@@ -115,18 +113,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """The options of all settings, by group."""
+def _add_settings(parser: argparse.ArgumentParser) -> Any:
+    """Adds the options of all settings; gives the group of those about output."""
     groups: dict[str, Any] = {}
     for field in dataclasses.fields(TrainConfig):
         meta = field.metadata
         group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
         name = option_name(field.name)
-        if meta["parse"] is None:
+        if (parse := PARSERS.get(field.type)) is None:
             group.add_argument(name, action=argparse.BooleanOptionalAction, help=meta["help"])
         else:
-            group.add_argument(name, type=meta["parse"], metavar=meta["metavar"], help=meta["help"])
-    return groups
+            group.add_argument(name, type=parse, metavar=meta["metavar"], help=meta["help"])
+    return groups["output"]
 
 
 def _add_output(group: Any) -> None:
@@ -172,44 +170,56 @@ def main(argv: Sequence[str] | None = None, *, command: Sequence[str] | None = N
         return 130
 
 
+@dataclass
+class _Manner:
+    """How a run shows itself and saves, which changes no result."""
+
+    quiet: bool = False
+    overwrite: bool = False
+    checkpoint_minutes: float = 10.0
+
+    @classmethod
+    def taken_from(cls, options: dict[str, Any]) -> _Manner:
+        """Takes its own options out of those given."""
+        names = [field.name for field in dataclasses.fields(cls) if field.name in options]
+        return cls(**{name: options.pop(name) for name in names})
+
+
 def _train(options: dict[str, Any], command: list[str]) -> int:
-    quiet = options.pop("quiet", False)
-    overwrite = options.pop("overwrite", False)
-    minutes = options.pop("checkpoint_minutes", 10.0)
+    manner = _Manner.taken_from(options)
     out = options.pop("out", None)
     resume = options.pop("resume", None)
     previous = None
     if resume is None:
         config = TrainConfig.from_options(options)
-        folder = RunFolder(
-            out or Path("runs") / f"{config.dataset}-{config.model}-seed{config.seed}"
-        )
+        name = f"{config.dataset}-{config.model}-seed{config.seed}"
+        folder = RunFolder(out or Path("runs", name))
     else:
-        for name, given in (("--out", out is not None), ("--overwrite", overwrite)):
+        for name, given in (("--out", out is not None), ("--overwrite", manner.overwrite)):
             if given:
                 raise TrainError(f"{name}: expected only without --resume, found both")
         folder = RunFolder(resume)
         previous = folder.read_results()
         config = _resumed_config(options, previous, folder)
     again = [*command, "--resume", str(folder.path)]
-    return _one_run(
-        config, folder, previous, quiet=quiet, overwrite=overwrite, minutes=minutes, again=again
-    )
+    return _one_run(config, folder, previous, manner, again)
 
 
 def _one_run(
     config: TrainConfig,
     folder: RunFolder,
     previous: dict[str, Any] | None,
-    *,
-    quiet: bool,
-    overwrite: bool,
-    minutes: float,
+    manner: _Manner,
     again: list[str],
-    preset: str | None = None,
-    scale: float = 1.0,
+    **preset: Any,
 ) -> int:
-    """A run with its messages; 0, or 130 if it was interrupted."""
+    """A run with its messages; 0, or 130 if it was interrupted.
+
+    Args:
+        config, folder, previous, preset: for :func:`~swa_fast.train.session.run`.
+        manner: how it goes on.
+        again: the command that continues it.
+    """
 
     def written() -> int | None:
         path = folder.file("results.json")
@@ -217,44 +227,34 @@ def _one_run(
 
     before = written()
     world = World(cuda=config.device.startswith("cuda"))
-    progress = Progress(quiet=quiet, silent=not world.main)
+    progress = Progress(quiet=manner.quiet, silent=not world.main)
     try:
         if previous is None:
             if world.main:
-                folder.create(overwrite=overwrite)
+                folder.create(overwrite=manner.overwrite)
             world.wait()
         if previous is not None and previous["status"] == "complete":
             progress.say(f"The run in {folder.path} is already complete.")
             results = previous
         else:
-            try:
-                results = run(
-                    config,
-                    folder,
-                    progress,
-                    previous,
-                    world=world,
-                    preset=preset,
-                    scale=scale,
-                    checkpoint_minutes=minutes,
-                )
-            except (Stopped, KeyboardInterrupt) as error:
-                if not world.main:
-                    return 130
-                if previous is None and written() == before:
-                    print("\nInterrupted before the training began.", file=sys.stderr)
-                    return 130
-                saved = "its state" if isinstance(error, Stopped) else "its last checkpoint"
-                print(
-                    f"\nInterrupted; {saved} is in {folder.path}. Continue with:\n"
-                    f"  {shlex.join(again)}",
-                    file=sys.stderr,
-                )
-                return 130
+            how = {"world": world, "checkpoint_minutes": manner.checkpoint_minutes, **preset}
+            results = run(config, folder, progress, previous, **how)
         progress.say("\n" + format_phases(results))
         progress.say("\n" + format_table(results["summary"]))
         progress.say(f"\nAll files are in {folder.path}")
         return 0
+    except (Stopped, KeyboardInterrupt) as error:
+        if not world.main:
+            return 130
+        if previous is None and written() == before:
+            print("\nInterrupted before the training began.", file=sys.stderr)
+            return 130
+        saved = "its state" if isinstance(error, Stopped) else "its last checkpoint"
+        print(
+            f"\nInterrupted; {saved} is in {folder.path}. Continue with:\n  {shlex.join(again)}",
+            file=sys.stderr,
+        )
+        return 130
     finally:
         world.close()
 
@@ -296,9 +296,7 @@ def _run(options: dict[str, Any], command: list[str]) -> int:
     name = options.pop("preset")
     seeds = options.pop("seeds", 1)
     scale = options.pop("scale", 1.0)
-    quiet = options.pop("quiet", False)
-    overwrite = options.pop("overwrite", False)
-    minutes = options.pop("checkpoint_minutes", 10.0)
+    manner = _Manner.taken_from(options)
     out = options.pop("out", None)
     if seeds < 1:
         raise TrainError(f"--seeds: expected 1 or more, found {seeds}")
@@ -308,10 +306,11 @@ def _run(options: dict[str, Any], command: list[str]) -> int:
     configs = [
         TrainConfig.from_options({**chosen, "seed": seed}) for seed in range(first, first + seeds)
     ]
+    again = [word for word in command if word != "--overwrite"]
     for config in configs:
         folder = RunFolder(parent / f"seed{config.seed}")
         previous = None
-        if folder.file("results.json").exists() and not overwrite:
+        if folder.file("results.json").exists() and not manner.overwrite:
             previous = folder.read_results()
             stored = TrainConfig.from_json(previous["config"])
             # Defaults that the machine gives are those of the run's beginning.
@@ -322,60 +321,39 @@ def _run(options: dict[str, Any], command: list[str]) -> int:
                     f"{folder.path}: expected a run with these settings, found one with other "
                     f"{', '.join(differing)}; replace it with --overwrite, or choose another --out"
                 )
-        again = [word for word in command if word != "--overwrite"]
-        code = _one_run(
-            config,
-            folder,
-            previous,
-            quiet=quiet,
-            overwrite=overwrite,
-            minutes=minutes,
-            again=again,
-            preset=name,
-            scale=scale,
-        )
+        code = _one_run(config, folder, previous, manner, again, preset=name, scale=scale)
         if code:
             return code
-    if World.count() > 1 and not World.is_main():
+    if not World.is_main():
         return 0
     return _report({"folders": [str(parent)], "out": None})
 
 
 def _presets(options: dict[str, Any]) -> int:
     machine = {"device": options["device"], "amp": options["amp"]}
-    configs = {
-        name: TrainConfig.from_options(
-            {
-                **_preset_options(name, options["scale"], machine),
-                # Nothing is read.
-                **({"data_dir": "."} if preset.options["dataset"] == "imagenet" else {}),
-            }
-        )
-        for name, preset in PRESETS.items()
-    }
+    configs = {}
+    for name, preset in PRESETS.items():
+        chosen = _preset_options(name, options["scale"], machine)
+        if preset.options["dataset"] == "imagenet":
+            chosen["data_dir"] = "."  # nothing is read
+        configs[name] = TrainConfig.from_options(chosen)
     speed = measure_speed(**machine)
-    lines = [("preset", "SGD %", "best average %", "PFLOP", "estimated time")]
-    for preset in PRESETS.values():
-        work = flop(configs[preset.name])
+    rows = []
+    for name, preset in PRESETS.items():
+        work = flop(configs[name])
         averages = [v[0] for (m, _), v in preset.published.items() if m not in (None, "sgd")]
         base = [v[0] for (m, _), v in preset.published.items() if m in (None, "sgd")]
-        lines.append(
+        rows.append(
             (
-                preset.name,
+                name,
                 f"{base[0]:.2f}" if base else "-",
                 f"{max(averages):.2f}" if averages else "-",
                 f"{work / 1e15:.3g}",
                 _duration(work / speed),
             )
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    for line in lines:
-        print(
-            "  ".join(
-                cell.ljust(width) if i == 0 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            )
-        )
+    header = ("preset", "SGD %", "best average %", "PFLOP", "estimated time")
+    print(format_rows(header, rows, "plain"))
     print(
         f"\nPublished accuracies. Time: training only, at {speed / 1e9:,.0f} GFLOP/s as a WRN-16-4 "
         f"reaches on {resolve_device(options['device'])} with --amp {options['amp']}."
@@ -408,7 +386,7 @@ def _report(options: dict[str, Any]) -> int:
     text = "\n\n".join(format_experiment(e, markdown=True) for e in experiments) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "report.md", lambda file: file.write(text.encode()))
+        write_atomically(folder / "report.md", text.encode())
         for number, experiment in enumerate(experiments, 1):
             name = "curves.png" if len(experiments) == 1 else f"curves-{number}.png"
             draw_curves(experiment["runs"], folder / name)

@@ -23,31 +23,13 @@ of DNNs", NeurIPS 2018, arXiv 1802.10026.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from swa_fast import AveragedModel, get_ema_multi_avg_fn
-
-from ..schedules import (
-    budget_epoch,
-    cosine_cycle_lr,
-    cosine_lr,
-    cyclic_lr,
-    fge_lr,
-    fge_member,
-    first_capture,
-    paper_lr,
-    paper_swa_lr,
-    step_lr,
-)
+from .. import schedules
 from .config import TrainConfig
 
-__all__ = ["Average", "Ensemble", "Trajectory", "WeightAverage", "plan"]
+__all__ = ["Trajectory", "plan"]
 
 
 @dataclass(frozen=True)
@@ -82,16 +64,8 @@ class Trajectory:
 def plan(config: TrainConfig) -> list[Trajectory]:
     """The trajectories that the methods of a configuration need, in the order of training."""
     chosen = config.methods
-    after = [
-        make(config)
-        for method, make in (
-            ("swa", _swa),
-            ("swa-cyclic", _swa_cyclic),
-            ("fge", _fge),
-            ("swa-fixed", _swa_fixed),
-        )
-        if method in chosen
-    ]
+    others = {"swa": _swa, "swa-cyclic": _swa_cyclic, "fge": _fge, "swa-fixed": _swa_fixed}
+    after = [make(config) for method, make in others.items() if method in chosen]
     branches = tuple(sorted({each.begin for each in after if each.begin > 0}))
     conventional = "sgd" in chosen or "ema" in chosen
     if not conventional and not branches:
@@ -114,11 +88,11 @@ def _conventional_rate(config: TrainConfig) -> Callable[[int, int, int], float]:
 
     def rate(epoch: int, step: int, steps: int) -> float:
         if config.lr_schedule == "paper":
-            return paper_lr(epoch, lr=lr, total=total, final_lr=0.01 * lr)
+            return schedules.paper_lr(epoch, lr=lr, total=total, final_lr=0.01 * lr)
         if config.lr_schedule == "cosine":
-            return cosine_lr(epoch + step / steps, lr=lr, total=total)
+            return schedules.cosine_lr(epoch + step / steps, lr=lr, total=total)
         if config.lr_schedule == "steps":
-            return step_lr(epoch, lr=lr, total=total)
+            return schedules.step_lr(epoch, lr=lr, total=total)
         return lr
 
     return rate
@@ -133,39 +107,41 @@ def _counts_initial(config: TrainConfig, begin: int) -> bool:
     return begin == config.epochs or (begin == 0 and config.pretrained is not None)
 
 
-def _marks(config: TrainConfig, first: int) -> dict[float, int]:
-    """Budgets that hold a capture, the first one being after epoch ``first``."""
-    ends = {budget: budget_epoch(config.epochs, budget) for budget in config.budgets}
-    return {budget: end for budget, end in ends.items() if end >= first}
+def _trajectory(
+    config: TrainConfig,
+    method: str,
+    begin: int,
+    first: int,
+    rate: Callable[[int, int, int], float],
+    captured: Callable[[int], bool],
+) -> Trajectory:
+    """The trajectory of one method; it reports the budgets that hold its ``first`` capture."""
+    ends = {budget: schedules.budget_epoch(config.epochs, budget) for budget in config.budgets}
+    marks = {budget: end for budget, end in ends.items() if end >= first}
+    return Trajectory(method, begin, config.last_epoch, rate, {method: captured}, {method: marks})
 
 
 def _swa(config: TrainConfig) -> Trajectory:
-    first = first_capture(config.epochs, config.swa_start)
-    begin = first - 1
-    initial = _counts_initial(config, begin)
+    first = schedules.first_capture(config.epochs, config.swa_start)
+    initial = _counts_initial(config, first - 1)
+    scratch = config.swa_from == "scratch"
 
     def rate(epoch: int, step: int, steps: int) -> float:
-        if config.swa_from == "sgd":
-            return config.swa_lr
-        return paper_swa_lr(epoch, lr=config.lr, swa_lr=config.swa_lr, start=first)
+        if scratch:
+            lr, swa_lr = config.lr, config.swa_lr
+            return schedules.paper_swa_lr(epoch, lr=lr, swa_lr=swa_lr, start=first)
+        return config.swa_lr
 
     def captured(epoch: int) -> bool:
-        if epoch == begin:
+        if epoch == first - 1:
             return initial
         return epoch >= first and (epoch - first) % config.swa_every == 0
 
-    return Trajectory(
-        name="swa",
-        begin=begin if config.swa_from == "sgd" else 0,
-        end=config.last_epoch,
-        rate=rate,
-        captures={"swa": captured},
-        marks={"swa": _marks(config, first)},
-    )
+    return _trajectory(config, "swa", 0 if scratch else first - 1, first, rate, captured)
 
 
 def _swa_cyclic(config: TrainConfig) -> Trajectory:
-    begin = first_capture(config.epochs, config.swa_start) - 1
+    begin = schedules.first_capture(config.epochs, config.swa_start) - 1
     initial = _counts_initial(config, begin)
     cycle = config.cycle_epochs
     assert cycle is not None
@@ -173,10 +149,10 @@ def _swa_cyclic(config: TrainConfig) -> Trajectory:
     def rate(epoch: int, step: int, steps: int) -> float:
         passed = epoch - begin
         if config.cycle_shape == "cosine":
-            return cosine_cycle_lr(
+            return schedules.cosine_cycle_lr(
                 passed + step / steps, lr=config.lr, total=config.epochs, cycle=cycle
             )
-        return cyclic_lr(
+        return schedules.cyclic_lr(
             passed * steps + step + 1,
             lr_max=config.cycle_lr_max,
             lr_min=config.cycle_lr_min,
@@ -184,153 +160,29 @@ def _swa_cyclic(config: TrainConfig) -> Trajectory:
         )
 
     def captured(epoch: int) -> bool:
-        if epoch == begin:
-            return initial
-        return (epoch - begin) % cycle == 0
+        return initial if epoch == begin else (epoch - begin) % cycle == 0
 
-    return Trajectory(
-        name="swa-cyclic",
-        begin=begin,
-        end=config.last_epoch,
-        rate=rate,
-        captures={"swa-cyclic": captured},
-        marks={"swa-cyclic": _marks(config, begin + cycle)},
-    )
+    return _trajectory(config, "swa-cyclic", begin, begin + cycle, rate, captured)
 
 
 def _fge(config: TrainConfig) -> Trajectory:
-    begin = first_capture(config.epochs, config.fge_start) - 1
+    begin = schedules.first_capture(config.epochs, config.fge_start) - 1
+    cycle, low, high = config.fge_cycle, config.fge_lr_min, config.fge_lr_max
 
     def rate(epoch: int, step: int, steps: int) -> float:
-        return fge_lr(
-            epoch - begin + step / steps,
-            lr_max=config.fge_lr_max,
-            lr_min=config.fge_lr_min,
-            cycle=config.fge_cycle,
-        )
+        return schedules.fge_lr(epoch - begin + step / steps, lr_max=high, lr_min=low, cycle=cycle)
 
     def captured(epoch: int) -> bool:
-        return epoch > begin and fge_member(epoch - begin, cycle=config.fge_cycle)
+        return epoch > begin and schedules.fge_member(epoch - begin, cycle=cycle)
 
-    return Trajectory(
-        name="fge",
-        begin=begin,
-        end=config.epochs,
-        rate=rate,
-        captures={"fge": captured},
-        marks={"fge": {1.0: config.epochs}},
-    )
+    end = config.epochs
+    return Trajectory("fge", begin, end, rate, {"fge": captured}, {"fge": {1.0: end}})
 
 
 def _swa_fixed(config: TrainConfig) -> Trajectory:
-    first = first_capture(config.epochs, config.fixed_start)
-    return Trajectory(
-        name="swa-fixed",
-        begin=0,
-        end=config.last_epoch,
-        rate=lambda epoch, step, steps: config.fixed_lr,
-        captures={"swa-fixed": lambda epoch: epoch >= first},
-        marks={"swa-fixed": _marks(config, first)},
-    )
+    first = schedules.first_capture(config.epochs, config.fixed_start)
 
+    def rate(epoch: int, step: int, steps: int) -> float:
+        return config.fixed_lr
 
-class Average(ABC):
-    """What a method makes of a trajectory, beside its last weights.
-
-    Args:
-        captured: whether weights are captured after so many epochs; None for every step.
-    """
-
-    def __init__(self, captured: Callable[[int], bool] | None) -> None:
-        self._captured = captured
-        self.captures = 0
-
-    def due(self, epoch: int) -> bool:
-        """Whether weights are captured after ``epoch`` epochs."""
-        return self._captured is not None and self._captured(epoch)
-
-    @property
-    def every_step(self) -> bool:
-        """Whether weights are captured after every step instead."""
-        return self._captured is None
-
-    @abstractmethod
-    def capture(self, model: nn.Module, probabilities: Callable[[nn.Module], Tensor]) -> None:
-        """Takes the weights of ``model``.
-
-        Args:
-            model: the network in training.
-            probabilities: gives the softmax outputs of a network for the test set, float32 [N, K].
-        """
-
-    @abstractmethod
-    def state_dict(self) -> dict[str, Any]:
-        """Everything from which :meth:`load_state_dict` continues; tensors and plain values."""
-
-    @abstractmethod
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`."""
-
-
-class WeightAverage(Average):
-    """A running average of weights: equal weights, or exponential ones if ``decay`` is given."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        captured: Callable[[int], bool] | None,
-        *,
-        decay: float | None = None,
-        backend: str | None = None,
-    ) -> None:
-        super().__init__(captured)
-        options: dict[str, Any] = {}
-        if backend is not None:
-            options["backend"] = backend
-        if decay is not None:
-            options["multi_avg_fn"] = get_ema_multi_avg_fn(decay)
-        self.averaged = AveragedModel(model, **options)
-
-    def capture(self, model: nn.Module, probabilities: Callable[[nn.Module], Tensor]) -> None:
-        self.averaged.update_parameters(model)
-        self.captures += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"captures": self.captures, "averaged": self.averaged.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.averaged.load_state_dict(state["averaged"])
-        self.captures = int(state["captures"])
-
-
-class Ensemble(Average):
-    """The sum of the softmax outputs of networks along a trajectory, for the test set.
-
-    Each network predicts with its own BatchNorm statistics. The ensemble predicts the class with
-    the largest sum, and its loss is the cross-entropy of the mean probabilities.
-    """
-
-    def __init__(self, captured: Callable[[int], bool]) -> None:
-        super().__init__(captured)
-        self._sum: Tensor | None = None
-
-    def capture(self, model: nn.Module, probabilities: Callable[[nn.Module], Tensor]) -> None:
-        found = probabilities(model)
-        self._sum = found if self._sum is None else self._sum + found
-        self.captures += 1
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean probabilities of the members so far, float32 [N, K]."""
-        assert self._sum is not None
-        return self._sum / self.captures
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"captures": self.captures, "sum": self._sum}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        captures, total = int(state["captures"]), state["sum"]
-        if (captures > 0) != torch.is_tensor(total):
-            raise ValueError(f"expected the sum of {captures} members, found {type(total)}")
-        self._sum = total
-        self.captures = captures
+    return _trajectory(config, "swa-fixed", 0, first, rate, lambda epoch: epoch >= first)

@@ -1,4 +1,8 @@
-"""The networks that the trainer knows by name."""
+"""The networks that the trainer knows by name.
+
+All take ``in_channels``, the channels of the images, and ``num_classes``, the number of classes K.
+Their input is a float tensor [N, in_channels, H, W], their output logits [N, K].
+"""
 
 from __future__ import annotations
 

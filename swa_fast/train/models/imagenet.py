@@ -25,12 +25,10 @@ def resnet(
 
     Args:
         depth: 50, 101 or 152.
-        in_channels: channels of the images.
-        num_classes: number of classes K.
         width: planes of the first stage's 3x3 convolutions (torchvision's ``width_per_group``); 64
             in the paper. The stem and the blocks' outputs keep the paper's size.
 
-    Input: float tensor [N, in_channels, H, W], meant for 224x224. Output: logits [N, K].
+    Images are meant to have 224x224 pixels.
 
     Raises:
         ValueError: a size below 1.
@@ -52,13 +50,10 @@ def densenet161(*, in_channels: int = 3, num_classes: int = 1000, width: int = 4
     """torchvision's DenseNet-161.
 
     Args:
-        in_channels: channels of the images.
-        num_classes: number of classes K.
         width: growth rate, i.e. channels that every layer adds; 48 in the paper. The stem has twice
             as many.
 
-    Input: float tensor [N, in_channels, H, W], any H and W of 29 or more, meant for 224x224.
-    Output: logits [N, K].
+    Images have 29x29 pixels or more and are meant to have 224x224.
 
     Raises:
         ValueError: a size below 1.

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Projection, check_sizes, he_init
+from . import layers
 
 __all__ = ["PreResNet"]
 
@@ -63,7 +62,7 @@ def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
     """Identity where the shapes agree, else a strided 1x1 convolution of the raw block input."""
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
-    return Projection(in_channels, out_channels, stride)
+    return layers.Projection(in_channels, out_channels, stride)
 
 
 class PreResNet(nn.Module):
@@ -78,11 +77,9 @@ class PreResNet(nn.Module):
 
     Args:
         depth: number of layers: 6n + 2 below 44, 9n + 2 from 44 on.
-        in_channels: channels of the images.
-        num_classes: number of classes K.
         width: planes w of the first stage; 16 in the papers.
 
-    Input: float tensor [N, in_channels, H, W], any H and W of 8 or more. Output: logits [N, K].
+    Images have 8x8 pixels or more.
 
     Raises:
         ValueError: a depth that is not of that form, or a size below 1.
@@ -96,30 +93,22 @@ class PreResNet(nn.Module):
         self, depth: int, *, in_channels: int = 3, num_classes: int = 10, width: int = 16
     ) -> None:
         super().__init__()
-        check_sizes(in_channels=in_channels, num_classes=num_classes, width=width)
+        layers.check_sizes(in_channels=in_channels, num_classes=num_classes, width=width)
         block: type[_BasicBlock] | type[_Bottleneck]
-        block, layers = (_Bottleneck, 9) if depth >= _BOTTLENECK_DEPTH else (_BasicBlock, 6)
-        blocks, rest = divmod(depth - 2, layers)
-        if rest or blocks < 1:
-            raise ValueError(f"depth: expected {layers}n + 2 with n of 1 or more, found {depth}")
+        block, per_n = (_Bottleneck, 9) if depth >= _BOTTLENECK_DEPTH else (_BasicBlock, 6)
+        blocks = layers.blocks_per_stage(depth, per_n)
 
         self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
-        channels = width
-        stages = []
-        for planes, first_stride in ((width, 1), (2 * width, 2), (4 * width, 2)):
-            stage = nn.Sequential()
-            for i in range(blocks):
-                stage.append(block(channels, planes, first_stride if i == 0 else 1))
-                channels = block.expansion * planes
-            stages.append(stage)
+        stages = layers.three_stages(block, width, width, blocks, block.expansion)
         self.layer1, self.layer2, self.layer3 = stages
+        channels = 4 * width * block.expansion
         self.bn = nn.BatchNorm2d(channels)
         self.fc = nn.Linear(channels, num_classes)
 
-        he_init(self)
+        layers.he_init(self)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
         x = F.relu(self.bn(x), inplace=True)
-        logits: Tensor = self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+        logits: Tensor = self.fc(layers.pixel_mean(x))
         return logits

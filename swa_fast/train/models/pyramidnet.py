@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import check_sizes, he_init
+from .layers import blocks_per_stage, check_sizes, he_init, pixel_mean
 
 __all__ = ["PyramidNet"]
 
@@ -58,11 +57,9 @@ class PyramidNet(nn.Module):
 
     Args:
         depth: number of layers, 9n + 2.
-        in_channels: channels of the images.
-        num_classes: number of classes K.
         width: alpha, the planes that the last block has more than the stem; 200 in the SWA paper.
 
-    Input: float tensor [N, in_channels, H, W], any H and W of 8 or more. Output: logits [N, K].
+    Images have 8x8 pixels or more.
 
     Raises:
         ValueError: a depth that is not of that form, or a size below 1.
@@ -77,9 +74,7 @@ class PyramidNet(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(in_channels=in_channels, num_classes=num_classes, width=width)
-        blocks, rest = divmod(depth - 2, 9)
-        if rest or blocks < 1:
-            raise ValueError(f"depth: expected 9n + 2 with n of 1 or more, found {depth}")
+        blocks = blocks_per_stage(depth, 9)
 
         self.conv1 = nn.Conv2d(in_channels, _STEM_PLANES, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(_STEM_PLANES)
@@ -99,5 +94,5 @@ class PyramidNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer3(self.layer2(self.layer1(self.bn1(self.conv1(x)))))
         x = F.relu(self.bn(x), inplace=True)
-        logits: Tensor = self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+        logits: Tensor = self.fc(pixel_mean(x))
         return logits

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Projection, check_sizes, he_init
+from . import layers
 
 __all__ = ["ShakeShake", "shake"]
 
@@ -61,8 +61,8 @@ class _Shortcut(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, step: int) -> None:
         super().__init__()
         half = out_channels // 2
-        self.conv1 = Projection(in_channels, out_channels - half, step)
-        self.conv2 = Projection(in_channels, half, step)
+        self.conv1 = layers.Projection(in_channels, out_channels - half, step)
+        self.conv2 = layers.Projection(in_channels, half, step)
         self.bn = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,11 +113,9 @@ class ShakeShake(nn.Module):
 
     Args:
         depth: number of layers, 6n + 2.
-        in_channels: channels of the images.
-        num_classes: number of classes K.
         width: planes w of the first stage, 2 or more; 64 in 26 2x64d.
 
-    Input: float tensor [N, in_channels, H, W], any H and W of 8 or more. Output: logits [N, K].
+    Images have 8x8 pixels or more.
 
     Raises:
         ValueError: a depth that is not of that form, or a size that is too small.
@@ -129,31 +127,21 @@ class ShakeShake(nn.Module):
         self, depth: int = 26, *, in_channels: int = 3, num_classes: int = 10, width: int = 64
     ) -> None:
         super().__init__()
-        check_sizes(in_channels=in_channels, num_classes=num_classes)
+        layers.check_sizes(in_channels=in_channels, num_classes=num_classes)
         if width < 2:
             raise ValueError(f"width: expected 2 or more, found {width}")
-        blocks, rest = divmod(depth - 2, 6)
-        if rest or blocks < 1:
-            raise ValueError(f"depth: expected 6n + 2 with n of 1 or more, found {depth}")
+        blocks = layers.blocks_per_stage(depth, 6)
 
         self.conv1 = nn.Conv2d(in_channels, _STEM_PLANES, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(_STEM_PLANES)
-        channels = _STEM_PLANES
-        stages = []
-        for planes, first_stride in ((width, 1), (2 * width, 2), (4 * width, 2)):
-            stage = nn.Sequential()
-            for i in range(blocks):
-                stage.append(_Block(channels, planes, first_stride if i == 0 else 1))
-                channels = planes
-            stages.append(stage)
+        stages = layers.three_stages(_Block, _STEM_PLANES, width, blocks)
         self.layer1, self.layer2, self.layer3 = stages
-        self.fc = nn.Linear(channels, num_classes)
+        self.fc = nn.Linear(4 * width, num_classes)
 
-        he_init(self)
+        layers.he_init(self)
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer3(self.layer2(self.layer1(self.bn1(self.conv1(x)))))
-        x = F.adaptive_avg_pool2d(F.relu(x), 1)
-        logits: Tensor = self.fc(torch.flatten(x, 1))
+        logits: Tensor = self.fc(layers.pixel_mean(F.relu(x)))
         return logits

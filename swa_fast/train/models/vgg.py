@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import check_sizes, he_init
+from .layers import check_sizes, he_init, pixel_mean
 
 __all__ = ["VGG16"]
 
@@ -24,14 +22,12 @@ class VGG16(nn.Module):
     layers and BatchNorm keep PyTorch's default.
 
     Args:
-        in_channels: channels of the images.
-        num_classes: number of classes K.
         width: planes w of the first convolution; 64 in the papers.
         batch_norm: puts BatchNorm between every convolution (which keeps its bias) and its ReLU.
             The SWA paper's network has none.
 
-    Input: float tensor [N, in_channels, H, W], any H and W of 32 or more; what is left of images of
-    64 or more after the last max-pool is averaged. Output: logits [N, K].
+    Images have 32x32 pixels or more; the last max-pool leaves more than one of 64x64, which are
+    averaged.
 
     Raises:
         ValueError: a size below 1.
@@ -78,6 +74,5 @@ class VGG16(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.adaptive_avg_pool2d(self.features(x), 1)
-        logits: Tensor = self.classifier(torch.flatten(x, 1))
+        logits: Tensor = self.classifier(pixel_mean(self.features(x)))
         return logits

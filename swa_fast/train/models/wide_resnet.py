@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Projection, check_sizes
+from .layers import Projection, blocks_per_stage, check_sizes, pixel_mean, three_stages
 
 __all__ = ["WideResNet"]
 
@@ -47,11 +46,9 @@ class WideResNet(nn.Module):
 
     Args:
         depth: number of layers, 6n + 4.
-        in_channels: channels of the images.
-        num_classes: number of classes K.
         width: planes w of the first stage; 160 in WRN-28-10.
 
-    Input: float tensor [N, in_channels, H, W], any H and W of 8 or more. Output: logits [N, K].
+    Images have 8x8 pixels or more.
 
     Raises:
         ValueError: a depth that is not of that form, or a size below 1.
@@ -66,27 +63,18 @@ class WideResNet(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(in_channels=in_channels, num_classes=num_classes, width=width)
-        blocks, rest = divmod(depth - 4, 6)
-        if rest or blocks < 1:
-            raise ValueError(f"depth: expected 6n + 4 with n of 1 or more, found {depth}")
+        blocks = blocks_per_stage(depth, 6, others=4)
 
         self.conv1 = nn.Conv2d(in_channels, _STEM_PLANES, 3, padding=1)
-        channels = _STEM_PLANES
-        stages = []
-        for planes, first_stride in ((width, 1), (2 * width, 2), (4 * width, 2)):
-            stage = nn.Sequential()
-            for i in range(blocks):
-                stage.append(_Block(channels, planes, first_stride if i == 0 else 1))
-                channels = planes
-            stages.append(stage)
+        stages = three_stages(_Block, _STEM_PLANES, width, blocks)
         self.layer1, self.layer2, self.layer3 = stages
         # Perhaps meant in the opposite convention, but it is what the SWA paper ran. It matters to
         # the running statistics of the plain network alone, not to those that a BN pass computes.
-        self.bn = nn.BatchNorm2d(channels, momentum=0.9)
-        self.fc = nn.Linear(channels, num_classes)
+        self.bn = nn.BatchNorm2d(4 * width, momentum=0.9)
+        self.fc = nn.Linear(4 * width, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
         x = F.relu(self.bn(x), inplace=True)
-        logits: Tensor = self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+        logits: Tensor = self.fc(pixel_mean(x))
         return logits

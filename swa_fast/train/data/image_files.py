@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import TrainError, import_extra
+from ..errors import TrainError, import_extra
 
 __all__ = ["Listing", "check_same_classes", "list_images", "read_rgb"]
 
@@ -67,15 +67,8 @@ def list_images(folder: Path) -> Listing:
 
 
 def check_same_classes(root: Path, classes: Mapping[str, Collection[str]]) -> None:
-    """Checks that the two parts of a dataset have the same classes.
-
-    Args:
-        root: the folder of both, for messages.
-        classes: names of the classes by name of the part.
-
-    Raises:
-        TrainError: they differ; the message names those that only one part has.
-    """
+    """Raises TrainError where the two parts of a dataset in ``root`` have other classes than each
+    other; the message names those that only one part has."""
     first, second = classes
     differing = [
         f"only in {part}: {', '.join(names)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import json
 import os
 import re
@@ -11,9 +12,9 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -26,23 +27,19 @@ _CHECKPOINT_VERSION = 2
 
 RESULTS_SCHEMA = "swa_fast.train.results"
 RESULTS_VERSION = 2
+_RESULTS_KEYS = "status preset scale config environment data initial records summary"
 
 #: Checkpoints kept per trajectory: if the newest cannot be read, the one before it can.
 KEEP = 2
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Writes a file so that at any moment, also after a power cut, ``path`` holds either its old
-    content or all of the new one.
-
-    Args:
-        path: the file.
-        write: writes the content to the binary file it is given.
-    """
+    content or all of the new one."""
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            write(file)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         # mkstemp makes files private; these should be as readable as any other.
@@ -61,29 +58,19 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         os.close(folder)
 
 
-class _Recorded:
-    """What :func:`torch.save` needs of a file; remembers the errors of writing."""
-
-    def __init__(self, file: IO[bytes], failures: list[OSError]) -> None:
-        self._file = file
-        self._failures = failures
-
-    def write(self, content: Any) -> int:
-        try:
-            return self._file.write(content)
-        except OSError as error:
-            self._failures.append(error)
-            raise
-
-    def flush(self) -> None:
-        self._file.flush()
+def _saved(content: Mapping[str, Any]) -> memoryview:
+    """The bytes of :func:`torch.save`. It does not write the file itself, because it hides the
+    reason of a failed write behind errors of its own."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getbuffer()
 
 
 class RunFolder:
     """The folder of a run.
 
     =============================== ============================================================
-    ``results.json``                settings, environment, records and summary; see ``report.py``
+    ``results.json``                settings, environment, records and summary; see ``results.py``
     ``curves.png``                  accuracy and learning rate over the epochs
     ``log.txt``                     what was printed, with the time
     ``model_METHOD.pt``             ``state_dict`` of the final network of a method (for fge one
@@ -93,6 +80,9 @@ class RunFolder:
                                     other trajectories go on, with a copy
     ``tensorboard/``                event files, a folder per curve
     =============================== ============================================================
+
+    Where the disk is full or cannot be written, methods that write raise TrainError, and what was
+    there before is intact.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -182,24 +172,17 @@ class RunFolder:
 
     def log(self, text: str) -> None:
         """Appends to log.txt; a disk that is full costs the line, not the run."""
-        try:
-            with open(self.file("log.txt"), "a", encoding="utf-8") as file:
-                file.write(text)
-        except OSError:
-            pass
+        with suppress(OSError), open(self.file("log.txt"), "a", encoding="utf-8") as file:
+            file.write(text)
 
     def write_results(self, results: Mapping[str, Any]) -> None:
-        """Replaces results.json.
-
-        Raises:
-            TrainError: the disk is full or cannot be written.
-        """
+        """Replaces results.json."""
         text = json.dumps(
             {"schema": RESULTS_SCHEMA, "schema_version": RESULTS_VERSION, **results},
             indent=1,
             allow_nan=False,
         )
-        self.write(self.file("results.json"), lambda f: f.write(text.encode() + b"\n"))
+        self.write(self.file("results.json"), text.encode() + b"\n")
 
     def read_results(self) -> dict[str, Any]:
         """Content of results.json.
@@ -221,18 +204,7 @@ class RunFolder:
             raise TrainError(f"{path}: {expected}, found another kind of file")
         if results.get("schema_version") != RESULTS_VERSION:
             raise TrainError(f"{path}: {expected}, found version {results.get('schema_version')}")
-        missing = {
-            "status",
-            "preset",
-            "scale",
-            "config",
-            "environment",
-            "data",
-            "initial",
-            "records",
-            "summary",
-        } - set(results)
-        if missing:
+        if missing := set(_RESULTS_KEYS.split()) - set(results):
             raise TrainError(f"{path}: {expected}, found no {', '.join(sorted(missing))}")
         return results
 
@@ -241,15 +213,7 @@ class RunFolder:
     ) -> None:
         """Adds a checkpoint and removes all but the last :data:`KEEP` of the trajectory. Later ones
         go, too: they are damaged, or training would not be here again.
-
-        Args:
-            trajectory: its name.
-            epoch, step: finished epochs, and finished steps of the present one.
-            content: tensors and plain values.
-
-        Raises:
-            TrainError: the disk is full or cannot be written. Earlier checkpoints are intact.
-        """
+        ``epoch`` epochs and ``step`` steps of the next one are finished."""
         path = self.checkpoints / f"{trajectory}-{epoch:05d}-{step:07d}.pt"
         self._save(path, trajectory, content)
         states = self._states(trajectory)
@@ -259,11 +223,7 @@ class RunFolder:
 
     def save_branch(self, trajectory: str, epoch: int, content: Mapping[str, Any]) -> None:
         """Writes the state after ``epoch`` epochs from which other trajectories go on. In two
-        files: for a damaged checkpoint its predecessor stands in, and here there is none.
-
-        Raises:
-            TrainError: the disk is full or cannot be written.
-        """
+        files: for a damaged checkpoint its predecessor stands in, and here there is none."""
         for path in self._branches(trajectory, epoch):
             self._save(path, trajectory, content)
 
@@ -271,14 +231,8 @@ class RunFolder:
         self, trajectory: str, device: torch.device, warn: Callable[[str], object]
     ) -> tuple[Path, dict[str, Any]] | None:
         """The newest checkpoint of a trajectory that can be read, its tensors on ``device``; None
-        if there is none.
-
-        Only tensors and plain values are read, no code is run.
-
-        Args:
-            trajectory: its name.
-            device: where tensors go.
-            warn: told of a checkpoint that cannot be read, if an earlier one can.
+        if there is none. Only tensors and plain values are read, no code is run. ``warn`` is told
+        of a checkpoint that cannot be read, if an earlier one can.
 
         Raises:
             TrainError: no file is a complete checkpoint of this version and trajectory.
@@ -301,12 +255,8 @@ class RunFolder:
         return found
 
     def save_model(self, name: str, state: Mapping[str, torch.Tensor]) -> None:
-        """Replaces ``model_NAME.pt``, the final weights of a method.
-
-        Raises:
-            TrainError: the disk is full or cannot be written.
-        """
-        self.write(self.file(f"model_{name}.pt"), lambda f: torch.save(dict(state), f))
+        """Replaces ``model_NAME.pt``, the final weights of a method."""
+        self.write(self.file(f"model_{name}.pt"), _saved(dict(state)))
 
     def _load_first(
         self,
@@ -353,28 +303,17 @@ class RunFolder:
             "trajectory": trajectory,
             **content,
         }
-        self.write(path, lambda f: torch.save(payload, f))
+        self.write(path, _saved(payload))
 
-    def write(self, path: Path, write: Callable[[Any], object]) -> None:
-        """Writes a file of the folder by :func:`write_atomically`, and makes its parent folder.
-
-        Raises:
-            TrainError: the disk is full or cannot be written.
-        """
-        failures: list[OSError] = []
+    def write(self, path: Path, content: bytes | memoryview) -> None:
+        """Writes a file of the folder by :func:`write_atomically`, and makes its parent folder."""
         try:
             path.parent.mkdir(exist_ok=True)
-            write_atomically(path, lambda file: write(_Recorded(file, failures)))
-        except (OSError, RuntimeError) as error:
-            if isinstance(error, OSError):
-                failures = [error]
-            elif not failures:
-                raise
-            # torch.save hides the reason of a failed write behind RuntimeErrors of its own.
-            reason = failures[0]
-            full = reason.errno in (errno.ENOSPC, errno.EDQUOT)
+            write_atomically(path, content)
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             raise TrainError(
-                f"{path}: cannot be written ({reason}); {'the disk is full, ' if full else ''}what "
+                f"{path}: cannot be written ({error}); {'the disk is full, ' if full else ''}what "
                 f"was saved before is intact: make room and continue with --resume {self.path}"
             ) from error
 

@@ -14,11 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from swa_fast.train import stream
-from swa_fast.train.batches import NORMALISATIONS
-from swa_fast.train.data import eval_batches, load_dataset, train_batches
+from swa_fast.train.data import NORMALISATIONS, Placement, load_dataset, streamed
+from swa_fast.train.data.streamed import StreamedDataset, crop_window, load_stream
 from swa_fast.train.errors import TrainError, import_extra
-from swa_fast.train.stream import StreamedDataset, crop_window, load_stream
 
 CPU = torch.device("cpu")
 
@@ -53,13 +51,10 @@ def training(
     workers: int = 0,
     rank: int = 0,
     world_size: int = 1,
-) -> stream.StreamedBatches:
-    batches = train_batches(
-        dataset, batch_size=batch_size, device=CPU, channels_last=True, workers=workers,
-        rank=rank, world_size=world_size,
-    )  # fmt: skip
-    assert isinstance(batches, stream.StreamedBatches)
-    return batches
+) -> streamed.StreamedBatches:
+    return dataset.train_batches(
+        batch_size, Placement(CPU, rank=rank, world_size=world_size, workers=workers)
+    )
 
 
 def as_bytes(images: Tensor, name: str = "imagenet") -> Tensor:
@@ -168,7 +163,7 @@ def test_test_images_are_torchvisions(folder: Path, image_size: int, resize: int
         [transforms.Resize(resize), transforms.CenterCrop(image_size), transforms.PILToTensor()]
     )
     dataset = load_stream(folder, image_size=image_size, normalise="cifar")
-    batches = eval_batches(dataset, batch_size=4, device=CPU, channels_last=False, workers=0)
+    batches = dataset.test_batches(4, Placement(CPU, False))
     for _ in range(2):
         parts = list(batches())
         assert [len(labels) for _, labels in parts] == [4, 2]
@@ -191,10 +186,10 @@ def test_the_number_of_workers_does_not_matter(folder: Path) -> None:
     assert_equal(list(training(dataset).epoch(7)), expected)
     other = list(training(dataset).epoch(8))
     assert not any(torch.equal(a[0], b[0]) for a, b in zip(other, expected, strict=True))
-    test = eval_batches(dataset, batch_size=4, device=CPU, channels_last=True, workers=2)
+    test = dataset.test_batches(4, Placement(CPU, workers=2))
     assert_equal(
         list(test()),
-        list(eval_batches(dataset, batch_size=4, device=CPU, channels_last=True, workers=0)()),
+        list(dataset.test_batches(4, Placement(CPU))()),
     )
 
 
@@ -202,8 +197,8 @@ def test_an_epoch_can_be_entered_anywhere(folder: Path, monkeypatch: pytest.Monk
     batches = training(load_stream(folder, image_size=16))
     expected = list(batches.epoch(7))
     read = []
-    original = stream.read_rgb
-    monkeypatch.setattr(stream, "read_rgb", lambda path: read.append(path) or original(path))
+    original = streamed.read_rgb
+    monkeypatch.setattr(streamed, "read_rgb", lambda path: read.append(path) or original(path))
     for first, images in ((0, 18), (2, 10), (4, 2), (5, 0)):
         read.clear()
         assert_equal(list(batches.epoch(7, first=first)), expected[first:])
@@ -234,14 +229,9 @@ def test_the_processes_share_every_batch(folder: Path, world: int, batch_size: i
 @pytest.mark.parametrize("world", [1, 4, 7])
 def test_every_test_image_is_evaluated_by_one_process(folder: Path, world: int) -> None:
     dataset = load_stream(folder, image_size=16)
-    ((everything, labels),) = eval_batches(
-        dataset, batch_size=6, device=CPU, channels_last=True, workers=0
-    )()
+    ((everything, labels),) = dataset.test_batches(6, Placement(CPU))()
     for rank in range(world):
-        batches = eval_batches(
-            dataset, batch_size=1, device=CPU, channels_last=True, workers=0,
-            rank=rank, world_size=world,
-        )  # fmt: skip
+        batches = dataset.test_batches(1, Placement(CPU, rank=rank, world_size=world))
         assert_equal(
             list(batches()),
             [(everything[i : i + 1], labels[i : i + 1]) for i in range(rank, 6, world)],
@@ -262,7 +252,7 @@ def test_a_broken_file_is_named(folder: Path, workers: int) -> None:
 
 def test_what_workers_get_is_small_and_can_be_sent(folder: Path) -> None:
     dataset = load_stream(folder, image_size=16)
-    decoder = stream._Decoder(dataset.root, 16)
+    decoder = streamed._Decoder(dataset.root, 16)
     content = pickle.dumps(decoder)
     assert len(content) < 500
     image, label = pickle.loads(content)[(dataset.train_files[0], 0, 3)]
@@ -312,13 +302,7 @@ def test_labels_are_checked(folder: Path) -> None:
 def test_batches_on_cuda(folder: Path, workers: int) -> None:
     dataset = load_stream(folder, image_size=16)
     expected = list(training(dataset).epoch(7))
-    batches = train_batches(
-        dataset,
-        batch_size=4,
-        device=torch.device("cuda", 0),
-        channels_last=True,
-        workers=workers,
-    )
+    batches = dataset.train_batches(4, Placement(torch.device("cuda", 0), workers=workers))
     for (images, labels), (images_cpu, labels_cpu) in zip(batches.epoch(7), expected, strict=True):
         assert images.device.type == labels.device.type == "cuda"
         torch.testing.assert_close(images.cpu(), images_cpu)

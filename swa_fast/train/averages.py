@@ -1,0 +1,168 @@
+"""What methods make of a trajectory, beside its last weights."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from swa_fast import AveragedModel, get_ema_multi_avg_fn
+
+from .clock import Clock
+from .config import TrainConfig
+from .evaluation import Evaluation, Score
+
+__all__ = ["Average", "Ensemble", "WeightAverage", "make_average"]
+
+#: Whether weights are captured after so many epochs; None stands for a capture after every step.
+Captured = Callable[[int], bool] | None
+
+
+class Average(ABC):
+    """The result of a method along a trajectory.
+
+    Attributes:
+        per_process: whether every process has a state of its own.
+        captures: how often weights were captured.
+    """
+
+    per_process: ClassVar[bool] = False
+
+    def __init__(self, captured: Captured) -> None:
+        self._captured = captured
+        self.captures = 0
+
+    def due(self, epoch: int) -> bool:
+        """Whether weights are captured after ``epoch`` epochs."""
+        return self._captured is not None and self._captured(epoch)
+
+    @property
+    def every_step(self) -> bool:
+        """Whether weights are captured after every step instead."""
+        return self._captured is None
+
+    @abstractmethod
+    def capture(self, model: nn.Module, evaluation: Evaluation, clock: Clock) -> None:
+        """Takes the weights of the network in training."""
+
+    @abstractmethod
+    def score(self, epoch: int, evaluation: Evaluation, clock: Clock) -> Score:
+        """Loss and accuracy after ``epoch`` epochs."""
+
+    @abstractmethod
+    def networks(
+        self, method: str, epoch: int, reported: Sequence[str], model: nn.Module
+    ) -> dict[str, nn.Module]:
+        """The networks that are saved after an epoch, by the names of their files.
+
+        Args:
+            method: name of the method.
+            epoch: number of finished epochs.
+            reported: names of the results that are reported after this epoch.
+            model: the network in training.
+        """
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Everything from which :meth:`load_state_dict` continues; tensors and plain values."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+
+
+class WeightAverage(Average):
+    """A running average of weights: equal weights, or exponential ones if ``decay`` is given."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        captured: Captured,
+        *,
+        decay: float | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(captured)
+        options: dict[str, Any] = {}
+        if backend is not None:
+            options["backend"] = backend
+        if decay is not None:
+            options["multi_avg_fn"] = get_ema_multi_avg_fn(decay)
+        self.averaged = AveragedModel(model, **options)
+
+    def capture(self, model: nn.Module, evaluation: Evaluation, clock: Clock) -> None:
+        with clock("average"):
+            self.averaged.update_parameters(model)
+        self.captures += 1
+
+    def score(self, epoch: int, evaluation: Evaluation, clock: Clock) -> Score:
+        with clock("bn"):
+            evaluation.renew_statistics(self.averaged, epoch)
+        with clock("eval"):
+            return evaluation.score(self.averaged)
+
+    def networks(
+        self, method: str, epoch: int, reported: Sequence[str], model: nn.Module
+    ) -> dict[str, nn.Module]:
+        return dict.fromkeys(reported, self.averaged.module)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"captures": self.captures, "averaged": self.averaged.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.averaged.load_state_dict(state["averaged"])
+        self.captures = int(state["captures"])
+
+
+class Ensemble(Average):
+    """The sum of the softmax outputs of networks along a trajectory, for the test set.
+
+    Each network predicts with its own BatchNorm statistics. The ensemble predicts the class with
+    the largest sum, and its loss is the cross-entropy of the mean probabilities. Every process has
+    the sum for its share of the test set.
+    """
+
+    per_process = True
+
+    def __init__(self, captured: Captured) -> None:
+        super().__init__(captured)
+        self._sum: Tensor | None = None
+
+    def capture(self, model: nn.Module, evaluation: Evaluation, clock: Clock) -> None:
+        evaluation.world.share_buffers(model)
+        with clock("eval"):
+            found = evaluation.probabilities(model)
+        self._sum = found if self._sum is None else self._sum + found
+        self.captures += 1
+
+    def score(self, epoch: int, evaluation: Evaluation, clock: Clock) -> Score:
+        assert self._sum is not None
+        with clock("eval"):
+            return evaluation.score_probabilities(self._sum / self.captures)
+
+    def networks(
+        self, method: str, epoch: int, reported: Sequence[str], model: nn.Module
+    ) -> dict[str, nn.Module]:
+        # A file for every member, named by its number.
+        return {f"{method}-{self.captures:02d}": model} if self.due(epoch) else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"captures": self.captures, "sum": self._sum}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        captures, total = int(state["captures"]), state["sum"]
+        if (captures > 0) != isinstance(total, Tensor):
+            raise ValueError(f"expected the sum of {captures} members, found {type(total)}")
+        self._sum, self.captures = total, captures
+
+
+def make_average(
+    method: str, captured: Captured, model: nn.Module, config: TrainConfig, steps: int
+) -> Average:
+    """What a method averages, of a network that is trained for ``steps`` steps per epoch."""
+    if method == "fge":
+        return Ensemble(captured)
+    decay = max(0.0, 1.0 - 1.0 / (config.ema_epochs * steps)) if method == "ema" else None
+    return WeightAverage(model, captured, decay=decay, backend=config.backend)

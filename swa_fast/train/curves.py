@@ -1,0 +1,131 @@
+"""The figure of a run, or of several with different seeds."""
+
+from __future__ import annotations
+
+import io
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .config import TrainConfig
+from .errors import import_extra
+from .methods import plan
+from .options import METHODS
+from .results import Results
+from .run_folder import write_atomically
+
+__all__ = ["draw_curves"]
+
+_COLORS = {
+    "sgd": "#1f77b4",
+    "ema": "#17becf",
+    "swa": "#d62728",
+    "swa-cyclic": "#9467bd",
+    "fge": "#2ca02c",
+    "swa-fixed": "#ff7f0e",
+}
+
+
+def draw_curves(
+    runs: Results | Sequence[Results],
+    path: Path,
+    write: Callable[[Path, memoryview], object] = write_atomically,
+) -> None:
+    """Draws test accuracy and learning rate over the epochs of all trajectories.
+
+    Args:
+        runs: content of results.json of a run, or of several with different seeds, of which the
+            mean and the range are drawn.
+        path: the PNG file, replaced atomically.
+        write: writes it, as :func:`write_atomically`.
+
+    Raises:
+        TrainError: matplotlib is not installed.
+    """
+    several: Sequence[Results] = [runs] if isinstance(runs, Mapping) else runs
+    # The figure class itself, not pyplot: no global state, no display, no choice of backend.
+    import_extra("matplotlib.backends.backend_agg")
+    figure = import_extra("matplotlib.figure").Figure(figsize=(7.0, 6.0), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [2.2, 1.0]})
+    plotted: list[float] = []
+
+    def curve(values: Mapping[int, list[float]], label: str, **style: Any) -> None:
+        """A line through the means, and a band over the range, where every run has a value."""
+        epochs = [e for e in sorted(values) if len(values[e]) == len(several)]
+        if not epochs:
+            return
+        means = [statistics.fmean(values[e]) for e in epochs]
+        # A line of one point would be invisible.
+        marker = "o" if len(epochs) == 1 else None
+        top.plot(epochs, means, label=label, marker=marker, markersize=4, **style)
+        if len(several) > 1:
+            top.fill_between(
+                epochs,
+                [min(values[e]) for e in epochs],
+                [max(values[e]) for e in epochs],
+                color=style["color"],
+                alpha=0.15,
+                linewidth=0,
+            )
+        plotted.extend(means)
+
+    for trajectory in plan(TrainConfig.from_json(several[0]["config"])):
+        name = trajectory.name
+        color = _COLORS[name]
+        iterate: dict[int, list[float]] = {}
+        averaged: dict[str, dict[int, list[float]]] = {m: {} for m in trajectory.captures}
+        for results in several:
+            for record in results["records"]:
+                if record["trajectory"] != name:
+                    continue
+                epoch = record["epoch"]
+                if record["test_accuracy"] is not None:
+                    iterate.setdefault(epoch, []).append(record["test_accuracy"])
+                for method, average in record["averages"].items():
+                    if average["test_accuracy"] is not None:
+                        points = averaged[method].setdefault(epoch, [])
+                        points.append(average["test_accuracy"])
+        if name == "sgd":
+            curve(iterate, METHODS["sgd"], color=color, linewidth=1.6)
+        else:
+            style = {"color": color, "linewidth": 1.0, "linestyle": "--", "alpha": 0.8}
+            curve(iterate, f"{METHODS[name]}, iterate", **style)
+        for method, curves in averaged.items():
+            curve(curves, METHODS[method], color=_COLORS[method], linewidth=2.2)
+        steps = 50  # per epoch, enough for the eye
+        grid = [divmod(i, steps) for i in range(trajectory.begin * steps, trajectory.end * steps)]
+        bottom.plot(
+            [epoch + step / steps for epoch, step in grid],
+            [trajectory.rate(epoch, step, steps) for epoch, step in grid],
+            color=color,
+            linestyle="-" if name == "sgd" else "--",
+            linewidth=1.2,
+            label=METHODS[name],
+        )
+    for axes in (top, bottom):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    # The first epochs would flatten what the figure is about: the differences at the end.
+    if plotted:
+        plotted.sort()
+        low = plotted[len(plotted) // 5]
+        margin = max(0.08 * (plotted[-1] - low), 0.2)
+        top.set_ylim(low - margin, plotted[-1] + margin)
+        top.legend(loc="lower right", framealpha=0.9, fontsize=8)
+    config = several[0]["config"]
+    seeds = ", ".join(str(results["config"]["seed"]) for results in several)
+    top.set_title(
+        f"{config['model']} on {config['dataset']}, "
+        + (f"seed {seeds}" if len(several) == 1 else f"mean and range of seeds {seeds}"),
+        fontsize=11,
+    )
+    top.set_ylabel("test accuracy (%)")
+    bottom.set_ylabel("learning rate")
+    bottom.set_xlabel("epoch")
+    bottom.set_ylim(bottom=0)
+    bottom.legend(loc="lower left", framealpha=0.9, fontsize=8)
+    bottom.xaxis.get_major_locator().set_params(integer=True)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=150)
+    write(path, content.getbuffer())

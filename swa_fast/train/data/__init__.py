@@ -1,0 +1,105 @@
+"""Datasets by name.
+
+All are held in memory as bytes (:mod:`.memory`), but for ``imagenet``, which does not fit
+(:mod:`.streamed`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from ..errors import TrainError
+from .dataset import Dataset, check_fraction
+from .placement import NORMALISATIONS, Batch, Batches, Placement
+from .sources import MIN_SIZE, Wrap, load_digits, load_images, load_synthetic, load_torchvision
+from .streamed import load_stream
+
+__all__ = [
+    "DATASETS",
+    "NORMALISATIONS",
+    "Batch",
+    "Batches",
+    "Dataset",
+    "Placement",
+    "check_data_options",
+    "load_dataset",
+]
+
+DATASETS = ("digits", "images", "cifar10", "cifar100", "fashion-mnist", "imagenet", "synthetic")
+
+
+def load_dataset(
+    name: str,
+    data_dir: str | Path | None = None,
+    *,
+    image_size: int | None = None,
+    normalise: str = "dataset",
+    fraction: float = 1.0,
+    min_per_class: int = 10,
+    threads: int = 1,
+    progress: Wrap | None = None,
+) -> Dataset:
+    """The dataset of a name.
+
+    Args:
+        name: one of :data:`DATASETS`.
+        data_dir: where its files are. None stands for ``data/<name>`` in the working directory for
+            those that torchvision downloads; ``images`` and ``imagenet`` need a folder, ``digits``
+            and ``synthetic`` have none.
+        image_size: side in pixels that images are brought to; None leaves them as they are
+            (``imagenet``: 224).
+        normalise: ``dataset``, i.e. mean and standard deviation of the training images (for
+            ``imagenet``, whose images are not read beforehand, the constants ``imagenet``), or a
+            name of :data:`~swa_fast.train.data.placement.NORMALISATIONS`.
+        fraction: share of the training and of the test images to take, the same of every class.
+        min_per_class: images that every class keeps at least, whatever the fraction.
+        threads: threads that decode ``images``.
+        progress: wraps the iterator over decoded ``images``, given their number.
+
+    Raises:
+        TrainError: an unknown name, a value out of its range, or files that are missing, cannot be
+            downloaded or cannot be used; the message says which, and what was expected.
+    """
+    check_data_options(name, data_dir, image_size, fraction)
+    if name == "imagenet":
+        assert data_dir is not None
+        return load_stream(
+            data_dir,
+            image_size=image_size or 224,
+            normalise=normalise,
+            fraction=fraction,
+            min_per_class=min_per_class,
+        )
+    if name == "digits":
+        dataset = load_digits()
+    elif name == "synthetic":
+        dataset = load_synthetic(image_size=image_size or 32)
+    elif name == "images":
+        assert data_dir is not None
+        dataset = load_images(data_dir, image_size, threads=threads, progress=progress)
+    else:
+        dataset = load_torchvision(name, Path("data", name) if data_dir is None else data_dir)
+    dataset = dataclasses.replace(dataset, normalise=normalise).share(fraction, min_per_class)
+    return dataset if image_size is None else dataset.resized(image_size)
+
+
+def check_data_options(
+    name: str, data_dir: str | Path | None, image_size: int | None, fraction: float
+) -> None:
+    """Raises TrainError for a value out of its range, and for a folder that is missing or not
+    needed. The arguments are those of :func:`load_dataset`."""
+    if name not in DATASETS:
+        raise TrainError(f"--dataset: expected one of {', '.join(DATASETS)}, found {name!r}")
+    if image_size is not None and image_size < MIN_SIZE:
+        raise TrainError(f"--image-size: expected {MIN_SIZE} or more pixels, found {image_size}")
+    check_fraction(fraction)
+    if name in ("images", "imagenet") and data_dir is None:
+        expected = "train/<class>/ and " + ("test" if name == "images" else "val") + "/<class>/"
+        raise TrainError(
+            f"--data-dir: expected a folder with {expected} for --dataset {name}, found nothing"
+        )
+    if name in ("digits", "synthetic") and data_dir is not None:
+        raise TrainError(
+            f"--data-dir: expected none with --dataset {name}, which has no files, found {data_dir}"
+        )

@@ -1,0 +1,114 @@
+"""The layout of results.json, and what is computed from its records.
+
+``results.json`` is one object:
+
+* ``schema`` ("swa_fast.train.results"), ``schema_version`` (2; a later version may add keys
+  without changing it), ``status`` ("running" or "complete"), ``preset`` (its name, or null) and
+  ``scale`` (1 for none);
+* ``config``: the settings, by the names of the command-line options with underscores;
+* ``environment``: versions of swa_fast, torch, cuda (null on the CPU) and python, ``device`` name,
+  ``threads``, ``processes``, ``git_commit`` (null for an installed package), ``averaging_backend``;
+* ``data``: numbers of images, ``image_shape`` [C, H, W], ``classes``, ``normalise``, ``mean`` and
+  ``std`` per channel in pixel values 0..255, ``fraction``, ``skipped_files``, ``sha256``;
+* ``initial``: ``test_loss`` and ``test_accuracy`` of a pretrained network before training, or null;
+* ``records``: one object per epoch of every trajectory, in the order of training: ``trajectory``,
+  ``epoch`` (from 1; a trajectory that goes on from the run sgd begins later), ``lr`` of its last
+  step, ``train_loss``, ``train_accuracy`` (means over the epoch's augmented batches, before each
+  step), ``test_loss``, ``test_accuracy`` of the iterate; ``averages``: by method, ``captures`` (so
+  far), ``test_loss``, ``test_accuracy``; and ``seconds`` by phase: ``data``, ``forward_backward``,
+  ``optimizer``, ``average``, ``bn``, ``eval``. What was not measured in an epoch is null;
+* ``summary``: the rows of the table, empty before the end: ``name``, ``method``, ``budget``,
+  ``epochs``, ``captures`` (null for sgd), ``test_accuracy``, ``test_loss``, ``iterate_accuracy``
+  (of the last weights of the same trajectory), ``seconds``.
+
+Losses are mean cross-entropies in nats, accuracies percentages, times seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .config import TrainConfig
+from .methods import plan
+from .options import METHODS
+
+__all__ = ["Results", "overhead", "summarise"]
+
+#: Content of results.json.
+Results = Mapping[str, Any]
+
+_TRAINING = ("data", "forward_backward", "optimizer")
+
+
+def _key(method: str, budget: float) -> str:
+    return METHODS[method] if budget == 1.0 else f"{METHODS[method]}, {budget:g} budgets"
+
+
+def summarise(results: Results) -> list[dict[str, Any]]:
+    """The rows of the table: every method at every budget, from the records.
+
+    ``seconds`` is the time of training, the part of the conventional run that the trajectory goes
+    on from included, with the averaging and the BatchNorm pass of this result; neither evaluations
+    nor the passes that only the curves need are counted.
+    """
+    rows: list[dict[str, Any]] = []
+    if (initial := results["initial"]) is not None:
+        rows.append(_row("pretrained", None, 0.0, 0, None, initial, initial, 0.0))
+    by_name: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for record in results["records"]:
+        by_name.setdefault(record["trajectory"], {})[record["epoch"]] = record
+    for trajectory in plan(TrainConfig.from_json(results["config"])):
+        for method, marks in trajectory.marks.items():
+            for budget, epoch in marks.items():
+                record = by_name[trajectory.name][epoch]
+                found = record if method == "sgd" else record["averages"][method]
+                before = [r for e, r in by_name.get("sgd", {}).items() if e <= trajectory.begin]
+                own = [r for e, r in by_name[trajectory.name].items() if e <= epoch]
+                seconds = sum(r["seconds"][phase] for r in before + own for phase in _TRAINING)
+                if method != "sgd":
+                    # What the conventional run averaged is another method's.
+                    seconds += sum(r["seconds"]["average"] for r in own)
+                    seconds += record["seconds"]["bn"]
+                name, captures = _key(method, budget), found.get("captures")
+                rows.append(_row(name, method, budget, epoch, captures, found, record, seconds))
+    return rows
+
+
+def _row(
+    name: str,
+    method: str | None,
+    budget: float,
+    epochs: int,
+    captures: int | None,
+    found: Mapping[str, Any],
+    iterate: Mapping[str, Any],
+    seconds: float,
+) -> dict[str, Any]:
+    return {
+        "name": name,
+        "method": method,
+        "budget": budget,
+        "epochs": epochs,
+        "captures": captures,
+        "test_accuracy": found["test_accuracy"],
+        "test_loss": found["test_loss"],
+        "iterate_accuracy": iterate["test_accuracy"],
+        "seconds": seconds,
+    }
+
+
+def overhead(records: Iterable[Mapping[str, Any]], reported: frozenset[int]) -> float:
+    """Share of a trajectory's training time that goes into averaging: captures, and the BatchNorm
+    passes of the epochs whose results are reported. Passes for the curves do not count.
+
+    Args:
+        records: of the trajectory.
+        reported: epochs after which results are reported.
+    """
+    training = averaging = 0.0
+    for record in records:
+        seconds = record["seconds"]
+        training += sum(seconds[phase] for phase in _TRAINING)
+        averaging += seconds["average"] + (seconds["bn"] if record["epoch"] in reported else 0.0)
+    return averaging / (training + averaging) if training + averaging > 0 else 0.0

@@ -1,0 +1,132 @@
+"""The state of a run as a checkpoint holds it, and the run that goes on from it.
+
+Since everything random is a function of the seed and the epoch, a continued run needs no saved
+generator but in the middle of an epoch. Its weights, averages and records are those of an
+uninterrupted one, bit by bit, on the same machine with the same software.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .clock import Clock
+from .config import TrainConfig
+from .errors import TrainError
+from .randomness import random_state
+from .trainer import Run, Trainer
+
+__all__ = ["continue_from", "restore", "take"]
+
+
+def take(trainer: Trainer, run: Run) -> dict[str, Any]:
+    """Everything from which :func:`restore` continues the run. All processes must call it."""
+    states = {method: average.state_dict() for method, average in run.averages.items()}
+    own = {method for method, average in run.averages.items() if average.per_process}
+    ranks = trainer.world.gather(
+        {
+            "random": random_state(trainer.device),
+            "averages": {method: state for method, state in states.items() if method in own},
+            "loss": run.loss,
+            "correct": run.correct,
+        }
+    )
+    return {
+        "config": trainer.config.to_json(),
+        "epoch": run.epoch,
+        "step": run.step,
+        "captured": run.captured,
+        "seconds": run.clock.read(),
+        "records": run.records,
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "averages": {method: state for method, state in states.items() if method not in own},
+        "scaler": run.scaler.state_dict(),
+        "ranks": ranks,
+    }
+
+
+def restore(trainer: Trainer, run: Run, state: Mapping[str, Any], path: Path) -> None:
+    """Puts a run made by :meth:`Trainer.start` into a state that :func:`take` gave; ``path`` is the
+    file that it came from, for messages.
+
+    Raises:
+        TrainError: the state is of other settings, or of another number of processes, or does not
+            fit the network.
+    """
+    trajectory, world = run.trajectory, trainer.world
+    with _fitting(trainer.config, path):
+        _check_config(trainer.config, state)
+        if len(state["ranks"]) != world.size:
+            raise TrainError(
+                f"expected {world.size} processes, found the state of {len(state['ranks'])}; "
+                f"continue with as many as the run began with"
+            )
+        epochs = state["epoch"] - trajectory.begin
+        if not (0 <= epochs == len(state["records"]) and state["epoch"] <= trajectory.end):
+            raise TrainError(
+                f"expected a record for each epoch from {trajectory.begin + 1} to "
+                f"{trajectory.end} at most, found epoch {state['epoch']} and "
+                f"{len(state['records'])} records"
+            )
+        own = state["ranks"][world.rank]
+        _load_training(run, state)
+        for method, average in run.averages.items():
+            source = own if average.per_process else state
+            average.load_state_dict(source["averages"][method])
+        run.loss.copy_(own["loss"])
+        run.correct.copy_(own["correct"])
+        run.random = own["random"]
+        run.epoch, run.step = int(state["epoch"]), int(state["step"])
+        run.captured = bool(state["captured"])
+        run.clock = Clock(trainer.device, state["seconds"])
+        run.records = list(state["records"])
+
+
+def continue_from(trainer: Trainer, run: Run, state: Mapping[str, Any], path: Path) -> None:
+    """Puts a new run at the end of the first part of another trajectory: its weights, buffers and
+    momenta. The arguments are those of :func:`restore`.
+
+    Raises:
+        TrainError: the state is of other settings or does not fit the network.
+    """
+    begin = run.trajectory.begin
+    with _fitting(trainer.config, path):
+        _check_config(trainer.config, state)
+        if state["epoch"] != begin or state["step"] != 0:
+            raise TrainError(
+                f"expected the state after epoch {begin}, found one after epoch "
+                f"{state['epoch']} and step {state['step']}"
+            )
+        _load_training(run, state)
+    run.epoch = begin
+
+
+def _load_training(run: Run, state: Mapping[str, Any]) -> None:
+    run.model.load_state_dict(state["model"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.scaler.load_state_dict(state["scaler"])
+
+
+def _check_config(config: TrainConfig, state: Mapping[str, Any]) -> None:
+    saved = TrainConfig.from_json(state["config"])
+    if differences := saved.differences(config):
+        found = ", ".join(f"{name} = {getattr(saved, name)}" for name in differences)
+        expected = ", ".join(f"{name} = {getattr(config, name)}" for name in differences)
+        raise TrainError(f"expected {expected} as in results.json, found {found}")
+
+
+@contextmanager
+def _fitting(config: TrainConfig, path: Path) -> Iterator[None]:
+    """Errors of a state that does not fit, as one that names the file."""
+    try:
+        yield
+    except TrainError as error:
+        raise TrainError(f"{path}: {error}") from error
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise TrainError(
+            f"{path}: expected the state of a {config.model}, found one that does not fit: "
+            f"{type(error).__name__}: {' '.join(str(error).split())}"
+        ) from error
