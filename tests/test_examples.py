@@ -26,7 +26,7 @@ pytest.importorskip("tqdm")
 EXAMPLE = Path(__file__).parents[1] / "examples/cifar_swa.py"
 pytestmark = pytest.mark.skipif(not EXAMPLE.exists(), reason="the examples are not installed")
 
-SMALL = ["--depth", "8", "--width", "4", "--batch-size", "16", "--workers", "0", "--device", "cpu"]
+SMALL = ["--depth", "8", "--width", "8", "--batch-size", "16", "--workers", "0", "--device", "cpu"]
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_cifar_swa(
         torch.testing.assert_close(saved["model"][name].double(), expected, rtol=1e-6, atol=1e-7)
     assert saved["model"]["1.num_batches_tracked"] == 7  # one pass over 100 images
     # What was saved has the accuracy that was printed.
-    model = example.resnet(8, 4)
+    model = example.resnet(8, 8)
     model.load_state_dict(saved["model"])
     options = example.argparse.Namespace(
         data_dir=cifar, batch_size=16, workers=0, device=torch.device("cpu")
