@@ -37,8 +37,9 @@ demo: $(VENV)/.train
 	$(BIN)/swa-fast train --out $(RUN) --overwrite
 	@echo "curves: $(RUN)/curves.png   results: $(RUN)/results.json"
 
+# Processes share the cores, see tests/conftest.py.
 test: $(VENV)/.test
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist worksteal
 
 # Without a device the simulator's own tests come first: where they fail the others mean nothing.
 GPUSIM := $(BIN)/python tests/gpusim run $(BIN)/python

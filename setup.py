@@ -189,7 +189,7 @@ def git_commit() -> str | None:
 
 
 def commit() -> str | None:
-    """Of the source, with a plus where it has been changed since; None outside of a repository."""
+    """The source's commit, with a plus where it was changed since; None outside a repository."""
 
     def git(*arguments: str) -> str:
         found = subprocess.run(
@@ -254,7 +254,6 @@ def extensions(info: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
                 "csrc/module_cpu.cpp",
                 "csrc/batch_norm_cpu.cpp",
                 "csrc/update_cpu.cpp",
-                "csrc/watch.cpp",
             ],
             extra_compile_args={"cxx": cxx},
             **common,

@@ -87,7 +87,7 @@ class Trainer:
         self.epochs.append(spent)
 
     def medians(self) -> dict[str, float]:
-        """Of the epochs after the first, which warms up."""
+        """The median of each phase over the epochs; the first is left out, because it warms up."""
         rest = self.epochs[1:] or self.epochs
         return {phase: statistics.median(e[phase] for e in rest) for phase in PHASES}
 

@@ -238,7 +238,8 @@ def exact_statistics(model: nn.Module, batches: list[Tensor]) -> dict[str, Stati
 
 
 def largest_error(model: nn.Module, exact: Statistics) -> tuple[float, str]:
-    """Of any layer's mean, in standard deviations, or variance, relatively; and the layer."""
+    """The largest error of a layer's mean, in standard deviations, or of its variance, relative to
+    it; and the layer's name."""
     layers: dict[str, Any] = dict(model.named_modules())
     errors = [(0.0, "no layer")]
     for name, (mean, variance) in exact.items():

@@ -166,7 +166,7 @@ def _size_of_checked(model: nn.Module) -> Size:
 
 # ------------------------------------------------------------------------------------ BatchNorm
 
-# Of an image network's layers at the batch size that one GPU trains with.
+# Layers of image networks at the batch size that one GPU trains with.
 SHAPES = {
     "ResNet-50": [
         (64, 64, 112, 112), (64, 256, 56, 56), (64, 64, 56, 56), (64, 128, 28, 28),
@@ -183,8 +183,8 @@ SHAPES = {
 }  # fmt: skip
 SMALL_SHAPES = {"small": [(2, 8, 6, 6), (3, 16, 5, 7)]}
 Inputs = tuple[Tensor, Tensor, Tensor]
-# Of a competitor, which sums in the order and the type that it likes: enough to see that it does
-# the same.
+# What a competitor may differ by, which sums in the order and the type that it likes: enough to see
+# that it does the same.
 COMPETITORS_ERROR = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
 
 

@@ -352,7 +352,7 @@ svg { max-width: 100%; height: auto }
 
 
 def _html_of(text: str) -> str:
-    """Of the little Markdown that is written here: tables, bold lines, bullets, paragraphs."""
+    """HTML for the Markdown that is written here: tables, bold lines, bullets and paragraphs."""
     out: list[str] = []
     lines = text.split("\n")
     index = 0

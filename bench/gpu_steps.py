@@ -548,7 +548,8 @@ def measure_passes(context: Context, seconds: float) -> None:
         "swa_fast": (OURS, swa_fast.update_bn),
         "swa_fast, captured forward": (OURS, functools.partial(swa_fast.update_bn, graph=True)),
     }
-    # Of which the last is the first whose forward is replayed; in the full size 21 of 24 are.
+    # The forward is captured after three batches: in the small size one is replayed, in the full
+    # size 21 of 24.
     count = 4 if context.small else 24
     settings = [("preresnet20", 2, False)] if context.small else [
         ("preresnet164", 128, False), ("resnet50", 64, True), ("preresnet20", 128, False),
@@ -897,7 +898,7 @@ def step_trainer(context: Context) -> None:
             env={**os.environ, "PYTHONPATH": _python_path()},
         )  # fmt: skip
         results = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    # Of the last epoch of the trajectory that averages at every step; the first one warms up.
+    # The last epoch counts, of the trajectory that averages at every step; the first one warms up.
     records = [r for r in results["records"] if "ema" in r["averages"]]
     seconds = records[-1]["seconds"]
     images = results["data"]["train_images"]

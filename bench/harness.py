@@ -91,7 +91,7 @@ class Contender:
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Of a case."""
+    """How much a case averages."""
 
     parameters: int
     tensors: int

@@ -62,7 +62,7 @@ class Facts:
 
 
 def worse(found: Facts, limit: Facts, registers: bool = True) -> list[str]:
-    """In what a kernel is over its limits; empty where it is not."""
+    """The limits that a kernel exceeds, a line each."""
     over = []
     for name in ("registers", "stack", "local", "shared"):
         now, then = getattr(found, name), getattr(limit, name)
@@ -122,7 +122,7 @@ def _kernel_name(mangled: str) -> str:
 
 
 def facts_of(cubin: Path, dynamic_shared: int = 0) -> dict[str, Facts]:
-    """Of every kernel in a cubin, by its mangled name."""
+    """The facts of every kernel in a cubin, by its mangled name."""
     tool = _tool("cuobjdump")
     usage = re.findall(
         r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", _run(tool, "-res-usage", cubin)
@@ -165,7 +165,7 @@ def _cubins(library: Path, arch: int, scratch: Path) -> list[Path]:
 
 
 def cuda_facts(library: Path) -> dict[str, Facts]:
-    """By ``cuda sm_NN kernel``."""
+    """The facts of all CUDA kernels, by ``cuda sm_NN kernel``."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)

@@ -234,7 +234,7 @@ def batch_norm_launches(
 
 
 def _total(machine: Machine, launches: Sequence[Launch], mode: str) -> float:
-    """Of launches one after the other; the second may find in L2 what the first one read."""
+    """The time of launches one after the other; a later one may find in L2 what the first read."""
     first = seconds(machine, launches[0], mode)
     rest = 0.0
     for launch in launches[1:]:
@@ -266,7 +266,7 @@ def _update_launches(op: str, contender: str, shared: Any, dtype: str) -> list[L
 
 
 def predictions() -> dict[str, dict[str, float]]:
-    """Seconds by machine, by what :func:`key` makes of a row; of our contenders."""
+    """Seconds of our contenders, by machine and by what :func:`key` makes of a row."""
     import gpu_cases
     import torch
     from rows import OURS
@@ -307,7 +307,7 @@ def key(row: Mapping[str, Any]) -> str:
 
 
 def machine_of(device: str) -> str | None:
-    """The machine whose name is part of a device's."""
+    """The machine whose name is part of ``device``."""
     return next((name for name in MACHINES if name in device), None)
 
 

@@ -145,6 +145,6 @@ def read(paths: Sequence[Path]) -> list[Row]:
 
 
 def digest(rows: Iterable[Row]) -> str:
-    """Of the rows' content, in any order."""
+    """A digest of the rows' content, whatever their order."""
     lines = sorted(",".join(_text(getattr(row, name)) for name in FIELDS) for row in rows)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

@@ -24,6 +24,7 @@
 
 #include <cmath>
 
+#include "layout.h"
 #include "stable_compat.h"
 
 namespace swa_fast {
@@ -132,23 +133,6 @@ struct AffineVector {
   }
 };
 
-// Rows of `batch` and of `accumulators`.
-enum BatchRow : int { kValues = 0, kSamples = 1, kMean = 2, kM2 = 3, kBatchRows = 4 };
-enum AccumulatorRow : int {
-  kTotalValues = 0,
-  kTotalSamples = 1,
-  kBatches = 2,
-  kMeanEstimate = 3,
-  kSpread = 4,  // the variance; with the pooled estimator M2
-  kMeanMean = 5,
-  kMeanM2 = 6,
-  kVarianceMean = 7,
-  kVarianceM2 = 8,
-  kAccumulatorRows = 9
-};
-
-enum Estimator : int { kTorch = 0, kWeighted = 1, kPooled = 2, kEstimators = 3 };
-
 // A column of `batch`, [kBatchRows, c] with `row_stride` elements between rows.
 struct BatchColumns {
   double* data;
@@ -157,49 +141,49 @@ struct BatchColumns {
   C10_HOST_DEVICE void store(int64_t channel, const Activations& shape,
                              const Moments& statistics) const {
     double* column = data + channel;
-    column[kValues * row_stride] = static_cast<double>(shape.values());
-    column[kSamples * row_stride] = static_cast<double>(shape.n);
-    column[kMean * row_stride] = statistics.mean;
-    column[kM2 * row_stride] = statistics.m2;
+    column[kBatchValues * row_stride] = static_cast<double>(shape.values());
+    column[kBatchSamples * row_stride] = static_cast<double>(shape.n);
+    column[kBatchMean * row_stride] = statistics.mean;
+    column[kBatchM2 * row_stride] = statistics.m2;
   }
 };
 
 // The formulas are in swa_fast/_ops.py, batch_norm_merge_. Column `i` of `total` of both tensors.
 C10_HOST_DEVICE inline void merge_channel(double* accumulators, double* batch, int64_t total,
                                           int64_t i, int estimator) {
-  const double m = batch[kValues * total + i];
+  const double m = batch[kBatchValues * total + i];
   if (!(m > 0.0)) return;
-  const double samples = batch[kSamples * total + i];
-  const double mean = batch[kMean * total + i];
-  const double m2 = batch[kM2 * total + i];
+  const double samples = batch[kBatchSamples * total + i];
+  const double mean = batch[kBatchMean * total + i];
+  const double m2 = batch[kBatchM2 * total + i];
   const double variance = m > 1.0 ? m2 / (m - 1.0) : m2;
   double* const a = accumulators + i;
 
-  const double values_before = a[kTotalValues * total];
-  const double samples_before = a[kTotalSamples * total];
+  const double values_before = a[kValues * total];
+  const double samples_before = a[kSamples * total];
   const double uses = a[kBatches * total] + 1.0;
-  const double delta = mean - a[kMeanEstimate * total];
+  const double delta = mean - a[kMean * total];
   if (estimator == kPooled) {
     const double share = m / (values_before + m);
-    a[kMeanEstimate * total] += share * delta;
+    a[kMean * total] += share * delta;
     a[kSpread * total] += m2 + delta * delta * values_before * share;
   } else {
     const double share = estimator == kTorch ? 1.0 / uses : samples / (samples_before + samples);
-    a[kMeanEstimate * total] += share * delta;
+    a[kMean * total] += share * delta;
     a[kSpread * total] += share * (variance - a[kSpread * total]);
   }
-  a[kTotalValues * total] = values_before + m;
-  a[kTotalSamples * total] = samples_before + samples;
+  a[kValues * total] = values_before + m;
+  a[kSamples * total] = samples_before + samples;
   a[kBatches * total] = uses;
 
   const double mean_delta = mean - a[kMeanMean * total];
   a[kMeanMean * total] += mean_delta / uses;
   a[kMeanM2 * total] += mean_delta * (mean - a[kMeanMean * total]);
-  const double variance_delta = variance - a[kVarianceMean * total];
-  a[kVarianceMean * total] += variance_delta / uses;
-  a[kVarianceM2 * total] += variance_delta * (variance - a[kVarianceMean * total]);
+  const double variance_delta = variance - a[kVarMean * total];
+  a[kVarMean * total] += variance_delta / uses;
+  a[kVarM2 * total] += variance_delta * (variance - a[kVarMean * total]);
 
-  batch[kValues * total + i] = 0.0;
+  batch[kBatchValues * total + i] = 0.0;
 }
 
 // The stable ABI's is_contiguous() knows no memory formats, so strides are read. Dimensions of size
@@ -262,8 +246,8 @@ inline int64_t check_merge(const Tensor& accumulators, const Tensor& batch, int6
                       accumulators.get_device_index() == batch.get_device_index(),
                   "batch_norm_merge_: accumulators and batch must be contiguous fp64 of shapes "
                   "[9, channels] and [4, channels] on one device");
-  STD_TORCH_CHECK(0 <= estimator && estimator < kEstimators,
-                  "batch_norm_merge_: unknown estimator ", estimator);
+  STD_TORCH_CHECK(0 <= estimator && estimator <= kPooled, "batch_norm_merge_: unknown estimator ",
+                  estimator);
   return batch.size(1);
 }
 

@@ -113,7 +113,7 @@ class Cursor {
     }
   }
 
-  // Of a channels-last block's rows, which are fewer than 2^32 elements apart.
+  // The rows of a channels-last block are fewer than 2^32 elements apart.
   using Offset = std::conditional_t<Traits::kRows, uint32_t, int64_t>;
 
   __device__ __forceinline__ bool inside() const { return left_ > 0; }

@@ -39,4 +39,26 @@ constexpr int kNonFinite = 1;
 constexpr int kSkipped = 2;
 constexpr int kCounters = 3;
 
+// Estimators of a BatchNorm pass.
+constexpr int kTorch = 0;
+constexpr int kWeighted = 1;
+constexpr int kPooled = 2;
+
+// Rows of a batch's statistics, and of the pass' accumulators.
+constexpr int kBatchValues = 0;
+constexpr int kBatchSamples = 1;
+constexpr int kBatchMean = 2;
+constexpr int kBatchM2 = 3;
+constexpr int kBatchRows = 4;
+constexpr int kValues = 0;
+constexpr int kSamples = 1;
+constexpr int kBatches = 2;
+constexpr int kMean = 3;
+constexpr int kSpread = 4;
+constexpr int kMeanMean = 5;
+constexpr int kMeanM2 = 6;
+constexpr int kVarMean = 7;
+constexpr int kVarM2 = 8;
+constexpr int kAccumulatorRows = 9;
+
 }  // namespace swa_fast

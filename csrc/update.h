@@ -22,7 +22,7 @@ struct Segment {
   C10_HOST_DEVICE char* average(int row) const {
     return reinterpret_cast<char*>(words[kSegmentHeader + row]);
   }
-  // Of the first element within its average.
+  // The number of the first element within its average.
   C10_HOST_DEVICE int64_t place() const { return words[kPlace]; }
   C10_HOST_DEVICE int64_t count() const { return words[kPacked] & 0xffffffff; }
   C10_HOST_DEVICE int average_type() const { return (words[kPacked] >> kAverageType) & 0xff; }

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from swa_fast import _layout as layout
+
 __all__ = ["batch_norm_collect", "batch_norm_merge_"]
 
 BLOCK = 2048  # values that a program has in flight
@@ -29,8 +31,7 @@ LINE, OUTPUT_LINE = 128, 512
 PROGRAMS = 1024  # fills any GPU; not its own number, for the same bits on all
 MAX_SPLITS = 512
 MERGE_BLOCK = 256
-POOLED = tl.constexpr(2)  # estimators, as in csrc/batch_norm.h
-TORCH = tl.constexpr(0)
+POOLED, TORCH = tl.constexpr(layout.POOLED), tl.constexpr(layout.TORCH)
 
 
 @triton.jit

@@ -10,6 +10,7 @@ finish advances them, when every other program has read them.
 """
 
 import contextlib
+import os
 
 import torch
 import triton
@@ -27,6 +28,8 @@ NUM_WARPS = 4  # with BLOCK: 32 elements, or eight 16-byte fp32 packs, per threa
 REGISTERS, STOCHASTIC_REGISTERS = 128, 168
 TYPES = tl.constexpr((tl.float32, tl.float64, tl.bfloat16, tl.float16))  # by type code
 LANES = tl.constexpr(128)  # threads of a program: what is loaded by LANES is loaded once
+# Triton's interpreter reduces tuples lane by lane, in Python: a hundred times slower than sums.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 WARP = tl.constexpr(32)  # what is loaded by WARP every warp has a copy of, without a barrier
 
 FLOAT, DOUBLE = tl.constexpr(layout.FLOAT), tl.constexpr(layout.DOUBLE)
@@ -63,20 +66,18 @@ def _load_row(table_ptr, averages):
 
 @triton.jit
 def _segment(words, average):
-    """Of a row of the table: source, packed, place and the address of an average."""
+    """The words source, packed and place of a row, and the address of an average."""
     lane = tl.arange(0, LANES)
     zero = tl.zeros_like(words)
-    # All four at once, because the threads of a program wait for each other at every reduction.
-    return tl.reduce(
-        (
-            tl.where(lane == SOURCE_WORD, words, zero),
-            tl.where(lane == PACKED_WORD, words, zero),
-            tl.where(lane == PLACE_WORD, words, zero),
-            tl.where(lane == average + HEADER, words, zero),
-        ),
-        0,
-        _add4,
-    )
+    source = tl.where(lane == SOURCE_WORD, words, zero)
+    packed = tl.where(lane == PACKED_WORD, words, zero)
+    place = tl.where(lane == PLACE_WORD, words, zero)
+    address = tl.where(lane == average + HEADER, words, zero)
+    if INTERPRETED:
+        return tl.sum(source), tl.sum(packed), tl.sum(place), tl.sum(address)
+    else:
+        # All at once, because the threads of a program wait for each other at every reduction.
+        return tl.reduce((source, packed, place, address), 0, _add4)
 
 
 @triton.jit
@@ -110,17 +111,18 @@ def _weight(rule_ptr, n):
             rule_ptr + column, mask=(column >= DECAY) & (column <= UPDATE_AFTER_STEP), other=0.0
         )
         zero = tl.zeros_like(rule)
-        decay, min_decay, gamma, power, after = tl.reduce(
-            (
-                tl.where(column == DECAY, rule, zero),
-                tl.where(column == MIN_DECAY, rule, zero),
-                tl.where(column == GAMMA, rule, zero),
-                tl.where(column == POWER, rule, zero),
-                tl.where(column == UPDATE_AFTER_STEP, rule, zero),
-            ),
-            0,
-            _add5,
-        )
+        decay = tl.where(column == DECAY, rule, zero)
+        min_decay = tl.where(column == MIN_DECAY, rule, zero)
+        gamma = tl.where(column == GAMMA, rule, zero)
+        power = tl.where(column == POWER, rule, zero)
+        after = tl.where(column == UPDATE_AFTER_STEP, rule, zero)
+        if INTERPRETED:
+            decay, min_decay, gamma = tl.sum(decay), tl.sum(min_decay), tl.sum(gamma)
+            power, after = tl.sum(power), tl.sum(after)
+        else:
+            decay, min_decay, gamma, power, after = tl.reduce(
+                (decay, min_decay, gamma, power, after), 0, _add5
+            )
         s = n.to(tl.float64) - after
         d = decay
         if kind == INVERSE_GAMMA:

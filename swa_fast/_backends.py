@@ -140,9 +140,14 @@ def _load_library(name: str) -> str | None:
     return None
 
 
+@functools.cache
 def cpu_library() -> Any:
-    """The module ``swa_fast._C``, or None where it cannot be had."""
-    return None if _load_library("_C") else importlib.import_module("swa_fast._C")
+    """The module ``swa_fast._C``, ready to look at tensors, or None where it cannot be had."""
+    if _load_library("_C"):
+        return None
+    library = importlib.import_module("swa_fast._C")
+    library.start(torch.Tensor.__dlpack_c_exchange_api__)
+    return library
 
 
 def code_for(capability: tuple[int, int], arch_list: str) -> str | None:

@@ -58,6 +58,18 @@ SWA, CONSTANT, INVERSE_GAMMA, RATIO, EXTERNAL = range(5)
 # and how many updates were skipped for that.
 TICKET, NON_FINITE, SKIPPED, COUNTERS = range(4)
 
+# How the statistics of batches are merged into those of a BatchNorm pass.
+ESTIMATORS = ("torch", "weighted", "pooled")
+TORCH, WEIGHTED, POOLED = range(3)
+# Rows of a batch's statistics, float64 [BATCH_ROWS, channels]: values, samples, mean, and the sum
+# of squared deviations from it.
+BATCH_VALUES, BATCH_SAMPLES, BATCH_MEAN, BATCH_M2, BATCH_ROWS = range(5)
+# Rows of the pass' accumulators, float64 [ACCUMULATOR_ROWS, channels]. SPREAD is the variance, or
+# with the pooled estimator the sum of squared deviations; the last four are mean and sum of squared
+# deviations, over the batches, of the batches' means and of their variances.
+VALUES, SAMPLES, BATCHES, MEAN, SPREAD = range(5)
+MEAN_MEAN, MEAN_M2, VAR_MEAN, VAR_M2, ACCUMULATOR_ROWS = range(5, 10)
+
 # Bytes that divide the place of a tensor in memory that the averages of many tensors share.
 ROW_ALIGNMENT = 128
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["check_kind", "inner", "match", "state_tensors"]
+__all__ = ["Filter", "Selection", "check_kind", "inner", "match", "state_tensors"]
+
+Filter = Callable[[str, Tensor], bool] | str | re.Pattern[str]
 
 
 def inner(model: nn.Module) -> nn.Module:
@@ -36,6 +39,85 @@ def state_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 yield dot + name, buffer, False
+
+
+class Selection:
+    """Which tensors of a module or a list are averaged. Found anew at each call, because modules
+    change.
+
+    Args:
+        params_or_module: a module; or tensors, or pairs of name and tensor.
+        buffers: whether buffers are among them.
+        trainable_only: leave out parameters that do not require a gradient.
+        filter: a predicate of name and tensor, or a regular expression to be found in the name.
+        unwrap: look into DataParallel, DistributedDataParallel or torch.compile.
+    """
+
+    def __init__(
+        self,
+        params_or_module: nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]],
+        buffers: bool,
+        trainable_only: bool,
+        filter: Filter | None,
+        unwrap: bool,
+    ) -> None:
+        self._buffers = buffers
+        self._trainable_only = trainable_only
+        self._keeps: Callable[[str, Tensor], object] | None = None
+        if isinstance(filter, str | re.Pattern):
+            pattern = re.compile(filter)
+            self._keeps = lambda name, _: pattern.search(name)
+        elif filter is not None:
+            self._keeps = filter
+        self.module: nn.Module | None = None
+        self._listed: list[tuple[str, Tensor, bool]] = []
+        if isinstance(params_or_module, nn.Module):
+            self.module = inner(params_or_module) if unwrap else params_or_module
+        else:
+            for i, item in enumerate(params_or_module):
+                name, tensor = item if isinstance(item, tuple) else (str(i), item)
+                self._listed.append((name, tensor, True))
+
+    def _all(self) -> Iterable[tuple[str, Tensor, bool]]:
+        return self._listed if self.module is None else state_tensors(self.module)
+
+    def collect(self) -> tuple[dict[str, int], list[Tensor], list[bool]]:
+        """Index of every name, and of every index the tensor and whether it is a parameter.
+
+        Raises:
+            ValueError: two tensors have one name.
+        """
+        names: dict[str, int] = {}
+        tensors: list[Tensor] = []
+        is_parameter: list[bool] = []
+        index: dict[int, int] = {}
+        for name, tensor, parameter in self._all():
+            if not parameter and not self._buffers:
+                continue
+            if parameter and self._trainable_only and not tensor.requires_grad:
+                continue
+            if self._keeps is not None and not self._keeps(name, tensor):
+                continue
+            if name in names:
+                raise ValueError(f"params_or_module: found the name {name} twice")
+            if id(tensor) not in index:
+                index[id(tensor)] = len(tensors)
+                tensors.append(tensor)
+                is_parameter.append(parameter)
+            names[name] = index[id(tensor)]
+        return names, tensors, is_parameter
+
+    def what_leaves_nothing(self) -> tuple[str, str]:
+        """Which argument leaves no tensor to average, and of how many."""
+        named = list(self._all())
+        if not named:
+            return "params_or_module", ""
+        trains = any(tensor.requires_grad for _, tensor, parameter in named if parameter)
+        if trains or not self._trainable_only:
+            if self._keeps is not None:
+                return "filter", f" among {len(named)} (the first is {named[0][0]!r})"
+            return "buffers='skip'", f" among {len(named)}, which are all buffers"
+        return "trainable_only", f" among {len(named)}, none of which requires a gradient"
 
 
 def check_kind(name: str, tensor: object) -> None:

@@ -36,9 +36,6 @@ __all__ = [
 AVERAGE_DTYPES = tuple(_layout.TYPE_CODES)
 
 _library = torch.library.Library("swa_fast", "DEF")
-_library.define("watch(Tensor[] tensors) -> int")
-_library.define("remember(Tensor[] averages, Tensor[] sources) -> int")
-_library.define("remembered(int watch, Tensor[] averages, Tensor[] sources) -> bool")
 
 
 def _update_fake(
@@ -61,8 +58,8 @@ def _collect_fake(x: Tensor, *others: Any) -> Tensor:
 
 
 def _merge_fake(accumulators: Tensor, batch: Tensor, estimator: int) -> None:
-    torch._check(accumulators.dim() == 2 and accumulators.shape[0] == 9)
-    torch._check(batch.shape == (4, accumulators.shape[1]))
+    torch._check(accumulators.dim() == 2 and accumulators.shape[0] == _layout.ACCUMULATOR_ROWS)
+    torch._check(batch.shape == (_layout.BATCH_ROWS, accumulators.shape[1]))
 
 
 def _in_kernels(module: str, name: str) -> Callable[..., Any]:
@@ -169,9 +166,6 @@ def same_dense_layout(average: Tensor, source: Tensor) -> bool:
             return False
         expected *= size
     return True
-
-
-_ESTIMATORS = ("torch", "weighted", "pooled")  # as numbered in csrc/batch_norm.h
 
 
 def is_dense(x: Tensor) -> bool:
@@ -350,11 +344,14 @@ def batch_norm_merge_(
     Source: Chan, Golub and LeVeque, "Algorithms for computing the sample variance: analysis and
     recommendations", The American Statistician 37, 1983 (pooled).
     """
-    if estimator not in _ESTIMATORS:
+    if estimator not in _layout.ESTIMATORS:
         raise ValueError(
-            f"estimator: expected one of {', '.join(_ESTIMATORS)}, found {estimator!r}"
+            f"estimator: expected one of {', '.join(_layout.ESTIMATORS)}, found {estimator!r}"
         )
-    for name, tensor, rows in (("accumulators", accumulators, 9), ("batch", batch, 4)):
+    for name, tensor, rows in (
+        ("accumulators", accumulators, _layout.ACCUMULATOR_ROWS),
+        ("batch", batch, _layout.BATCH_ROWS),
+    ):
         if tensor.dtype != torch.float64:
             raise TypeError(f"{name}: expected dtype float64, found {_dtype_name(tensor)}")
         if tensor.dim() != 2 or tensor.shape[0] != rows or not tensor.is_contiguous():
@@ -369,7 +366,7 @@ def batch_norm_merge_(
         )
     served = _backends.choose_backend(batch.device, backend)
     getattr(torch.ops.swa_fast.batch_norm_merge_, served)(
-        accumulators, batch, _ESTIMATORS.index(estimator)
+        accumulators, batch, _layout.ESTIMATORS.index(estimator)
     )
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version((accumulators, batch))

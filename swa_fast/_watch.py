@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from . import _backends
@@ -19,7 +17,8 @@ class Watch:
     """Notices when tensors move or change type, or module dictionaries change their contents.
 
     Args:
-        tensors: held by reference, so that an assignment to ``.data`` is seen.
+        tensors: held as Python objects, so that an assignment to ``.data`` is seen, and no other
+            reference to them is taken, so that ``torch.utils.swap_tensors`` works.
         dictionaries: such as the ``_parameters`` of modules.
     """
 
@@ -27,13 +26,13 @@ class Watch:
         self._dictionaries = tuple(
             (d, tuple(itertools.chain.from_iterable(d.items()))) for d in dictionaries
         )
+        self._tensors = tuple(tensors)
         self._extension = _backends.cpu_library()
         if self._extension is not None:
-            self._id = torch.ops.swa_fast.watch(list(tensors))
             self._contents = self._extension.contents(self._dictionaries)
-            weakref.finalize(self, self._extension.forget, self._id)
+            self._facts = self._extension.facts(self._tensors, ())
         else:
-            self._facts = [(t, self._look(t)) for t in tensors]
+            self._facts = [self._look(tensor) for tensor in tensors]
 
     @staticmethod
     def _look(tensor: Tensor) -> tuple[object, ...]:
@@ -42,10 +41,11 @@ class Watch:
     def holds(self) -> bool:
         """True while nothing has changed."""
         if self._extension is not None:
-            held: bool = self._extension.unchanged(self._id, self._contents)
+            held: bool = self._extension.unchanged(self._contents, self._facts, self._tensors)
             return held
         # By identity, because tensors compare elementwise.
-        return all(self._look(t) == facts for t, facts in self._facts) and all(
+        looks = [self._look(tensor) for tensor in self._tensors]
+        return looks == self._facts and all(
             2 * len(d) == len(items)
             and all(
                 a is b for a, b in zip(itertools.chain.from_iterable(d.items()), items, strict=True)

@@ -116,7 +116,7 @@ class AveragedModel(nn.Module):
         self.multi_avg_fn = multi_avg_fn
         self.use_buffers = use_buffers
         self.backend = backend
-        # Of the model updated last, made at its first update and whenever something moved.
+        # Made for a model at its first update, and again whenever something moved.
         self._storage: Storage | None = None
         self._key: tuple[object, ...] = ()
         self._model: Callable[[], nn.Module | None] = _no_model

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,15 +12,13 @@ from torch import Tensor, nn
 
 from . import _backends, _ops
 from ._layout import MAX_AVERAGES
-from ._modules import check_kind, inner, state_tensors
+from ._modules import Filter, Selection, check_kind
 from ._watch import Watch
 from .engine import Engine, Slot, dense_strides
 from .rules import EMA, SWA, Rule, describe_rule, why_it_stands_still
 from .storage import FlatMemory, Storage
 
 __all__ = ["Averager"]
-
-Filter = Callable[[str, Tensor], bool] | str | re.Pattern[str]
 
 
 class Averager:
@@ -127,27 +124,13 @@ class Averager:
         self._seed = seed
         self._on_nonfinite = on_nonfinite
         self._dtype = dtype
-        self._buffers = buffers
-        self._keeps: Callable[[str, Tensor], object] | None = None
-        if isinstance(filter, str | re.Pattern):
-            pattern = re.compile(filter)
-            self._keeps = lambda name, _: pattern.search(name)
-        elif filter is not None:
-            self._keeps = filter
-        self._trainable_only = trainable_only
         self._device = None if device is None else torch.empty(0, device=device).device
-        self._module: nn.Module | None = None
-        self._listed: list[tuple[str, Tensor, bool]] = []
-        if isinstance(params_or_module, nn.Module):
-            self._module = inner(params_or_module) if unwrap else params_or_module
-        else:
-            for i, item in enumerate(params_or_module):
-                name, tensor = item if isinstance(item, tuple) else (str(i), item)
-                self._listed.append((name, tensor, True))
-
-        names, tensors, is_parameter = self._collect()
+        self._selection = Selection(
+            params_or_module, buffers != "skip", trainable_only, filter, unwrap
+        )
+        names, tensors, is_parameter = self._selection.collect()
         if not tensors:
-            found, left_out = self._left_out()
+            found, left_out = self._selection.what_leaves_nothing()
             raise ValueError(
                 f"{found}: expected at least one tensor to average, found none{left_out}"
             )
@@ -204,44 +187,9 @@ class Averager:
             return tensor.dtype
         return self._dtype
 
-    def _collect(self) -> tuple[dict[str, int], list[Tensor], list[bool]]:
-        """Index of every name, and of every index the tensor and whether it is a parameter."""
-        named = self._listed if self._module is None else state_tensors(self._module)
-        names: dict[str, int] = {}
-        tensors: list[Tensor] = []
-        is_parameter: list[bool] = []
-        index: dict[int, int] = {}
-        for name, tensor, parameter in named:
-            if not parameter and self._buffers == "skip":
-                continue
-            if parameter and self._trainable_only and not tensor.requires_grad:
-                continue
-            if self._keeps is not None and not self._keeps(name, tensor):
-                continue
-            if name in names:
-                raise ValueError(f"params_or_module: found the name {name} twice")
-            if id(tensor) not in index:
-                index[id(tensor)] = len(tensors)
-                tensors.append(tensor)
-                is_parameter.append(parameter)
-            names[name] = index[id(tensor)]
-        return names, tensors, is_parameter
-
-    def _left_out(self) -> tuple[str, str]:
-        """Which argument leaves no tensor to average, and of how many."""
-        named = list(self._listed if self._module is None else state_tensors(self._module))
-        if not named:
-            return "params_or_module", ""
-        trains = any(tensor.requires_grad for _, tensor, parameter in named if parameter)
-        if trains or not self._trainable_only:
-            if self._keeps is not None:
-                return "filter", f" among {len(named)} (the first is {named[0][0]!r})"
-            return "buffers='skip'", f" among {len(named)}, which are all buffers"
-        return "trainable_only", f" among {len(named)}, none of which requires a gradient"
-
     def _bind(self, tensors: list[Tensor]) -> None:
-        modules = [] if self._module is None else Watch.dictionaries_of(self._module)
-        self._storage.bind(tensors, modules)
+        module = self._selection.module
+        self._storage.bind(tensors, [] if module is None else Watch.dictionaries_of(module))
 
     def _current(self) -> list[Tensor]:
         """The model's tensors in the order of the slots, wherever they are now.
@@ -249,7 +197,7 @@ class Averager:
         Raises:
             ValueError: they do not fit the averages; all that does not is named.
         """
-        names, tensors, _ = self._collect()
+        names, tensors, _ = self._selection.collect()
         problems = [
             f"{n}: in the average, not in the model" for n in self._aliases if n not in names
         ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -112,15 +111,12 @@ def by_device_and_dtype(
 
 
 def rule_of(function: AvgFn | MultiAvgFn | None) -> Rule | None:
-    """The kernel's rule for one of our averaging functions; None for a user's."""
+    """The kernel's rule for one of our averaging functions, or None for a user's function."""
     if function is None:
         return SWA()
     if isinstance(function, _AvgFn | _MultiAvgFn):
         return SWA() if function.decay is None else EMA(function.decay)
     return None
-
-
-_remembered = torch.ops.swa_fast.remembered.default
 
 
 class _Bound:
@@ -143,12 +139,11 @@ class _Bound:
                 (plan.backend, engine.device, any_count, plan.rules, table.words, table.pairs,
                  table.short)
             )  # fmt: skip
-        extension = _backends.cpu_library()
-        self._id = torch.ops.swa_fast.remember(list(averaged), list(current))
-        weakref.finalize(self, extension.forget, self._id)
+        self._extension = _backends.cpu_library()
+        self._facts = self._extension.facts(averaged, current)
 
     def serves(self, averaged: list[Tensor], current: list[Tensor]) -> bool:
-        same: bool = _remembered(self._id, averaged, current)
+        same: bool = self._extension.hold(self._facts, averaged, current)
         return same
 
     def average(self, num_averaged: Tensor | None) -> None:

@@ -256,9 +256,6 @@ def batch_norm_collect(
     return torch.empty_like(x).copy_(y)
 
 
-_TORCH, _WEIGHTED, _POOLED = range(3)  # estimators, as in csrc/batch_norm.h
-
-
 def batch_norm_merge_(accumulators: Tensor, batch: Tensor, estimator: int) -> None:
     """Merges one batch's statistics, see :func:`swa_fast._ops.batch_norm_merge_`.
 
@@ -270,11 +267,11 @@ def batch_norm_merge_(accumulators: Tensor, batch: Tensor, estimator: int) -> No
     uses = k + 1
     variance = m2 / (m - 1).clamp(min=1)
     delta = mu - mean
-    if estimator == _POOLED:
+    if estimator == layout.POOLED:
         share = m / (total + m)
         spread = spread + (m2 + delta * delta * total * share)
     else:
-        share = 1 / uses if estimator == _TORCH else b / (n + b)
+        share = 1 / uses if estimator == layout.TORCH else b / (n + b)
         spread = spread + share * (variance - spread)
     moved = [total + m, n + b, uses, mean + share * delta, spread]
     for value, average, m2_of_average in ((mu, mean_mean, mean_m2), (variance, var_mean, var_m2)):

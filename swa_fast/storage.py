@@ -287,8 +287,8 @@ class _Swap:
         self._row = row
         self._parts = list(zip(storage.parts, storage._plans, strict=True))
         self._live = list(storage.live)
-        # Of another dtype, layout or device: through a copy, because the average could not hold the
-        # live values without a loss, or the other way round.
+        # Live values whose dtype, layout or device is not the average's. They are kept in a copy,
+        # because one side could not hold the other's without a loss.
         self._kept: dict[int, Tensor] = {}
 
     def _trade(self) -> None:

@@ -6,6 +6,12 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+# Where tests run in several processes, these and what they start share the cores: OpenMP with more
+# threads than cores waits for itself. The variable has to be set before torch is first imported.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // workers)))
+
 import pytest
 import torch
 
@@ -39,6 +45,18 @@ def _seeded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _poisoned(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Memory that torch allocates for others to fill, in Python or C++, holds NaN and the largest
+    integers until they do. Not on a GPU: a fill is a launch, and launches are counted."""
+    if "gpu" in request.keywords:
+        yield
+        return
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture
 def simulator() -> Any:
     """The simulator of GPUs, which counts launches, waits and bytes. A real GPU counts none of
@@ -46,6 +64,17 @@ def simulator() -> Any:
     if not gpusim.active():
         pytest.skip("counts need the simulated GPU, and this one is real")
     return gpusim
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    output = getattr(session.config, "workeroutput", None)  # of pytest-xdist, in its workers
+    if output is not None:
+        output["comparisons"] = helpers.comparisons
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    helpers.comparisons += getattr(node, "workeroutput", {}).get("comparisons", 0)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

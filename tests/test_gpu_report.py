@@ -376,7 +376,7 @@ def test_the_model_has_as_many_blocks_as_the_kernels(
 
 
 def test_the_predictions_are_those_of_the_model(bench: Any) -> None:
-    """Of every case and contender of ours that the report times."""
+    """There is one for every case and contender of ours that the report times."""
     assert bench.predict.predictions() == bench.predict.load()
     machines = set(bench.predict.MACHINES)
     assert machines == {"A100", "H100", "H200", "B200"}

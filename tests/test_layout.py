@@ -53,3 +53,15 @@ def test_triton_takes_the_size_of_a_segment_from_here(
     averager.update()
     assert len(averager._storage._plans[0].update.words) == -(-10_007 // size)
     assert torch.equal(averager.averages["swa"]["0"], source)
+
+
+def test_memory_that_nothing_was_written_to_is_poisoned() -> None:
+    """What tests/conftest.py promises all tests, for tensors made in Python and in C++."""
+    x = torch.zeros(3)
+    for empty in (
+        torch.empty(3),
+        torch.empty_like(x),
+        x.new_empty(3),
+        torch.empty_strided((3,), (1,)),
+    ):
+        assert empty.isnan().all()

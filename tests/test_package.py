@@ -152,6 +152,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     remembered = (
         _backends.build_info,
         _backends._load_library,
+        _backends.cpu_library,
         _backends.cuda_code,
         _backends._triton_reason,
         _backends._log_choice,

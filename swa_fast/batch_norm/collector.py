@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import _ops
+from .._layout import VALUES
 from .graph import CapturedForward, Signature, signature_of, waiting_told
 from .layers import Layer, gathers_weights, has_hooks
 from .options import Options
 from .relu import Consumers, Output
-from .statistics import VALUES, Statistics
+from .statistics import Statistics
 
 # Batches that run in full before the forward is cut off behind the last layer.
 _FULL_BATCHES = 2

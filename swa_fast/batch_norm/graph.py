@@ -74,7 +74,7 @@ class CapturedForward:
         cached = torch.is_autocast_cache_enabled()
         problem: Exception | None = None
         with torch.cuda.device(batch.device), warnings.catch_warnings():
-            # Of a graph that is empty because ``run`` has raised.
+            # The graph is empty where ``run`` has raised.
             warnings.filterwarnings("ignore", "The CUDA Graph is empty")
             torch.set_autocast_cache_enabled(False)
             try:

@@ -12,10 +12,9 @@ import torch.distributed as dist
 from torch import nn
 
 from .. import _backends
+from .._layout import ESTIMATORS
 
 Call = Callable[[nn.Module, Any], Any]
-
-ESTIMATORS = ("torch", "weighted", "pooled")
 
 
 @dataclass(frozen=True)

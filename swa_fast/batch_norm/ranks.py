@@ -9,9 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .collector import Collector
-from .layers import Layer
-from .statistics import (
+from .._layout import (
     BATCHES,
     MEAN,
     MEAN_M2,
@@ -22,6 +20,8 @@ from .statistics import (
     VAR_M2,
     VAR_MEAN,
 )
+from .collector import Collector
+from .layers import Layer
 
 
 def _gather(values: Tensor, group: dist.ProcessGroup) -> Tensor:

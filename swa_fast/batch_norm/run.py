@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .._layout import MEAN, SPREAD
 from .batches import EMPTY, Loader, tensors_of
 from .collector import Collector
 from .convergence import MIN_BATCHES, Convergence
@@ -23,8 +24,6 @@ from .options import Options
 from .ranks import agree, merge_ranks
 from .report import BNReport
 from .statistics import (
-    MEAN,
-    SPREAD,
     check_finite,
     eps_of,
     standard_errors,

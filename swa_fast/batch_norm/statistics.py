@@ -9,10 +9,16 @@ import torch
 from torch import Tensor
 
 from .. import _backends, _ops
+from .._layout import (
+    ACCUMULATOR_ROWS,
+    BATCHES,
+    MEAN,
+    MEAN_M2,
+    SPREAD,
+    VALUES,
+    VAR_M2,
+)
 from .layers import Layer
-
-# Rows of the accumulators, see _ops.batch_norm_merge_.
-VALUES, SAMPLES, BATCHES, MEAN, SPREAD, MEAN_MEAN, MEAN_M2, VAR_MEAN, VAR_M2 = range(9)
 
 
 class Statistics:
@@ -32,7 +38,7 @@ class Statistics:
             layer.start = start
             start += layer.channels
         self.channels = start
-        self.accumulators = torch.zeros(9, start, dtype=torch.float64, device=device)
+        self.accumulators = torch.zeros(ACCUMULATOR_ROWS, start, dtype=torch.float64, device=device)
         tickets = self.split(_ops.batch_norm_tickets(device, start))
         for layer in layers:
             layer.tickets = tickets[layer.place]
