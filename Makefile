@@ -48,7 +48,7 @@ test-gpu: $(VENV)/.test
 	if $(BIN)/python -c "import torch; exit(not torch.cuda.is_available())"; then \
 	  $(BIN)/pytest -m gpu; \
 	else \
-	  $(GPUSIM) -m pytest tests/gpusim/tests && $(GPUSIM) -m pytest -m gpu; \
+	  $(GPUSIM) -m pytest tests/gpusim/tests && $(GPUSIM) -m pytest -n auto --dist worksteal -m gpu; \
 	fi
 
 GPUSIM_SOURCES := $(wildcard tests/gpusim/src/*.cpp tests/gpusim/src/*.h tests/gpusim/tests/ext/*)

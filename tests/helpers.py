@@ -129,3 +129,9 @@ def of_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def is_averaged(name: str, tensor: Tensor, buffers: str) -> bool:
+    is_buffer = name.startswith("bn.running") or name in ("bn.num_batches_tracked", "mask")
+    numeric = tensor.is_floating_point() or tensor.is_complex()
+    return numeric and (not is_buffer or buffers == "average")

@@ -6,7 +6,6 @@ import copy
 import gc
 import itertools
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ from helpers import (
     Net,
     assert_as_accurate,
     extended,
+    is_averaged,
     need,
     of_dtype,
-    raw_arguments,
     snapshot,
     step,
 )
@@ -30,17 +29,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import swa_fast
-from swa_fast import EMA, SWA, Averager, Warmup, _backends, _gather, reference
-from swa_fast._watch import Watch
+from swa_fast import EMA, SWA, Averager, Warmup
 
 backends = pytest.mark.parametrize("backend, device", BACKENDS)
 RULES = {"swa": SWA(), "ema": EMA(0.9), "long": EMA(0.99, warmup="diffusers")}
-
-
-def is_averaged(name: str, tensor: Tensor, buffers: str) -> bool:
-    is_buffer = name.startswith("bn.running") or name in ("bn.num_batches_tracked", "mask")
-    numeric = tensor.is_floating_point() or tensor.is_complex()
-    return numeric and (not is_buffer or buffers == "average")
 
 
 # What becomes of buffers is decided on the host. Triton's interpreter, which takes seconds a case,
@@ -103,101 +95,6 @@ def test_every_average_follows_its_rule(
             )  # fmt: skip
 
 
-@backends
-@pytest.mark.parametrize(
-    "rule",
-    [
-        SWA(), EMA(0.0), EMA(0.75), EMA(1.0), EMA(half_life=3), EMA(0.95, warmup="timm"),
-        EMA(0.9, warmup="diffusers"), EMA(0.9999, warmup="diffusers-inverse-gamma"),
-        EMA(0.8, warmup=Warmup(gamma=2.5, power=0.75, min_decay=0.3, update_after_step=4)),
-        EMA(0.9, warmup=Warmup(gamma=None, update_after_step=3)),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_weights_on_the_device_are_the_rule_s(backend: str, device: str, rule: object) -> None:
-    """The average of 0, 1, 1, 1, ... in fp64 tells every weight."""
-    need(backend, device)
-    source = torch.zeros(3, dtype=torch.float64, device=device)
-    averager = Averager([source], {"a": rule}, backend=backend)
-    expected = 0.0
-    for n in range(12):
-        averager.update()
-        expected += rule.weight(n) * (float(n > 0) - expected)
-        found = averager.averages["a"]["0"].tolist()
-        assert found == pytest.approx([expected] * 3, rel=1e-12, abs=0), n
-        source.fill_(1.0)
-
-
-def test_presets_are_the_other_systems_formulas() -> None:
-    """Written out from their documentation; step is theirs, n + 1 here."""
-
-    def inverse_gamma(step: int, decay: float, after: int) -> float:
-        s = max(0, step - after - 1)
-        return 0.0 if s <= 0 else min(1 - (1 + s / 1.0) ** -(2 / 3), decay)
-
-    def ratio(step: int, decay: float) -> float:
-        s = max(0, step - 1)
-        return 0.0 if s <= 0 else min((1 + s) / (10 + s), decay)
-
-    for n in (0, 1, 2, 9, 99, 100, 101, 5000, 10**6):
-        for decay in (0.9, 0.9999):
-            for preset, theirs in (
-                ("timm", inverse_gamma(n + 1, decay, 0)),
-                ("diffusers-inverse-gamma", inverse_gamma(n + 1, decay, 0)),
-                ("ema-pytorch", inverse_gamma(n + 1, decay, 100)),
-                ("diffusers", ratio(n + 1, decay)),
-            ):
-                assert 1 - EMA(decay, warmup=preset).weight(n) == pytest.approx(theirs, abs=1e-15)
-
-
-def test_preset_against_timm() -> None:
-    timm = pytest.importorskip("timm.utils.model_ema", exc_type=ImportError)
-    theirs = timm.ModelEmaV3(nn.Linear(1, 1), decay=0.999, use_warmup=True)
-    for n in range(2000):
-        found = 1 - EMA(0.999, warmup="timm").weight(n)
-        assert found == pytest.approx(theirs.get_decay(n + 1), abs=2**-52)
-
-
-@pytest.mark.parametrize("preset", ["diffusers", "diffusers-inverse-gamma"])
-def test_preset_against_diffusers(preset: str) -> None:
-    training_utils = pytest.importorskip("diffusers.training_utils", exc_type=ImportError)
-    theirs = training_utils.EMAModel(
-        [nn.Parameter(torch.zeros(1))], decay=0.999, use_ema_warmup=preset != "diffusers"
-    )
-    for n in range(2000):
-        found = 1 - EMA(0.999, warmup=preset).weight(n)
-        assert found == pytest.approx(theirs.get_decay(n + 1), abs=2**-52)
-
-
-def test_preset_against_ema_pytorch() -> None:
-    ema_pytorch = pytest.importorskip("ema_pytorch", exc_type=ImportError)
-    model = nn.Linear(1, 1)
-    theirs = ema_pytorch.EMA(model, beta=0.999, update_every=1)
-    for n in range(300):
-        theirs.update()
-        expected = theirs.get_current_decay()
-        found = 1 - EMA(0.999, warmup="ema-pytorch").weight(n)
-        assert found == pytest.approx(float(expected), abs=1e-6), n  # theirs is fp32
-
-
-def test_rules_refuse() -> None:
-    for make, message in (
-        (lambda: EMA(), "exactly one of the two"),
-        (lambda: EMA(0.9, half_life=3), "exactly one of the two"),
-        (lambda: EMA(1.5), r"decay: expected a number in \[0, 1\], found 1.5"),
-        (lambda: EMA(math.nan), "decay"),
-        (lambda: EMA(half_life=0), "half_life: expected a number above 0, found 0"),
-        (lambda: EMA(0.9, warmup="tim"), "warmup: expected a Warmup or one of timm, diffusers"),
-        (lambda: EMA(0.5, warmup=Warmup(min_decay=0.6)), "min_decay 0.6 exceeds the decay 0.5"),
-        (lambda: Warmup(gamma=0), "gamma"),
-        (lambda: Warmup(power=-1), "power"),
-        (lambda: Warmup(min_decay=2), "min_decay"),
-        (lambda: Warmup(update_after_step=-1), "update_after_step"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            make()
-
-
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     shapes=st.lists(st.lists(st.integers(0, 70), max_size=3), min_size=1, max_size=12),
@@ -241,22 +138,6 @@ def test_sixteen_averages_of_tensors_longer_than_a_run(backend: str, device: str
             torch.testing.assert_close(averager.averages[name][str(at)], expected)
 
 
-def test_storage_is_flat_aligned_and_of_one_dtype() -> None:
-    averager = Averager(Net(), RULES, dtype=None)
-    views = [v for average in averager.averages.values() for v in average.values() if v.numel()]
-    storages = {v.dtype: v.untyped_storage().data_ptr() for v in views}
-    for view in views:
-        assert view.data_ptr() % 128 == 0
-        assert view.untyped_storage().data_ptr() == storages[view.dtype]
-    assert len(set(storages.values())) == len(storages)
-    memory = sum(rows.numel() * rows.element_size() for rows in averager._memory)
-    exact = sum(v.numel() * v.element_size() for v in views)
-    assert memory <= exact + 128 * len(views)
-    averages = averager.averages["ema"]
-    assert averages["out.weight"].data_ptr() == averages["embed.weight"].data_ptr()
-    Net().load_state_dict(averages)
-
-
 @backends
 def test_same_result_every_time(backend: str, device: str) -> None:
     need(backend, device)
@@ -271,63 +152,6 @@ def test_same_result_every_time(backend: str, device: str) -> None:
         results.append(averager.averages)
     for rule, name in itertools.product(RULES, results[0]["swa"]):
         assert torch.equal(results[0][rule][name], results[1][rule][name])
-
-
-@pytest.mark.parametrize("extension", [True, False], ids=["C++ watch", "Python watch"])
-def test_changes_of_the_model_are_noticed(extension: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if extension:
-        need("cpu", "cpu")
-    else:
-        monkeypatch.setattr(_backends, "cpu_library", lambda: None)
-    model = Net()
-    averager = Averager(model, {"swa": SWA()})
-
-    def data(m: Net) -> None:
-        m.frozen.data = torch.randn(4097)
-
-    def replaced(m: Net) -> None:
-        m.conv.weight = nn.Parameter(torch.randn(5, 3, 3, 3))
-
-    def module_replaced(m: Net) -> None:
-        m.bn = nn.BatchNorm2d(5)
-
-    def memory_format(m: Net) -> None:
-        m.conv.to(memory_format=torch.contiguous_format)
-
-    def retyped(m: Net) -> None:
-        m.turned.data = m.turned.data.to(torch.bfloat16)
-
-    def same_memory_other_strides(m: Net) -> None:
-        m.turned.data = m.turned.data.as_strided((129, 33), (33, 1))
-
-    def assigned(m: Net) -> None:
-        moved = {k: (v + 1).to(v.dtype) for k, v in m.state_dict().items()}
-        m.load_state_dict(moved, assign=True)
-        m.out.weight = m.embed.weight
-
-    def nothing(m: Net) -> None:
-        pass
-
-    history = []
-    for change in (
-        nothing, data, memory_format, replaced, module_replaced, retyped,
-        same_memory_other_strides, assigned, nothing,
-    ):  # fmt: skip
-        step(model)
-        change(model)
-        watch = averager._storage._watch
-        assert watch is not None
-        assert watch.holds() == (change is nothing), change
-        averager.update()
-        assert (averager._storage._watch is watch) == (change is nothing)
-        history.append({k: v.double() for k, v in snapshot(model).items() if v.is_floating_point()})
-    for name in history[0]:
-        if is_averaged(name, model.state_dict()[name], "copy"):
-            values = torch.stack([h[name] for h in history])
-            # One fp32 rounding of weight, difference and result at each update.
-            allowed = len(history) * 2**-23 * values.abs().max().item() if values.numel() else 0
-            found = averager.averages["swa"][name].double()
-            torch.testing.assert_close(found, values.mean(0), rtol=0, atol=allowed)
 
 
 def test_misfits_are_named_together_and_nothing_is_written() -> None:
@@ -479,117 +303,6 @@ def test_a_user_s_function(backend: str, device: str) -> None:
         torch.testing.assert_close(mine, averager.averages["ema"][name])
 
 
-# Stochastic rounding.
-
-
-def test_philox_known_answers() -> None:
-    """The vectors of Random123's kat_vectors for philox4x32-10."""
-    for counter, key, expected in (
-        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-        (
-            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0),
-            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-        ),
-    ):  # fmt: skip
-        group = counter[0] | counter[1] << 32
-        group -= (group >> 63) << 64
-        words = reference.philox(
-            key[0] | key[1] << 32, torch.tensor([group]), torch.tensor(counter[2]), counter[3]
-        )
-        assert words.tolist() == [list(expected)]
-
-
-def bfloat16_averages(
-    backend: str | None, device: str, seed: int = 3, dtype: torch.dtype = torch.float32
-) -> dict[str, Tensor]:
-    torch.manual_seed(11)
-    model = nn.Sequential(nn.Linear(130, 67), nn.Linear(67, 3), nn.Linear(3, 1, bias=False))
-    model.to(device, dtype)
-    averager = Averager(
-        model, {"swa": SWA(), "ema": EMA(0.999)}, dtype=torch.bfloat16, rounding="stochastic",
-        seed=seed, backend=backend,
-    )  # fmt: skip
-    for _ in range(4):
-        step(model)
-        averager.update()
-    return {
-        f"{rule} {name}": tensor.cpu()
-        for rule, tensors in averager.averages.items()
-        for name, tensor in tensors.items()
-    }
-
-
-@backends
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_stochastic_rounding_is_the_same_everywhere(
-    backend: str, device: str, dtype: torch.dtype
-) -> None:
-    need(backend, device)
-    expected = bfloat16_averages("reference", "cpu", dtype=dtype)
-    found = bfloat16_averages(backend, device, dtype=dtype)
-    for name, tensor in expected.items():
-        # Triton's interpreter does not fuse multiply and add: an fp32 unit, rarely a bf16 one.
-        if backend == "triton" and device == "cpu":
-            different = (found[name] != tensor).float().mean().item()
-            assert different < 0.01, name
-            torch.testing.assert_close(found[name], tensor, rtol=2**-7, atol=0)
-        else:
-            assert torch.equal(found[name], tensor), name
-
-
-@pytest.mark.parametrize("backend, device", [p for p in BACKENDS if p.id in ("cpu", "reference")])
-def test_stochastic_rounding_depends_on_the_seed_only(backend: str, device: str) -> None:
-    need(backend, device)
-    threads = torch.get_num_threads()
-    one = bfloat16_averages(backend, device)
-    try:
-        torch.set_num_threads(1)
-        again = bfloat16_averages(backend, device)
-    finally:
-        torch.set_num_threads(threads)
-    other = bfloat16_averages(backend, device, seed=4)
-    assert all(torch.equal(one[name], again[name]) for name in one)
-    assert any(not torch.equal(one[name], other[name]) for name in one)
-
-
-@pytest.mark.parametrize("backend, device", [p for p in BACKENDS if p.id in ("cpu", "reference")])
-def test_stochastic_rounding_is_unbiased(backend: str, device: str) -> None:
-    """An EMA whose every step is below bfloat16's resolution reaches its place on average."""
-    need(backend, device)
-    source = torch.ones(20_000)
-    averager = Averager(
-        [source], {"ema": EMA(0.999)}, dtype=torch.bfloat16, rounding="stochastic",
-        backend=backend,
-    )  # fmt: skip
-    averager.update()
-    source.fill_(1.5)
-    for _ in range(200):
-        averager.update()
-    average = averager.averages["ema"]["0"].double()
-    expected = 1.5 - 0.5 * 0.999**200
-    # Each of the steps adds a variance of at most a quarter of the squared resolution, 2^-7.
-    deviation = math.sqrt(200 * 0.25) * 2**-7
-    assert abs(average.mean().item() - expected) < 4 * deviation / math.sqrt(len(source))
-    assert average.std().item() < deviation
-
-
-@backends
-def test_stochastic_rounding_of_special_values(backend: str, device: str) -> None:
-    need(backend, device)
-    values = [0.0, -0.0, math.inf, -math.inf, math.nan, 1.0, -1.5, 2.0**-133, 3.38e38]
-    source = torch.tensor(values, device=device)
-    averager = Averager(
-        [source], {"a": EMA(0.5)}, dtype=torch.bfloat16, rounding="stochastic", backend=backend
-    )
-    averager.update()
-    found = averager.averages["a"]["0"].float().cpu()
-    expected = torch.tensor(values)
-    exact = expected.bfloat16().float() == expected
-    assert torch.equal(found[exact], expected[exact])
-    assert found[4].isnan()
-
-
 # Non-finite values.
 
 
@@ -641,48 +354,6 @@ def test_an_update_with_a_nonfinite_value_raises(backend: str, device: str) -> N
     assert averager.state_dict()["n_averaged"] == {"swa": 2}
 
 
-# Exchange with the live weights.
-
-
-@backends
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_applied(backend: str, device: str, dtype: torch.dtype) -> None:
-    need(backend, device)
-    model = of_dtype(Net(), dtype).to(device)
-    averager = Averager(model, RULES, backend=backend)
-    with pytest.raises(RuntimeError, match="'ema' has not been updated yet"):
-        averager.applied("ema").__enter__()
-    for _ in range(3):
-        step(model)
-        averager.update()
-    live = snapshot(model)
-    averages = {k: v.clone() for k, v in averager.averages["ema"].items()}
-    addresses = [p.data_ptr() for p in model.parameters()]
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.numel()], lr=0.1, momentum=0.9)
-    with pytest.raises(KeyError, match="expected one of swa, ema, long, found 'emma'"):
-        averager.applied("emma").__enter__()
-    with pytest.raises(ArithmeticError), averager.applied("ema"):
-        for name, tensor in model.state_dict().items():
-            assert torch.equal(tensor, averages[name].to(tensor.dtype)), name
-        assert model.out.weight is model.embed.weight
-        with pytest.raises(RuntimeError, match="'ema' is already applied"):
-            averager.applied("swa").__enter__()
-        with pytest.raises(RuntimeError, match="the average 'ema' is applied"):
-            averager.update()
-        with pytest.raises(RuntimeError, match="the average 'ema' is applied"):
-            averager.load_state_dict({})
-        raise ArithmeticError
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, live[name]), name
-    for name, tensor in averager.averages["ema"].items():
-        assert torch.equal(tensor, averages[name]), name
-    assert [p.data_ptr() for p in model.parameters()] == addresses
-    assert {id(p) for p in model.parameters() if p.numel()} == {
-        id(p) for group in optimizer.param_groups for p in group["params"]
-    }
-    averager.update()
-
-
 def test_averages_are_asked_for_by_name(tmp_path: Path) -> None:
     averager = Averager(nn.Linear(2, 3), {"swa": SWA(), "ema": EMA(0.9)})
     torch.save(averager.averages, tmp_path / "averages.pt")
@@ -712,65 +383,6 @@ def test_what_leaves_nothing_to_average_is_named(arguments: dict[str, Any], mess
         Averager([], {"swa": SWA()})
     with pytest.raises(ValueError, match=r"buffers='skip': .* which are all buffers"):
         Averager(nn.BatchNorm1d(2, affine=False), {"swa": SWA()}, buffers="skip")
-
-
-def test_a_write_while_applied_is_reported() -> None:
-    model = nn.Linear(3, 2)
-    averager = Averager(model, {"swa": SWA()})
-    averager.update()
-    with (
-        pytest.raises(RuntimeError, match="an average was written while one was applied"),
-        averager.applied("swa"),
-    ):
-        averager.averages["swa"]["bias"].zero_()
-    with averager.applied("swa"):
-        pass
-
-
-def test_the_model_may_be_moved_while_applied() -> None:
-    model = Net()
-    averager = Averager(model, {"swa": SWA()})
-    averager.update()
-    step(model)
-    live = snapshot(model)
-    with averager.applied("swa"):
-        model.conv.weight.data = model.conv.weight.data.clone()
-        model.conv.to(memory_format=torch.contiguous_format)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, live[name]), name
-
-
-def test_a_model_that_no_longer_fits_gets_its_weights_back() -> None:
-    model = Net()
-    averager = Averager(model, {"swa": SWA()})
-    averaged = swa_fast.AveragedModel(model)
-    for applied in (lambda: averager.applied("swa"), lambda: averaged.applied(model)):
-        averager.update()
-        averaged.update_parameters(model)
-        average = {k: v.clone() for k, v in averager.averages["swa"].items()}
-        step(model)
-        live = snapshot(model)
-        with pytest.raises(ValueError, match="extra: in the model, not in the average"), applied():
-            model.extra = nn.Parameter(torch.zeros(2))
-            model.frozen = nn.Parameter(torch.ones(4097))
-        del model.extra
-        for name, tensor in model.state_dict().items():
-            if name != "frozen":
-                assert torch.equal(tensor, live[name]), name
-            torch.testing.assert_close(averager.averages["swa"][name], average[name])
-            torch.testing.assert_close(averaged.module.state_dict()[name], average[name])
-
-
-def test_parameters_over_the_same_memory_are_swapped_once() -> None:
-    memory = torch.arange(6.0)
-    sources = [memory, memory[:]]
-    averager = Averager(sources, {"swa": SWA()})
-    averager.update()
-    memory.add_(1)
-    with averager.applied("swa"):
-        assert memory.tolist() == list(range(6))
-    assert memory.tolist() == [i + 1 for i in range(6)]
-    assert averager.averages["swa"]["0"].tolist() == list(range(6))
 
 
 # Resume.
@@ -814,64 +426,6 @@ def test_resumed_is_uninterrupted(
     assert resumed.n_averaged == averager.n_averaged
     for rule, name in itertools.product(rules, averager.averages["swa"]):
         assert torch.equal(resumed.averages[rule][name], averager.averages[rule][name])
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("chunk", [1 << 28, 4096, 1])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_averages_on_the_cpu_of_a_model_on_a_gpu(
-    dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Gathered in one piece or in many, from tensors of every kind, moved ones too."""
-    monkeypatch.setattr(_gather, "CHUNK", chunk)
-    model = of_dtype(Net(), dtype)
-    there = copy.deepcopy(model).cuda()
-    # In the model's own types the CPU's averages are the reference: same arithmetic, same bits.
-    ours = Averager(there, RULES, device="cpu", buffers="average")
-    theirs = Averager(model, RULES, buffers="average")
-    for n in range(4):
-        if n == 2:
-            there.embed.weight.data = there.embed.weight.data.clone()
-        step(model)
-        there.load_state_dict(model.state_dict())
-        ours.update()
-        theirs.update()
-    for rule, name in itertools.product(RULES, theirs.averages["swa"]):
-        found = ours.averages[rule][name]
-        assert found.device.type == "cpu"
-        assert torch.equal(found, theirs.averages[rule][name]), name
-
-
-@pytest.mark.gpu
-def test_without_pinned_memory_the_copies_are_right_all_the_same(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    empty = torch.empty
-
-    def unpinned(*arguments: Any, pin_memory: bool = False, **options: Any) -> Tensor:
-        if pin_memory:
-            raise RuntimeError("the limit of locked memory")
-        return empty(*arguments, **options)
-
-    monkeypatch.setattr(torch, "empty", unpinned)
-    model = nn.Linear(3, 4).cuda()
-    averager = Averager(model, {"swa": SWA()}, device="cpu")
-    averager.update()
-    assert torch.equal(averager.averages["swa"]["weight"], model.weight.cpu())
-
-
-@pytest.mark.gpu
-def test_without_room_for_a_buffer_tensors_come_one_by_one(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def full(tensors: object) -> None:
-        raise torch.cuda.OutOfMemoryError("full")
-
-    monkeypatch.setattr(_gather, "Gather", full)
-    model = nn.Linear(3, 4).cuda()
-    averager = Averager(model, {"swa": SWA()}, device="cpu")
-    averager.update()
-    assert torch.equal(averager.averages["swa"]["bias"], model.bias.cpu())
 
 
 def test_a_state_that_does_not_fit_changes_nothing() -> None:
@@ -986,91 +540,6 @@ def test_updates_on_a_side_stream(backend: str) -> None:
     assert torch.equal(averager.averages["swa"]["weight"], model.weight)
 
 
-@pytest.mark.gpu
-def test_model_on_two_devices() -> None:
-    model = nn.Sequential(nn.Linear(5, 3).to("cuda"), nn.Linear(3, 2))
-    averager = Averager(model, RULES)
-    averaged = swa_fast.AveragedModel(model)
-    history = []
-    for _ in range(3):
-        step(model)
-        averager.update()
-        averaged.update_parameters(model)
-        history.append({k: v.cpu() for k, v in snapshot(model).items()})
-    for name in history[0]:
-        mean = torch.stack([h[name] for h in history]).mean(0)
-        torch.testing.assert_close(averager.averages["swa"][name].cpu(), mean)
-        torch.testing.assert_close(averaged.module.state_dict()[name].cpu(), mean)
-    assert averager.averages["swa"]["0.weight"].is_cuda
-    assert not averager.averages["swa"]["1.weight"].is_cuda
-    model[1].to("cuda")
-    with pytest.raises(ValueError, match=r"1\.bias: the average is on cpu, the model on cuda:0"):
-        averager.update()
-
-
-@pytest.mark.gpu
-def test_averages_kept_on_the_cpu() -> None:
-    model = of_dtype(Net(), torch.bfloat16).to("cuda")
-    averager = Averager(model, {"swa": SWA()}, device="cpu")
-    for _ in range(2):
-        averager.update()
-    for name, average in averager.averages["swa"].items():
-        assert not average.is_cuda
-        assert torch.equal(average, model.state_dict()[name].cpu().to(average.dtype)), name
-    live = snapshot(model)
-    with averager.applied("swa"):
-        pass
-    assert all(torch.equal(v, live[k]) for k, v in model.state_dict().items())
-
-
-@backends
-@pytest.mark.parametrize("seed", [None, 5])
-@pytest.mark.parametrize("on_nonfinite", [None, "skip"])
-def test_opcheck(backend: str, device: str, seed: int | None, on_nonfinite: str | None) -> None:
-    need(backend, device)
-    sources = [torch.randn(33).bfloat16().to(device), torch.randn(5).to(device)]
-    averager = Averager(
-        sources, {"a": SWA(), "b": EMA(0.9)}, dtype=torch.bfloat16, backend=backend,
-        rounding="nearest" if seed is None else "stochastic", on_nonfinite=on_nonfinite,
-    )  # fmt: skip
-    update, swap = raw_arguments(averager)
-    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(
-        getattr(torch.ops.swa_fast.update_, backend), tuple(update), test_utils=tests
-    )
-    torch.library.opcheck(
-        getattr(torch.ops.swa_fast.swap_, backend), tuple(swap), test_utils=("test_faketensor",)
-    )
-    torch.library.opcheck(
-        torch.ops.swa_fast.update_averager,
-        (averager._memory, averager._counts, averager._storage.live, averager._handle),
-        test_utils=("test_faketensor", "test_autograd_registration"),
-    )
-
-
-def test_raw_operators_check_their_arguments() -> None:
-    need("cpu", "cpu")
-    good, good_swap = raw_arguments(Averager([torch.randn(5)], {"a": SWA()}, backend="cpu"))
-    for at, bad, message in (
-        (2, torch.zeros(17, dtype=torch.int64), "expected 1 to 16 averages, found 17"),
-        (2, torch.zeros(1), "n_averaged must be contiguous int64"),
-        (3, torch.zeros(2, dtype=torch.int64), "counters must hold 3 int64"),
-        (4, torch.zeros(1, 8), "rules must be fp64"),
-        (5, torch.zeros(1, 3, dtype=torch.int64), r"table must be int64 of shape \[segments, 4\]"),
-        (5, torch.zeros(4, dtype=torch.int64), "table must be int64"),
-    ):
-        with pytest.raises(RuntimeError, match=message):
-            torch.ops.swa_fast.update_.cpu(*good[:at], bad, *good[at + 1 :])
-    with pytest.raises(RuntimeError, match="skip_nonfinite needs counters"):
-        torch.ops.swa_fast.update_.cpu(*good[:3], None, *good[4:8], True)
-    for at, wrong, message in (
-        (2, torch.zeros(1, 3, dtype=torch.int64), "table must be int64"),
-        (3, 1, "expected average 0 to 0, found 1"),
-    ):
-        with pytest.raises(RuntimeError, match=message):
-            torch.ops.swa_fast.swap_.cpu(*good_swap[:at], wrong, *good_swap[at + 1 :])
-
-
 def test_autograd_notices_an_update() -> None:
     source = torch.ones(3)
     averager = Averager([source], {"a": SWA()})
@@ -1081,21 +550,3 @@ def test_autograd_notices_an_update() -> None:
     averager.update()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
-
-
-def test_watch_of_many() -> None:
-    """Both implementations agree on what a change is."""
-    tensors = [torch.randn(3) for _ in range(5)]
-    place: dict[str, object] = {"a": tensors[0], "b": None}
-    changes: tuple[Callable[[], object], ...] = (
-        lambda: place.update(c=1),
-        lambda: place.pop("b"),
-        lambda: place.update(a=tensors[1]),
-        lambda: tensors[2].resize_(2),
-        lambda: tensors[3].set_(torch.randn(3)),
-    )
-    for change in changes:
-        watches = [Watch(tensors, [place]) for _ in range(2)]
-        assert all(watch.holds() for watch in watches)
-        change()
-        assert not any(watch.holds() for watch in watches)
