@@ -170,12 +170,21 @@ def check(
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
 
 
+def enough(shape: tuple[int, ...], layout: str, backend: str, device: str) -> tuple[int, ...]:
+    """With few channels where each has programs of its own, which Triton's interpreter runs one
+    after the other."""
+    if backend == "triton" and device == "cpu" and layout == "contiguous":
+        return shape[0], min(shape[1], 9), *shape[2:]
+    return shape
+
+
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_shape_and_dtype(backend: str, device: str, layout: str, dtype: torch.dtype) -> None:
     need(backend, device)
-    for i, shape in enumerate(SHAPES):
+    for i, every in enumerate(SHAPES):
+        shape = enough(every, layout, backend, device)
         x = make(shape, dtype)
         weight, bias = affine(shape[1], dtype)
         relu = i % 2 == 1
@@ -227,7 +236,7 @@ def test_unaligned_bases(backend: str, device: str, layout: str) -> None:
     need(backend, device)
     for dtype in (torch.float32, torch.float16, torch.float64):
         for shape in ((9, 8, 8, 8), (2, 64, 3, 5)):
-            x = make(shape, dtype)
+            x = make(enough(shape, layout, backend, device), dtype)
             dense = x if layout == "contiguous" else x.movedim(1, -1).contiguous()
             moved = unaligned(dense.to(device))
             moved = moved if layout == "contiguous" else moved.movedim(-1, 1)
