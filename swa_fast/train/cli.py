@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import TrainConfig, resolve_device, with_absolute_paths
+from .config import PARSERS, TrainConfig, option_name, resolve_device, with_absolute_paths
 from .curves import draw_curves
 from .distributed import World
 from .errors import Stopped, TrainError
-from .options import PARSERS, option_name
 from .presets import PRESETS, flop, measure_speed, scaled
 from .progress import Progress
 from .report import (
@@ -123,7 +122,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> Any:
         if (parse := PARSERS.get(field.type)) is None:
             group.add_argument(name, action=argparse.BooleanOptionalAction, help=meta["help"])
         else:
-            group.add_argument(name, type=parse, metavar=meta["metavar"], help=meta["help"])
+            group.add_argument(name, type=parse, metavar=meta["kind"].metavar, help=meta["help"])
     return groups["output"]
 
 

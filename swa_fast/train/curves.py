@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .config import TrainConfig
+from .config import METHODS, TrainConfig
 from .errors import import_extra
 from .methods import plan
-from .options import METHODS
 from .results import Results
 from .run_folder import write_atomically
 

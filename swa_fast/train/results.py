@@ -29,9 +29,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .config import TrainConfig
+from .config import METHODS, TrainConfig
 from .methods import plan
-from .options import METHODS
 
 __all__ = ["Results", "overhead", "summarise"]
 

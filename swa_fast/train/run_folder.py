@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .errors import TrainError
+from .errors import TrainError, first_line
 
 __all__ = ["RunFolder", "write_atomically"]
 
@@ -330,9 +330,8 @@ class RunFolder:
             payload = torch.load(path, map_location=device, weights_only=True)
         # Neither has an error of its own: BadZipFile, UnpicklingError, RuntimeError, KeyError...
         except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise TrainError(
-                f"{path}: {expected}, found a damaged or foreign file ({reason})"
+                f"{path}: {expected}, found a damaged or foreign file ({first_line(error)})"
             ) from error
         if not isinstance(payload, dict) or payload.get("format") != _CHECKPOINT:
             raise TrainError(f"{path}: {expected}, found another kind of file")

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = [
-    "Projection", "blocks_per_stage", "check_sizes", "he_init", "pixel_mean", "three_stages",
-]  # fmt: skip
+__all__ = ["Projection", "blocks_per_stage", "check_sizes", "he_init", "pixel_mean"]
 
 
 class Projection(nn.Conv2d):
@@ -43,26 +40,6 @@ def blocks_per_stage(depth: int, layers: int, others: int = 2) -> int:
     if rest or blocks < 1:
         raise ValueError(f"depth: expected {layers}n + {others} with n of 1 or more, found {depth}")
     return blocks
-
-
-def three_stages(
-    block: Callable[[int, int, int], nn.Module],
-    channels: int,
-    width: int,
-    blocks: int,
-    expansion: int = 1,
-) -> list[nn.Sequential]:
-    """Stages of ``width``, twice and four times as many planes; the first block of the second and
-    of the third has stride 2. ``block`` makes one, given its input channels, planes and stride, and
-    its output has ``expansion`` times the planes."""
-    stages = []
-    for planes, first_stride in ((width, 1), (2 * width, 2), (4 * width, 2)):
-        stage = nn.Sequential()
-        for i in range(blocks):
-            stage.append(block(channels, planes, first_stride if i == 0 else 1))
-            channels = expansion * planes
-        stages.append(stage)
-    return stages
 
 
 def pixel_mean(x: Tensor) -> Tensor:
