@@ -52,18 +52,9 @@ _COMMON: dict[str, Any] = {
     "fge_lr_min": 5e-4,
     "eval_every": 5,
 }
-_COLUMNS = [
-    "model",
-    "epochs",
-    "lr",
-    "weight_decay",
-    "swa_start",
-    "swa_lr",
-    "fge_cycle",
-    "fge_lr_max",
-]
+_RATES = ("lr", "weight_decay", "swa_start", "swa_lr", "fge_cycle", "fge_lr_max")
 _CODE: dict[str, dict[str, Any]] = {
-    row[0]: {**_COMMON, **dict(zip(["model", "epochs", *_RATES], row, strict=True))}
+    row[0]: {**_COMMON, **dict(zip(("model", "epochs", *_RATES), row, strict=True))}
     for row in (
         ("vgg16", 200, 0.05, 5e-4, 160 / 200, 0.01, 2, 0.01),
         ("preresnet164", 150, 0.1, 3e-4, 125 / 150, 0.05, 4, 0.05),

@@ -49,7 +49,7 @@ def pixel_mean(x: Tensor) -> Tensor:
 
 def he_init(model: nn.Module) -> None:
     r"""Draws every convolution's weight from a normal distribution with mean 0 and standard
-    deviation :math:`\sqrt{2/(k^2\,c_\text{out})}`.
+    deviation :math:`\sqrt{2/(k^2\,c_\text{out})}`, and sets its bias to 0.
 
     Source: He et al., "Delving Deep into Rectifiers", ICCV 2015, in the form that looks at the
     backward pass.
@@ -58,3 +58,5 @@ def he_init(model: nn.Module) -> None:
         if isinstance(module, nn.Conv2d):
             fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
             nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan_out))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

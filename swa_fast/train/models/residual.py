@@ -25,9 +25,8 @@ def doubled(width: int, blocks: int) -> list[int]:
 
 
 class ResidualNet(nn.Module):
-    """A 3x3 stem, three stages of as many blocks, the mean over all positions, and a linear layer.
-
-    The first block of the second and of the third stage has stride 2.
+    """A 3x3 stem, three stages of n blocks each (the first of stages 2 and 3 has stride 2), then
+    BN-ReLU, the mean over all positions, and a linear layer.
 
     Args:
         block: makes one, given its input channels, planes and stride.
@@ -114,14 +113,12 @@ def _wide(channels: int, planes: int, stride: int) -> _Block:
 
 
 class PreResNet(ResidualNet):
-    r"""Pre-activation ResNet.
+    r"""Pre-activation ResNet: a :class:`ResidualNet` of w, 2w and 4w planes with as wide a stem.
 
-    A 3x3 stem, three stages of n blocks with w, 2w and 4w planes (the first block of stages 2 and 3
-    has stride 2), then BN-ReLU, the mean over all positions and a linear layer. Depths below 44
-    use basic blocks, n = (depth - 2)/6; from 44 on bottlenecks, n = (depth - 2)/9, whose output
-    has 4 times the planes. Convolutions have no bias and start from a normal distribution with
-    standard deviation :math:`\sqrt{2/(k^2\,c_\text{out})}`; BatchNorm starts from scale 1 and
-    shift 0; the linear layer keeps PyTorch's default.
+    Depths below 44 use basic blocks, n = (depth - 2)/6; from 44 on bottlenecks, n = (depth - 2)/9,
+    whose output has 4 times the planes. Convolutions have no bias and start from a normal
+    distribution with standard deviation :math:`\sqrt{2/(k^2\,c_\text{out})}`; BatchNorm starts from
+    scale 1 and shift 0; the linear layer keeps PyTorch's default.
 
     Args:
         depth: number of layers: 6n + 2 below 44, 9n + 2 from 44 on.
@@ -146,12 +143,10 @@ class PreResNet(ResidualNet):
 
 
 class WideResNet(ResidualNet):
-    """Wide ResNet.
+    """Wide ResNet: a :class:`ResidualNet` of w, 2w and 4w planes, n = (depth - 4)/6.
 
-    A 3x3 stem of 16 planes, three stages of n = (depth - 4)/6 blocks with w, 2w and 4w planes (the
-    first block of stages 2 and 3 has stride 2), then BN-ReLU, the mean over all positions and a
-    linear layer. WRN-d-k is depth d with w = 16k. There is no dropout; all layers start from
-    PyTorch's defaults. The last BatchNorm has momentum 0.9, the others 0.1.
+    WRN-d-k is depth d with w = 16k. There is no dropout; all layers start from PyTorch's defaults.
+    The last BatchNorm has momentum 0.9, the others 0.1.
 
     Args:
         depth: number of layers, 6n + 4.
@@ -201,11 +196,8 @@ class _PyramidBlock(nn.Module):
 
 
 class PyramidNet(ResidualNet):
-    r"""Pyramidal residual network of bottlenecks.
-
-    A 3x3 stem of 16 planes with BN, three stages of n = (depth - 2)/9 bottlenecks (the first of
-    stages 2 and 3 has stride 2), then BN-ReLU, the mean over all positions and a linear layer.
-    Every block is a little wider than the one before: block k of all 3n has
+    r"""Pyramidal residual network: a :class:`ResidualNet` of bottlenecks with BN after the stem,
+    n = (depth - 2)/9. Every block is a little wider than the one before: block k of all 3n has
 
     .. math:: p_k = \operatorname{round}(16 + k\,\alpha/(3n)), \quad k = 1, \dots, 3n
 

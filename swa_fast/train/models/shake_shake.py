@@ -100,11 +100,10 @@ class _Block(nn.Module):
 
 
 class ShakeShake(ResidualNet):
-    r"""Shake-Shake network for small images, e.g. 26 2x64d.
+    r"""Shake-Shake network for small images, e.g. 26 2x64d: a :class:`~.residual.ResidualNet` of w,
+    2w and 4w planes, n = (depth - 2)/6, with BN after the stem and none before the last ReLU.
 
-    A 3x3 stem of 16 planes with BN, three stages of n blocks with w, 2w and 4w planes (the first
-    block of stages 2 and 3 has stride 2), then ReLU, the mean over all positions and a linear
-    layer. A block is x + shake(b1(x), b2(x)), see :func:`shake`, with two branches
+    A block is x + shake(b1(x), b2(x)), see :func:`shake`, with two branches
     ReLU-conv3x3-BN-ReLU-conv3x3-BN; where the shape changes, x is replaced by BN of two
     1x1 convolutions of ReLU(x), one of them shifted by a pixel. Convolutions have no bias and start
     from a normal distribution with standard deviation :math:`\sqrt{2/(k^2\,c_\text{out})}`;
