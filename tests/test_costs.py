@@ -15,7 +15,7 @@ from torch import nn
 
 import swa_fast
 from swa_fast import EMA, SWA, Averager
-from swa_fast.train.models.preresnet import PreResNet
+from swa_fast.train.models import PreResNet
 
 pytestmark = pytest.mark.gpu
 KERNEL = "update_kernel"

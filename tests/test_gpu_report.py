@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import swa_fast
-from swa_fast.train.models.preresnet import PreResNet
+from swa_fast.train.models import PreResNet
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 if not (BENCH / "gpu_report.py").exists():

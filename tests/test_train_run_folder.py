@@ -13,7 +13,7 @@ import pytest
 import torch
 from train_runs import arguments, cut, newest, records
 
-from swa_fast.train import cli
+from swa_fast.train import cli, run_folder
 from swa_fast.train.errors import TrainError
 from swa_fast.train.run_folder import RunFolder, write_atomically
 
@@ -81,7 +81,8 @@ def test_a_failed_write_of_a_checkpoint_is_reported(
     folder = RunFolder(tmp_path)
     folder.save_checkpoint("sgd", 0, 1, {"a": 1})
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fdopen", lambda number, mode: io.BufferedWriter(Full(number, mode)))
+        full = lambda path, mode: io.BufferedWriter(Full(path, mode))  # noqa: E731
+        patch.setattr(run_folder, "open", full, raising=False)
         with pytest.raises(TrainError, match=r"0000002\.pt: cannot be written .*disk is full"):
             folder.save_checkpoint("sgd", 0, 2, {str(i): torch.zeros(9999) for i in range(3)})
     assert [p.name for p in folder.checkpoints.iterdir()] == ["sgd-00000-0000001.pt"]

@@ -75,7 +75,7 @@ def test_all_files(finished: Path) -> None:
         "swa-fixed-00006-0000000.pt",
     ]
     results = json.loads((finished / "results.json").read_text())
-    assert (results["schema"], results["schema_version"]) == ("swa_fast.train.results", 2)
+    assert (results["schema"], results["schema_version"]) == ("swa_fast.train.results", 3)
     assert (results["status"], results["preset"], results["scale"]) == ("complete", None, 1.0)
     assert results["config"]["seed"] == 7 and results["config"]["device"] in ("cpu", "cuda:0")
     assert results["environment"]["torch"] == torch.__version__

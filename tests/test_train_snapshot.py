@@ -92,3 +92,17 @@ def test_damaged_runs(
     assert error.startswith("swa-fast train: error: ")
     assert re.search(message, error), error
     assert content() == before
+
+
+@pytest.mark.parametrize("dataset", ["digits", "imagenet"])
+def test_unfinished_runs_of_version_2(
+    dataset: str, interrupted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They go on, unless their crops would be others from here on."""
+    change_results(lambda r: r.update(schema_version=2))(interrupted)
+    change_results(lambda r: r["config"].update(dataset=dataset))(interrupted)
+    assert cli.main(["train", "--resume", str(interrupted)]) == (0 if dataset == "digits" else 2)
+    if dataset == "imagenet":
+        assert "found version 2, whose random crops of imagenet were others" in (
+            capsys.readouterr().err
+        )

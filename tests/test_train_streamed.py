@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from swa_fast.train.data import NORMALISATIONS, Placement, load_dataset, streamed
-from swa_fast.train.data.streamed import StreamedDataset, crop_window, load_stream
+from swa_fast.train.data.streamed import StreamedDataset, load_stream
 from swa_fast.train.errors import TrainError, import_extra
 
 CPU = torch.device("cpu")
@@ -125,35 +125,18 @@ def test_crops_vary_and_are_mirrored(folder: Path) -> None:
     assert shown.min() < 0.4 < 0.8 < shown.max()
 
 
-@pytest.mark.parametrize("size", [(40, 60), (300, 200)])
-def test_crop_windows_are_distributed_as_torchvisions(size: tuple[int, int]) -> None:
-    width, height = size
-    draw = random.Random(0)
-    kind = import_extra("torchvision.transforms").RandomResizedCrop
-    image = Image.new("L", size)
-    ours = torch.tensor([crop_window(width, height, draw) for _ in range(3000)]).double()
-    theirs = torch.tensor(
-        [kind.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(3000)]
-    ).double()
-    assert (ours[:, :2] >= 0).all()
-    assert (ours[:, 0] + ours[:, 2] <= height).all() and (ours[:, 1] + ours[:, 3] <= width).all()
-    for quantity in (
-        lambda w: w[:, 2] * w[:, 3] / (width * height),  # area
-        lambda w: (w[:, 3] / w[:, 2]).log(),  # ratio
-        lambda w: w[:, 0],
-        lambda w: w[:, 1],
-    ):
-        a, b = quantity(ours), quantity(theirs)
-        error = ((a.var() + b.var()) / 3000) ** 0.5
-        assert (a.mean() - b.mean()).abs() < 4.5 * error
-        assert 0.9 < a.std() / b.std() < 1.1
-
-
-@pytest.mark.parametrize("size", [(1000, 3), (3, 1000), (1, 1)])
-def test_crop_windows_of_long_images_are_torchvisions(size: tuple[int, int]) -> None:
-    kind = import_extra("torchvision.transforms").RandomResizedCrop
-    expected = kind.get_params(Image.new("L", size), (0.08, 1.0), (3 / 4, 4 / 3))
-    assert crop_window(*size, random.Random(0)) == tuple(expected)
+def test_crops_are_torchvisions(folder: Path) -> None:
+    """By hand, with torchvision's own class and the seed of the request."""
+    dataset = load_stream(folder, image_size=16)
+    transforms = import_extra("torchvision.transforms")
+    crop = transforms.RandomResizedCrop(16)
+    decoder = streamed._Decoder(dataset.root, 16)
+    for seed, name in enumerate(dataset.train_files):
+        with Image.open(folder / name) as image, torch.random.fork_rng():
+            torch.manual_seed(seed)
+            cut = crop(image)
+            expected = transforms.functional.hflip(cut) if torch.rand(()) < 0.5 else cut
+        assert np.array_equal(decoder[(name, 0, seed)][0].numpy(), np.array(expected))
 
 
 @pytest.mark.parametrize(("image_size", "resize"), [(28, 32), (224, 256)])
@@ -203,8 +186,6 @@ def test_an_epoch_can_be_entered_anywhere(folder: Path, monkeypatch: pytest.Monk
         read.clear()
         assert_equal(list(batches.epoch(7, first=first)), expected[first:])
         assert len(read) == images
-    with pytest.raises(ValueError, match="first: expected 0 to 5 batches, found 6"):
-        batches.epoch(7, first=6)
 
 
 @pytest.mark.parametrize(("world", "batch_size"), [(2, 4), (3, 7), (2, 17)])
@@ -278,7 +259,7 @@ def test_bad_folders(folder: Path) -> None:
         load_stream(folder)
     for path in (folder / "val/n4").iterdir():
         path.unlink()
-    with pytest.raises(TrainError, match=r"val: expected images in one folder per class, .*n4"):
+    with pytest.raises(TrainError, match=r"val/n4: expected images of the class"):
         load_stream(folder)
     (folder / "val").rename(folder / "test")
     with pytest.raises(TrainError, match="val: expected a folder with one folder per class, or"):

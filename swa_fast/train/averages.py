@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -13,11 +13,11 @@ from swa_fast import AveragedModel, get_ema_multi_avg_fn
 from .clock import Clock
 from .config import TrainConfig
 from .evaluation import Evaluation, Score
+from .methods import Captured
 
 __all__ = ["Average", "Ensemble", "WeightAverage", "make_average"]
 
-#: Whether weights are captured after so many epochs; None stands for a capture after every step.
-Captured = Callable[[int], bool] | None
+Networks = dict[str, nn.Module]
 
 
 class Average(ABC):
@@ -26,22 +26,19 @@ class Average(ABC):
     Attributes:
         per_process: whether every process has a state of its own.
         captures: how often weights were captured.
+        every_step: whether weights are captured after every step, and not after epochs.
     """
 
     per_process: ClassVar[bool] = False
 
     def __init__(self, captured: Captured) -> None:
         self._captured = captured
+        self.every_step = captured is None
         self.captures = 0
 
     def due(self, epoch: int) -> bool:
         """Whether weights are captured after ``epoch`` epochs."""
         return self._captured is not None and self._captured(epoch)
-
-    @property
-    def every_step(self) -> bool:
-        """Whether weights are captured after every step instead."""
-        return self._captured is None
 
     @abstractmethod
     def capture(self, model: nn.Module, evaluation: Evaluation, clock: Clock) -> None:
@@ -52,25 +49,16 @@ class Average(ABC):
         """Loss and accuracy after ``epoch`` epochs."""
 
     @abstractmethod
-    def networks(
-        self, method: str, epoch: int, reported: Sequence[str], model: nn.Module
-    ) -> dict[str, nn.Module]:
-        """The networks that are saved after an epoch, by the names of their files.
-
-        Args:
-            method: name of the method.
-            epoch: number of finished epochs.
-            reported: names of the results that are reported after this epoch.
-            model: the network in training.
-        """
+    def networks(self, epoch: int, reported: Sequence[str], model: nn.Module) -> Networks:
+        """The networks that are saved after an epoch, by the names of their files, given the
+        names of the results that are ``reported`` then, and the network in training."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """Everything from which :meth:`load_state_dict` continues; tensors and plain values."""
 
     @abstractmethod
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 class WeightAverage(Average):
@@ -103,9 +91,7 @@ class WeightAverage(Average):
         with clock("eval"):
             return evaluation.score(self.averaged)
 
-    def networks(
-        self, method: str, epoch: int, reported: Sequence[str], model: nn.Module
-    ) -> dict[str, nn.Module]:
+    def networks(self, epoch: int, reported: Sequence[str], model: nn.Module) -> Networks:
         return dict.fromkeys(reported, self.averaged.module)
 
     def state_dict(self) -> dict[str, Any]:
@@ -142,11 +128,9 @@ class Ensemble(Average):
         with clock("eval"):
             return evaluation.score_probabilities(self._sum / self.captures)
 
-    def networks(
-        self, method: str, epoch: int, reported: Sequence[str], model: nn.Module
-    ) -> dict[str, nn.Module]:
+    def networks(self, epoch: int, reported: Sequence[str], model: nn.Module) -> Networks:
         # A file for every member, named by its number.
-        return {f"{method}-{self.captures:02d}": model} if self.due(epoch) else {}
+        return {f"fge-{self.captures:02d}": model} if self.due(epoch) else {}
 
     def state_dict(self) -> dict[str, Any]:
         return {"captures": self.captures, "sum": self._sum}

@@ -10,15 +10,13 @@ import dataclasses
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import TrainConfig, resolve_device, with_absolute_paths
+from .config import PARSERS, TrainConfig, option_name, resolve_device, with_absolute_paths
 from .curves import draw_curves
 from .distributed import World
 from .errors import Stopped, TrainError
-from .options import PARSERS, option_name
 from .presets import PRESETS, flop, measure_speed, scaled
 from .progress import Progress
 from .report import (
@@ -52,9 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     output = _add_settings(train)
     out_help = "folder of the run (default: runs/<dataset>-<model>-seed<seed>)"
-    output.add_argument("--out", metavar="DIR", help=out_help)
+    output.add_argument("--out", metavar="DIR", default=None, help=out_help)
     resume_help = "continue the run in DIR with the settings stored there"
-    output.add_argument("--resume", metavar="DIR", help=resume_help)
+    output.add_argument("--resume", metavar="DIR", default=None, help=resume_help)
     _add_output(output)
 
     preset = commands.add_parser(
@@ -80,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     output = _add_settings(preset)
     out_help = "folder of all runs (default: runs/<preset>[-scale<S>])"
-    output.add_argument("--out", metavar="DIR", help=out_help)
+    output.add_argument("--out", metavar="DIR", default=None, help=out_help)
     _add_output(output)
 
     listing = commands.add_parser(
@@ -123,18 +121,24 @@ def _add_settings(parser: argparse.ArgumentParser) -> Any:
         if (parse := PARSERS.get(field.type)) is None:
             group.add_argument(name, action=argparse.BooleanOptionalAction, help=meta["help"])
         else:
-            group.add_argument(name, type=parse, metavar=meta["metavar"], help=meta["help"])
+            group.add_argument(name, type=parse, metavar=meta["kind"].metavar, help=meta["help"])
     return groups["output"]
 
 
 def _add_output(group: Any) -> None:
     group.add_argument(
-        "--overwrite", action="store_true", help="replace the run that --out already holds"
+        "--overwrite",
+        action="store_true",
+        default=False,
+        help="replace the run that --out already holds",
     )
-    group.add_argument("--quiet", action="store_true", help="a line per epoch instead of a bar")
+    group.add_argument(
+        "--quiet", action="store_true", default=False, help="a line per epoch instead of a bar"
+    )
     group.add_argument(
         "--checkpoint-minutes",
         type=float,
+        default=10.0,
         metavar="M",
         help="checkpoints are written after every epoch, and within one when the last is older "
         "(default: 10)",
@@ -159,9 +163,7 @@ def main(argv: Sequence[str] | None = None, *, command: Sequence[str] | None = N
             return _train(options, list(command or ("swa-fast", name)))
         if name == "run":
             return _run(options, ["swa-fast", *arguments])
-        if name == "presets":
-            return _presets(options)
-        return _report(options)
+        return _presets(**options) if name == "presets" else _report(**options)
     except TrainError as error:
         print(f"swa-fast {name}: error: {error}", file=sys.stderr)
         return 2
@@ -170,90 +172,75 @@ def main(argv: Sequence[str] | None = None, *, command: Sequence[str] | None = N
         return 130
 
 
-@dataclass
-class _Manner:
-    """How a run shows itself and saves, which changes no result."""
-
-    quiet: bool = False
-    overwrite: bool = False
-    checkpoint_minutes: float = 10.0
-
-    @classmethod
-    def taken_from(cls, options: dict[str, Any]) -> _Manner:
-        """Takes its own options out of those given."""
-        names = [field.name for field in dataclasses.fields(cls) if field.name in options]
-        return cls(**{name: options.pop(name) for name in names})
-
-
 def _train(options: dict[str, Any], command: list[str]) -> int:
-    manner = _Manner.taken_from(options)
-    out = options.pop("out", None)
-    resume = options.pop("resume", None)
+    out, resume, manner = options.pop("out"), options.pop("resume"), _manner(options)
     previous = None
     if resume is None:
         config = TrainConfig.from_options(options)
         name = f"{config.dataset}-{config.model}-seed{config.seed}"
         folder = RunFolder(out or Path("runs", name))
     else:
-        for name, given in (("--out", out is not None), ("--overwrite", manner.overwrite)):
+        for name, given in (("--out", out is not None), ("--overwrite", manner["overwrite"])):
             if given:
                 raise TrainError(f"{name}: expected only without --resume, found both")
         folder = RunFolder(resume)
         previous = folder.read_results()
         config = _resumed_config(options, previous, folder)
     again = [*command, "--resume", str(folder.path)]
-    return _one_run(config, folder, previous, manner, again)
+    return _one_run(config, folder, previous, again, **manner)
+
+
+def _manner(options: dict[str, Any]) -> dict[str, Any]:
+    """Takes the options out that change no result: how a run shows itself and saves."""
+    return {name: options.pop(name) for name in ("quiet", "overwrite", "checkpoint_minutes")}
 
 
 def _one_run(
     config: TrainConfig,
     folder: RunFolder,
     previous: dict[str, Any] | None,
-    manner: _Manner,
     again: list[str],
-    **preset: Any,
+    *,
+    quiet: bool,
+    overwrite: bool,
+    **how: Any,
 ) -> int:
     """A run with its messages; 0, or 130 if it was interrupted.
 
-    Args:
-        config, folder, previous, preset: for :func:`~swa_fast.train.session.run`.
-        manner: how it goes on.
-        again: the command that continues it.
+    ``again`` is the command that continues it; ``previous`` and the other arguments are those of
+    :func:`~swa_fast.train.session.run`.
     """
+    path = folder.file("results.json")
 
     def written() -> int | None:
-        path = folder.file("results.json")
         return path.stat().st_mtime_ns if path.exists() else None
 
     before = written()
     world = World(cuda=config.device.startswith("cuda"))
-    progress = Progress(quiet=manner.quiet, silent=not world.main)
+    progress = Progress(quiet=quiet, silent=not world.main)
     try:
         if previous is None:
             if world.main:
-                folder.create(overwrite=manner.overwrite)
+                folder.create(overwrite=overwrite)
             world.wait()
         if previous is not None and previous["status"] == "complete":
             progress.say(f"The run in {folder.path} is already complete.")
             results = previous
         else:
-            how = {"world": world, "checkpoint_minutes": manner.checkpoint_minutes, **preset}
-            results = run(config, folder, progress, previous, **how)
+            results = run(config, folder, progress, previous, world=world, **how)
         progress.say("\n" + format_phases(results))
         progress.say("\n" + format_table(results["summary"]))
         progress.say(f"\nAll files are in {folder.path}")
         return 0
     except (Stopped, KeyboardInterrupt) as error:
-        if not world.main:
-            return 130
-        if previous is None and written() == before:
-            print("\nInterrupted before the training began.", file=sys.stderr)
-            return 130
         saved = "its state" if isinstance(error, Stopped) else "its last checkpoint"
-        print(
-            f"\nInterrupted; {saved} is in {folder.path}. Continue with:\n  {shlex.join(again)}",
-            file=sys.stderr,
-        )
+        if previous is None and written() == before:
+            message = "Interrupted before the training began."
+        else:
+            message = f"Interrupted; {saved} is in {folder.path}. Continue with:\n  "
+            message += shlex.join(again)
+        if world.main:
+            print("\n" + message, file=sys.stderr)
         return 130
     finally:
         world.close()
@@ -296,8 +283,7 @@ def _run(options: dict[str, Any], command: list[str]) -> int:
     name = options.pop("preset")
     seeds = options.pop("seeds", 1)
     scale = options.pop("scale", 1.0)
-    manner = _Manner.taken_from(options)
-    out = options.pop("out", None)
+    out, manner = options.pop("out"), _manner(options)
     if seeds < 1:
         raise TrainError(f"--seeds: expected 1 or more, found {seeds}")
     first = options.pop("seed", 1)
@@ -310,7 +296,7 @@ def _run(options: dict[str, Any], command: list[str]) -> int:
     for config in configs:
         folder = RunFolder(parent / f"seed{config.seed}")
         previous = None
-        if folder.file("results.json").exists() and not manner.overwrite:
+        if folder.file("results.json").exists() and not manner["overwrite"]:
             previous = folder.read_results()
             stored = TrainConfig.from_json(previous["config"])
             # Defaults that the machine gives are those of the run's beginning.
@@ -321,42 +307,35 @@ def _run(options: dict[str, Any], command: list[str]) -> int:
                     f"{folder.path}: expected a run with these settings, found one with other "
                     f"{', '.join(differing)}; replace it with --overwrite, or choose another --out"
                 )
-        code = _one_run(config, folder, previous, manner, again, preset=name, scale=scale)
+        code = _one_run(config, folder, previous, again, preset=name, scale=scale, **manner)
         if code:
             return code
     if not World.is_main():
         return 0
-    return _report({"folders": [str(parent)], "out": None})
+    return _report([str(parent)], None)
 
 
-def _presets(options: dict[str, Any]) -> int:
-    machine = {"device": options["device"], "amp": options["amp"]}
-    configs = {}
+def _presets(device: str, amp: str, scale: float) -> int:
+    work = {}
     for name, preset in PRESETS.items():
-        chosen = _preset_options(name, options["scale"], machine)
+        chosen = _preset_options(name, scale, {"device": device, "amp": amp})
         if preset.options["dataset"] == "imagenet":
             chosen["data_dir"] = "."  # nothing is read
-        configs[name] = TrainConfig.from_options(chosen)
-    speed = measure_speed(**machine)
+        work[name] = flop(TrainConfig.from_options(chosen))
+    speed = measure_speed(device=device, amp=amp)
     rows = []
     for name, preset in PRESETS.items():
-        work = flop(configs[name])
-        averages = [v[0] for (m, _), v in preset.published.items() if m not in (None, "sgd")]
-        base = [v[0] for (m, _), v in preset.published.items() if m in (None, "sgd")]
-        rows.append(
-            (
-                name,
-                f"{base[0]:.2f}" if base else "-",
-                f"{max(averages):.2f}" if averages else "-",
-                f"{work / 1e15:.3g}",
-                _duration(work / speed),
-            )
-        )
+        found = preset.published.items()
+        base = [mean for (method, _), (mean, _) in found if method in (None, "sgd")]
+        averages = [mean for (method, _), (mean, _) in found if method not in (None, "sgd")]
+        accuracies = [f"{max(means):.2f}" if means else "-" for means in (base, averages)]
+        time = _duration(work[name] / speed)
+        rows.append((name, *accuracies, f"{work[name] / 1e15:.3g}", time))
     header = ("preset", "SGD %", "best average %", "PFLOP", "estimated time")
     print(format_rows(header, rows, "plain"))
     print(
         f"\nPublished accuracies. Time: training only, at {speed / 1e9:,.0f} GFLOP/s as a WRN-16-4 "
-        f"reaches on {resolve_device(options['device'])} with --amp {options['amp']}."
+        f"reaches on {resolve_device(device)} with --amp {amp}."
     )
     return 0
 
@@ -368,21 +347,21 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.1f} s"
 
 
-def _report(options: dict[str, Any]) -> int:
-    found = find_runs(options["folders"])
+def _report(folders: Sequence[str], out: str | None) -> int:
+    found = find_runs(folders)
     experiments = compare_runs(found, PRESETS)
     for path, results in found:
         if results["status"] != "complete":
             print(f"left out: {path} is not complete", file=sys.stderr)
     if not experiments:
-        raise TrainError(f"expected a complete run in {', '.join(options['folders'])}, found none")
+        raise TrainError(f"expected a complete run in {', '.join(folders)}, found none")
     for experiment in experiments:
-        print("\n" + format_experiment(experiment, markdown=False))
+        print("\n" + format_experiment(experiment))
     print(
         "\n± is the sample standard deviation over n seeds; gains are paired by seed, against SGD "
         "or the pretrained network."
     )
-    folder = Path(options["out"] or options["folders"][0])
+    folder = Path(out or folders[0])
     text = "\n\n".join(format_experiment(e, markdown=True) for e in experiments) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)

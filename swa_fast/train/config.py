@@ -1,27 +1,130 @@
-"""The settings of a training run, and their form on disk."""
+"""The settings of a training run: defaults, help and ranges of all, and their form on disk."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from ..schedules import budget_epoch
-from .checks import check_config, expect_name
-from .data import DATASETS, NORMALISATIONS
+from ..schedules import budget_epoch, first_capture
+from .data import DATASETS, NORMALISATIONS, check_data_options
 from .errors import TrainError
 from .models import MODELS
-from .options import DEFAULTS, METHODS, RESOLVED, group
 
-__all__ = ["TrainConfig", "resolve_device", "with_absolute_paths"]
+__all__ = [
+    "DEFAULTS",
+    "METHODS",
+    "PARSERS",
+    "TrainConfig",
+    "option_name",
+    "resolve_device",
+    "with_absolute_paths",
+]
 
-_data, _recipe, _averaging = group("data"), group("recipe"), group("averaging")
-_machine, _output = group("machine"), group("output")
+#: Training methods by name, with the titles that tables give their results.
+METHODS: dict[str, str] = {
+    "sgd": "SGD",
+    "ema": "EMA",
+    "fge": "FGE",
+    "swa": "SWA",
+    "swa-cyclic": "SWA, cyclic",
+    "swa-fixed": "SWA, fixed rate",
+}
+
+_SMALL: dict[str, Any] = {"width": 8, "lr": 0.1, "swa_lr": 0.05, "weight_decay": 5e-4}
+_PAPER: dict[str, Any] = {
+    "model": "preresnet20",
+    "epochs": 150,
+    "batch_size": 128,
+    "lr": 0.1,
+    "swa_lr": 0.01,
+    "weight_decay": 3e-4,
+}
+
+#: Defaults that depend on the dataset. Those of ``digits`` and ``synthetic`` let two runs end in
+#: about a minute on two cores; the others are the paper's, for PreResNets where it is about CIFAR.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "digits": {**_SMALL, "model": "preresnet14", "epochs": 30, "batch_size": 32},
+    "synthetic": {**_SMALL, "model": "preresnet8", "epochs": 12, "batch_size": 128},
+    "images": _PAPER,
+    "cifar10": _PAPER,
+    "cifar100": {**_PAPER, "swa_lr": 0.05},
+    "fashion-mnist": _PAPER,
+    "imagenet": {
+        "model": "resnet50",
+        "pretrained": "torchvision",
+        "methods": ("swa-cyclic",),
+        "epochs": 10,
+        "batch_size": 256,
+        "lr": 1e-3,
+        "swa_lr": 1e-3,
+        "weight_decay": 1e-4,
+        "swa_start": 0.0,
+        "cycle_epochs": 1,
+        "cycle_lr_max": 1e-3,
+        "cycle_lr_min": 1e-5,
+        "budgets": (0.5, 1.0),
+    },
+}
+
+#: The default of a setting that depends on others or on the machine; its help tells how.
+_RESOLVED = object()
+
+
+class _Kind(NamedTuple):
+    """The name of an option's value in the help, what is expected of it, and whether it is so."""
+
+    metavar: str
+    expected: str = "anything"
+    holds: Callable[[Any], bool] = lambda x: True
+
+
+def _one_of(*names: str) -> _Kind:
+    return _Kind("NAME", f"one of {', '.join(names)}", lambda x: x in names)
+
+
+_COUNT = _Kind("N", "1 or more", lambda x: x >= 1)
+_SEED = _Kind("N", "an integer in [0, 2^63)", lambda x: 0 <= x < 2**63)
+_RATE = _Kind("RATE", "a finite number above 0", lambda x: math.isfinite(x) and x > 0)
+_START = _Kind("FRACTION", "a fraction of 0 or more", lambda x: math.isfinite(x) and x >= 0)
+_MOMENTUM = _Kind("M", "a number in [0, 1)", lambda x: 0 <= x < 1)
+_DECAY = _Kind("W", "a finite number of 0 or more", lambda x: math.isfinite(x) and x >= 0)
+
+
+def _option(group: str, kind: _Kind | str, help: str, default: Any = _RESOLVED) -> Any:
+    """A field that is a command-line option in a group of the help."""
+    if default is not _RESOLVED and default is not None:
+        help = f"{help} (default: {_shown(default)})".lstrip()
+    kind = _Kind(kind) if isinstance(kind, str) else kind
+    return dataclasses.field(
+        metadata={"group": group, "kind": kind, "help": help, "default": default}
+    )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return ",".join(map(_shown, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def option_name(field: str) -> str:
+    """The command-line option that sets a field, for messages."""
+    return "--" + field.replace("_", "-")
+
+
+_data, _recipe, _averaging, _machine, _output = (
+    partial(_option, group) for group in ("data", "recipe", "averaging", "machine", "output")
+)
 
 
 @dataclass(frozen=True)
@@ -33,11 +136,12 @@ class TrainConfig:
     command-line option, with the name of its value, its help and its default.
 
     Raises:
-        TrainError: as :func:`~swa_fast.train.checks.check_config`.
+        TrainError: a value is out of its range, or settings contradict each other; the message
+            names the command-line option, the value found and what is expected.
     """
 
     dataset: str = _data(
-        "NAME", f"one of {', '.join(DATASETS)} (default: digits, part of scikit-learn)"
+        _one_of(*DATASETS), f"one of {', '.join(DATASETS)} (default: digits, part of scikit-learn)"
     )
     data_dir: str | None = _data(
         "DIR",
@@ -50,16 +154,19 @@ class TrainConfig:
         "N", "resize all images to NxN (default: as they are; imagenet: 224)", None
     )
     normalise: str = _data(
-        "NAME",
+        _one_of("dataset", *NORMALISATIONS),
         f"pixel mean and deviation: dataset (measured) or one of {', '.join(NORMALISATIONS)} "
         "(default: the paper's for the model on cifar10, cifar100 and imagenet, else dataset)",
     )
     fraction: float = _data("F", "share of every class that is used", 1.0)
     workers: int = _data(
-        "N", "processes that decode images, for imagenet (default: as many as cores, 4 at most)"
+        _Kind("N", "0 or more", lambda x: x >= 0),
+        "processes that decode images, for imagenet (default: as many as cores, 4 at most)",
     )
-    model: str = _recipe("NAME", f"one of {', '.join(MODELS)} (default: by dataset)")
-    width: int = _recipe("N", "width of the model, in the unit of its paper (default: its paper's)")
+    model: str = _recipe(_one_of(*MODELS), f"one of {', '.join(MODELS)} (default: by dataset)")
+    width: int = _recipe(
+        _COUNT, "width of the model, in the unit of its paper (default: its paper's)"
+    )
     pretrained: str | None = _recipe(
         "FILE",
         "initial weights: torchvision, or a file with a state_dict (default: random; imagenet: "
@@ -69,38 +176,40 @@ class TrainConfig:
     methods: tuple[str, ...] = _recipe(
         "NAMES", f"what to compare, separated by commas: {', '.join(METHODS)}", ("sgd", "swa")
     )
-    epochs: int = _recipe("N", "budget of a conventional run (default: by dataset)")
+    epochs: int = _recipe(_COUNT, "budget of a conventional run (default: by dataset)")
     budgets: tuple[float, ...] = _recipe(
         "LIST", "budgets after which averages are reported, separated by commas", (1.0,)
     )
-    batch_size: int = _recipe("N", "over all processes (default: by dataset)")
-    lr: float = _recipe("RATE", "initial rate (default: by dataset)")
+    batch_size: int = _recipe(_COUNT, "over all processes (default: by dataset)")
+    lr: float = _recipe(_RATE, "initial rate (default: by dataset)")
     lr_schedule: str = _recipe(
-        "NAME", "of the conventional run: paper, cosine, steps, constant", "paper"
+        _one_of("paper", "cosine", "steps", "constant"),
+        "of the conventional run: paper, cosine, steps, constant",
+        "paper",
     )
-    momentum: float = _recipe("M", "", 0.9)
+    momentum: float = _recipe(_MOMENTUM, "", 0.9)
     nesterov: bool = _recipe("", "Nesterov's momentum", False)
-    weight_decay: float = _recipe("W", "L2 on all parameters (default: by dataset)")
-    seed: int = _recipe("N", "of weights, order and augmentation", 1)
+    weight_decay: float = _recipe(_DECAY, "L2 on all parameters (default: by dataset)")
+    seed: int = _recipe(_SEED, "of weights, order and augmentation", 1)
     swa_start: float = _averaging(
-        "FRACTION", "swa and swa-cyclic: fraction of the epochs after which averaging begins", 0.75
+        _START, "swa and swa-cyclic: fraction of the epochs after which averaging begins", 0.75
     )
-    swa_lr: float = _averaging("RATE", "swa: constant rate while averaging (default: by dataset)")
-    swa_every: int = _averaging("N", "swa: epochs between captures", 1)
+    swa_lr: float = _averaging(_RATE, "swa: constant rate while averaging (default: by dataset)")
+    swa_every: int = _averaging(_COUNT, "swa: epochs between captures", 1)
     swa_from: str = _averaging(
-        "NAME",
+        _one_of("scratch", "sgd"),
         "swa: scratch (its own run, which decays to --swa-lr, as the authors' code) or sgd (goes "
         "on from the conventional run, as the paper words it) (default: scratch, which needs "
         "--lr-schedule paper; else sgd)",
     )
     cycle_epochs: int | None = _averaging("N", "swa-cyclic: epochs per cycle, required", None)
     cycle_shape: str = _averaging(
-        "NAME",
+        _one_of("linear", "cosine"),
         "swa-cyclic: linear, or cosine, which repeats a stretch of the cosine schedule",
         "linear",
     )
-    cycle_lr_max: float = _averaging("RATE", "swa-cyclic: largest rate of a cycle", 0.05)
-    cycle_lr_min: float = _averaging("RATE", "swa-cyclic: least rate of a cycle", 0.0005)
+    cycle_lr_max: float = _averaging(_RATE, "swa-cyclic: largest rate of a cycle", 0.05)
+    cycle_lr_min: float = _averaging(_RATE, "swa-cyclic: least rate of a cycle", 0.0005)
     include_initial: bool | None = _averaging(
         "",
         "whether the weights that averaging starts from count (default: only those of a fully "
@@ -108,23 +217,23 @@ class TrainConfig:
         None,
     )
     fge_start: float = _averaging(
-        "FRACTION", "fge: fraction of the epochs after which the ensembling begins", 0.8
+        _START, "fge: fraction of the epochs after which the ensembling begins", 0.8
     )
     fge_cycle: int = _averaging("N", "fge: epochs per cycle, an even number", 2)
-    fge_lr_max: float = _averaging("RATE", "fge: largest rate of a cycle", 0.05)
-    fge_lr_min: float = _averaging("RATE", "fge: least rate of a cycle", 0.0005)
+    fge_lr_max: float = _averaging(_RATE, "fge: largest rate of a cycle", 0.05)
+    fge_lr_min: float = _averaging(_RATE, "fge: least rate of a cycle", 0.0005)
     ema_epochs: float = _averaging(
-        "N",
+        _Kind("N", _RATE.expected, _RATE.holds),
         "ema: time constant of the average in epochs; with n steps per epoch the decay is "
         "1 - 1/(N*n) at each step",
         1.0,
     )
-    fixed_lr: float = _averaging("RATE", "swa-fixed: the constant rate from the first step", 0.05)
+    fixed_lr: float = _averaging(_RATE, "swa-fixed: the constant rate from the first step", 0.05)
     fixed_start: float = _averaging(
-        "FRACTION", "swa-fixed: fraction of the epochs after which averaging begins", 0.7
+        _START, "swa-fixed: fraction of the epochs after which averaging begins", 0.7
     )
     bn_estimator: str = _averaging(
-        "NAME",
+        _one_of("weighted", "torch", "pooled"),
         "BatchNorm statistics of averages: weighted (the authors' rule), torch or pooled, see "
         "swa_fast.update_bn",
         "weighted",
@@ -132,16 +241,16 @@ class TrainConfig:
     backend: str | None = _averaging("NAME", "averaging backend (default: chosen by device)", None)
     device: str = _machine("NAME", "auto, cpu, cuda or cuda:N", "auto")
     amp: str = _machine(
-        "TYPE",
+        _Kind("TYPE", *_one_of("none", "bf16", "fp16")[1:]),
         "mixed precision: none, bf16 (slow on CPUs without bf16 units), or fp16 on CUDA",
         "none",
     )
     channels_last: bool = _machine("", "memory format of images and weights", True)
     compile: bool = _machine("", "torch.compile the network's training step", False)
     sync_bn: bool = _machine("", "several processes: BatchNorm over all of them in training", False)
-    threads: int = _machine("N", "CPU threads (default: torch's choice)")
+    threads: int = _machine(_COUNT, "CPU threads (default: torch's choice)")
     eval_every: int = _output(
-        "N", "epochs between evaluations; those that are reported are always evaluated", 1
+        _COUNT, "epochs between evaluations; those that are reported are always evaluated", 1
     )
 
     @classmethod
@@ -156,17 +265,17 @@ class TrainConfig:
             TrainError: as the class.
         """
         dataset = options.get("dataset", "digits")
-        expect_name("dataset", dataset, DATASETS)
+        _expect("dataset", dataset, _one_of(*DATASETS))
         defaults = dict(DEFAULTS[dataset])
         if options.get("model", defaults["model"]) != defaults["model"]:
             defaults.pop("width", None)  # in the unit of another model
         given = {**defaults, **options}
-        expect_name("model", given["model"], MODELS)
+        _expect("model", given["model"], _one_of(*MODELS))
         spec = MODELS[given["model"]]
         values: dict[str, Any] = {
             field.name: default
             for field in dataclasses.fields(cls)
-            if (default := field.metadata["default"]) is not RESOLVED
+            if (default := field.metadata["default"]) is not _RESOLVED
         }
         values.update(
             dataset=dataset,
@@ -217,7 +326,117 @@ class TrainConfig:
         ]
 
     def __post_init__(self) -> None:
-        check_config(self)
+        for field in dataclasses.fields(self):
+            _expect(field.name, getattr(self, field.name), field.metadata["kind"])
+        for name in ("cycle_lr", "fge_lr"):
+            most, least = getattr(self, f"{name}_max"), getattr(self, f"{name}_min")
+            limit = f"{most} ({option_name(name)}-max) at most"
+            _expect(f"{name}_min", least, limit, least <= most)
+        if self.nesterov:
+            _expect(
+                "momentum", self.momentum, "a number above 0 with --nesterov", self.momentum > 0
+            )
+        _check_methods(self)
+        _check_machine(self)
+        check_data_options(self.dataset, self.data_dir, self.image_size, self.fraction)
+        if self.pretrained == "torchvision" and MODELS[self.model].image_size != 224:
+            raise TrainError(
+                f"--pretrained: torchvision has weights of resnet50, resnet152 and densenet161, "
+                f"found --model {self.model}"
+            )
+
+
+def _expect(field: str, found: Any, expected: _Kind | str, holds: bool = True) -> None:
+    """Raises TrainError unless a value is of its kind, or what else is expected of it holds."""
+    if isinstance(expected, _Kind):
+        holds, expected = expected.holds(found), expected.expected
+    if not holds:
+        shown = repr(found) if isinstance(found, str) else found
+        raise TrainError(f"{option_name(field)}: expected {expected}, found {shown}")
+
+
+def _check_methods(config: TrainConfig) -> None:
+    methods, budgets = config.methods, config.budgets
+    if not methods or len(set(methods)) != len(methods):
+        raise TrainError(
+            f"--methods: expected different names of {', '.join(METHODS)}, found "
+            f"{','.join(methods) or 'nothing'}"
+        )
+    for method in methods:
+        _expect("methods", method, _one_of(*METHODS))
+    if "swa" in methods and config.swa_from == "scratch" and config.lr_schedule != "paper":
+        # The authors' schedule of a run of its own belongs to their conventional one.
+        raise TrainError(
+            f"--swa-from: expected sgd with --lr-schedule {config.lr_schedule}, found scratch"
+        )
+    if not budgets or not all(math.isfinite(b) and 0 < b <= 100 for b in budgets):
+        raise TrainError(
+            f"--budgets: expected numbers in (0, 100], found "
+            f"{', '.join(str(b) for b in budgets) or 'nothing'}"
+        )
+    _expect("budgets", budgets, "rising numbers", list(budgets) == sorted(set(budgets)))
+    for field, method in (
+        ("swa_start", "swa"),
+        ("swa_start", "swa-cyclic"),
+        ("fge_start", "fge"),
+        ("fixed_start", "swa-fixed"),
+    ):
+        if method in methods:
+            _check_start(config, field, method)
+    if "swa-cyclic" in methods:
+        _check_cycle(config)
+    if "fge" in methods:
+        cycle, left = config.fge_cycle, _left(config, config.epochs, config.fge_start)
+        _expect("fge_cycle", cycle, "an even number of epochs", cycle >= 2 and cycle % 2 == 0)
+        limit = f"a half cycle within the {left} epochs that are left after --fge-start"
+        _expect("fge_cycle", cycle, limit, cycle // 2 <= left)
+
+
+def _left(config: TrainConfig, end: int, start: float) -> int:
+    """Epochs up to ``end`` that begin after a fraction of the conventional run."""
+    return end - (first_capture(config.epochs, start) - 1)
+
+
+def _check_start(config: TrainConfig, field: str, method: str) -> None:
+    start = getattr(config, field)
+    first = first_capture(config.epochs, start)
+    end = config.epochs if method == "fge" else config.last_epoch
+    if first > end:
+        raise TrainError(
+            f"{option_name(field)}: expected a fraction that leaves an epoch to average, found "
+            f"{start}, i.e. a first average after epoch {first} of {end} ({method})"
+        )
+    # These go on from the conventional run, which has `epochs` epochs.
+    if method in ("swa-cyclic", "fge") or (method == "swa" and config.swa_from == "sgd"):
+        limit = f"1 at most for {method}, which continues the SGD run"
+        _expect(field, start, limit, start <= 1)
+
+
+def _check_cycle(config: TrainConfig) -> None:
+    cycle = config.cycle_epochs
+    if cycle is None:
+        raise TrainError("--cycle-epochs: expected with the method swa-cyclic, found none")
+    _expect("cycle_epochs", cycle, _COUNT)
+    if config.cycle_shape == "cosine":
+        limit = f"at most half of the {config.epochs} epochs with --cycle-shape cosine"
+        _expect("cycle_epochs", cycle, limit, 2 * cycle <= config.epochs)
+    left = _left(config, config.last_epoch, config.swa_start)
+    limit = f"at most the {left} epochs that are left after --swa-start"
+    _expect("cycle_epochs", cycle, limit, cycle <= left)
+
+
+def _check_machine(config: TrainConfig) -> None:
+    if torch.device(config.device).type == "cuda":
+        return
+    if config.amp == "fp16":
+        raise TrainError(
+            f"--amp: fp16 needs a CUDA device, found device {config.device}; expected none or "
+            f"bf16 here"
+        )
+    if config.sync_bn:
+        raise TrainError(
+            f"--sync-bn: torch's SyncBatchNorm needs a CUDA device, found device {config.device}"
+        )
 
 
 # Datasets on which the paper's networks were trained, so that its constants apply.
@@ -254,3 +473,27 @@ def resolve_device(name: str) -> str:
             f"--device: expected cuda:0 to cuda:{torch.cuda.device_count() - 1}, found {name!r}"
         )
     return f"cuda:{number}"
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        message = f"expected numbers separated by commas, found {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
+
+
+#: How the text of an option is read, by the type of the field. Other fields are switches.
+PARSERS: dict[Any, Callable[[str], Any]] = {
+    "str": str,
+    "str | None": str,
+    "int": int,
+    "int | None": int,
+    "float": float,
+    "tuple[str, ...]": _names,
+    "tuple[float, ...]": _numbers,
+}

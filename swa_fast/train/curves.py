@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .config import TrainConfig
+from .config import METHODS, TrainConfig
 from .errors import import_extra
 from .methods import plan
-from .options import METHODS
 from .results import Results
 from .run_folder import write_atomically
 
@@ -50,8 +49,13 @@ def draw_curves(
     top, bottom = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [2.2, 1.0]})
     plotted: list[float] = []
 
-    def curve(values: Mapping[int, list[float]], label: str, **style: Any) -> None:
-        """A line through the means, and a band over the range, where every run has a value."""
+    def curve(records: Sequence[Mapping[str, Any]], label: str, **style: Any) -> None:
+        """A line through the mean accuracies, and a band over their range, where every run has
+        one."""
+        values: dict[int, list[float]] = {}
+        for record in records:
+            if record["test_accuracy"] is not None:
+                values.setdefault(record["epoch"], []).append(record["test_accuracy"])
         epochs = [e for e in sorted(values) if len(values[e]) == len(several)]
         if not epochs:
             return
@@ -73,26 +77,15 @@ def draw_curves(
     for trajectory in plan(TrainConfig.from_json(several[0]["config"])):
         name = trajectory.name
         color = _COLORS[name]
-        iterate: dict[int, list[float]] = {}
-        averaged: dict[str, dict[int, list[float]]] = {m: {} for m in trajectory.captures}
-        for results in several:
-            for record in results["records"]:
-                if record["trajectory"] != name:
-                    continue
-                epoch = record["epoch"]
-                if record["test_accuracy"] is not None:
-                    iterate.setdefault(epoch, []).append(record["test_accuracy"])
-                for method, average in record["averages"].items():
-                    if average["test_accuracy"] is not None:
-                        points = averaged[method].setdefault(epoch, [])
-                        points.append(average["test_accuracy"])
+        records = [r for results in several for r in results["records"] if r["trajectory"] == name]
         if name == "sgd":
-            curve(iterate, METHODS["sgd"], color=color, linewidth=1.6)
+            curve(records, METHODS["sgd"], color=color, linewidth=1.6)
         else:
             style = {"color": color, "linewidth": 1.0, "linestyle": "--", "alpha": 0.8}
-            curve(iterate, f"{METHODS[name]}, iterate", **style)
-        for method, curves in averaged.items():
-            curve(curves, METHODS[method], color=_COLORS[method], linewidth=2.2)
+            curve(records, f"{METHODS[name]}, iterate", **style)
+        for method in trajectory.captures:
+            averages = [{"epoch": r["epoch"], **r["averages"][method]} for r in records]
+            curve(averages, METHODS[method], color=_COLORS[method], linewidth=2.2)
         steps = 50  # per epoch, enough for the eye
         grid = [divmod(i, steps) for i in range(trajectory.begin * steps, trajectory.end * steps)]
         bottom.plot(

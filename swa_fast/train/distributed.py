@@ -34,7 +34,6 @@ class World:
 
     @staticmethod
     def count() -> int:
-        """The number of processes that the environment announces."""
         return int(os.environ.get("WORLD_SIZE", "1"))
 
     @staticmethod

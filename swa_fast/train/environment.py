@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,27 +33,20 @@ def environment(config: TrainConfig, processes: int) -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
-    try:
+    with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
-    except OSError:
-        pass
     return platform.processor() or platform.machine()
 
 
 def _git_commit() -> str | None:
     """The commit of the checkout that swa_fast runs from; None for an installed copy."""
     checkout = Path(__file__).resolve().parents[2]
-    if not (checkout / ".git").exists():
-        return None
-    try:
-        answer = subprocess.run(
-            ["git", "-C", os.fspath(checkout), "rev-parse", "--verify", "HEAD"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return answer.stdout.strip() if answer.returncode == 0 else None
+    if (checkout / ".git").exists():
+        with suppress(OSError, subprocess.SubprocessError):
+            command = ["git", "-C", str(checkout), "rev-parse", "--verify", "HEAD"]
+            return subprocess.check_output(
+                command, text=True, timeout=10, stderr=subprocess.DEVNULL
+            ).strip()
+    return None

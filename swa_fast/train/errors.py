@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-__all__ = ["Stopped", "TrainError", "import_extra"]
+__all__ = ["Stopped", "TrainError", "first_line", "import_extra"]
 
 
 class TrainError(Exception):
@@ -29,3 +29,8 @@ def import_extra(module: str) -> ModuleType:
         raise TrainError(
             f'{module} cannot be imported ({error}); run: pip install "swa_fast[train]"'
         ) from error
+
+
+def first_line(error: Exception) -> str:
+    """An error's message without its details, or its type if it has none."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

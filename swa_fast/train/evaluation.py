@@ -74,30 +74,29 @@ class Evaluation:
                 raise Stopped
             yield batch
 
-    @torch.inference_mode()
-    def score(self, model: nn.Module) -> Score:
-        """Loss and accuracy of a network in evaluation mode."""
+    def _logits(self, model: nn.Module) -> Iterator[Batch]:
+        """What a network in evaluation mode makes of this process's share of the test set, float32
+        [B, K], and the labels."""
         model.eval()
-        sums = torch.zeros(3, dtype=torch.float64, device=self._device)
         for images, labels in self._interruptible(self._test_batches()):
             with autocast(self.config):
                 logits = model(images)
-            sums[0] += F.cross_entropy(logits.float(), labels, reduction="sum")
+            yield logits.float(), labels
+
+    @torch.inference_mode()
+    def score(self, model: nn.Module) -> Score:
+        """Loss and accuracy of a network."""
+        sums = torch.zeros(3, dtype=torch.float64, device=self._device)
+        for logits, labels in self._logits(model):
+            sums[0] += F.cross_entropy(logits, labels, reduction="sum")
             sums[1] += (logits.argmax(1) == labels).sum()
             sums[2] += len(labels)
         return self._means(sums)
 
     @torch.inference_mode()
     def probabilities(self, model: nn.Module) -> Tensor:
-        """Softmax outputs in evaluation mode for this process's share of the test set, float32
-        [N, K]."""
-        model.eval()
-        outputs = []
-        for images, _ in self._interruptible(self._test_batches()):
-            with autocast(self.config):
-                logits = model(images)
-            outputs.append(logits.float().softmax(1))
-        return torch.cat(outputs)
+        """Softmax outputs of a network for this process's share of the test set, float32 [N, K]."""
+        return torch.cat([logits.softmax(1) for logits, _ in self._logits(model)])
 
     @torch.inference_mode()
     def score_probabilities(self, mean: Tensor) -> Score:

@@ -29,7 +29,14 @@ from dataclasses import dataclass
 from .. import schedules
 from .config import TrainConfig
 
-__all__ = ["Trajectory", "plan"]
+__all__ = ["Captured", "Rate", "Trajectory", "plan"]
+
+#: Learning rate of a step, given the finished epochs, the finished steps of the present one and the
+#: steps per epoch.
+Rate = Callable[[int, int, int], float]
+
+#: Whether weights are captured after so many epochs; None stands for a capture after every step.
+Captured = Callable[[int], bool] | None
 
 
 @dataclass(frozen=True)
@@ -40,9 +47,8 @@ class Trajectory:
         name: of its files and records.
         begin: finished epochs of the trajectory sgd that it goes on from; 0 for initial weights.
         end: its last epoch. Epochs are counted from the initial weights.
-        rate: learning rate of a step, given the finished epochs, the finished steps of the present
-            one and the steps per epoch.
-        captures: by method, whether weights are captured after so many epochs; None for every step.
+        rate: of its steps.
+        captures: by method, when weights are captured.
         marks: by method, the epochs after which results are reported, by budget.
         branches: epochs after which other trajectories go on from this one.
     """
@@ -50,8 +56,8 @@ class Trajectory:
     name: str
     begin: int
     end: int
-    rate: Callable[[int, int, int], float]
-    captures: Mapping[str, Callable[[int], bool] | None]
+    rate: Rate
+    captures: Mapping[str, Captured]
     marks: Mapping[str, Mapping[float, int]]
     branches: tuple[int, ...] = ()
 
@@ -67,35 +73,28 @@ def plan(config: TrainConfig) -> list[Trajectory]:
     others = {"swa": _swa, "swa-cyclic": _swa_cyclic, "fge": _fge, "swa-fixed": _swa_fixed}
     after = [make(config) for method, make in others.items() if method in chosen]
     branches = tuple(sorted({each.begin for each in after if each.begin > 0}))
-    conventional = "sgd" in chosen or "ema" in chosen
+    conventional: list[str] = [method for method in ("sgd", "ema") if method in chosen]
     if not conventional and not branches:
         return after
     end = config.epochs if conventional else branches[-1]
-    sgd = Trajectory(
-        name="sgd",
-        begin=0,
-        end=end,
-        rate=_conventional_rate(config),
-        captures={"ema": None} if "ema" in chosen else {},
-        marks={method: {1.0: end} for method in ("sgd", "ema") if method in chosen},
-        branches=branches,
-    )
-    return [sgd, *after]
+    marks = {method: {1.0: end} for method in conventional}
+    captures: dict[str, Captured] = {"ema": None} if "ema" in chosen else {}
+    return [Trajectory("sgd", 0, end, _conventional(config), captures, marks, branches), *after]
 
 
-def _conventional_rate(config: TrainConfig) -> Callable[[int, int, int], float]:
+def _conventional(config: TrainConfig) -> Rate:
     lr, total = config.lr, config.epochs
-
-    def rate(epoch: int, step: int, steps: int) -> float:
-        if config.lr_schedule == "paper":
-            return schedules.paper_lr(epoch, lr=lr, total=total, final_lr=0.01 * lr)
-        if config.lr_schedule == "cosine":
-            return schedules.cosine_lr(epoch + step / steps, lr=lr, total=total)
-        if config.lr_schedule == "steps":
-            return schedules.step_lr(epoch, lr=lr, total=total)
-        return lr
-
-    return rate
+    schedule: dict[str, Rate] = {
+        "paper": lambda epoch, step, steps: schedules.paper_lr(
+            epoch, lr=lr, total=total, final_lr=0.01 * lr
+        ),
+        "cosine": lambda epoch, step, steps: schedules.cosine_lr(
+            epoch + step / steps, lr=lr, total=total
+        ),
+        "steps": lambda epoch, step, steps: schedules.step_lr(epoch, lr=lr, total=total),
+        "constant": lambda epoch, step, steps: lr,
+    }
+    return schedule[config.lr_schedule]
 
 
 def _counts_initial(config: TrainConfig, begin: int) -> bool:
@@ -107,13 +106,8 @@ def _counts_initial(config: TrainConfig, begin: int) -> bool:
     return begin == config.epochs or (begin == 0 and config.pretrained is not None)
 
 
-def _trajectory(
-    config: TrainConfig,
-    method: str,
-    begin: int,
-    first: int,
-    rate: Callable[[int, int, int], float],
-    captured: Callable[[int], bool],
+def _averaged(
+    config: TrainConfig, method: str, begin: int, first: int, rate: Rate, captured: Captured
 ) -> Trajectory:
     """The trajectory of one method; it reports the budgets that hold its ``first`` capture."""
     ends = {budget: schedules.budget_epoch(config.epochs, budget) for budget in config.budgets}
@@ -124,49 +118,44 @@ def _trajectory(
 def _swa(config: TrainConfig) -> Trajectory:
     first = schedules.first_capture(config.epochs, config.swa_start)
     initial = _counts_initial(config, first - 1)
-    scratch = config.swa_from == "scratch"
+    scratch, lr, swa_lr = config.swa_from == "scratch", config.lr, config.swa_lr
 
     def rate(epoch: int, step: int, steps: int) -> float:
         if scratch:
-            lr, swa_lr = config.lr, config.swa_lr
             return schedules.paper_swa_lr(epoch, lr=lr, swa_lr=swa_lr, start=first)
-        return config.swa_lr
+        return swa_lr
 
     def captured(epoch: int) -> bool:
         if epoch == first - 1:
             return initial
         return epoch >= first and (epoch - first) % config.swa_every == 0
 
-    return _trajectory(config, "swa", 0 if scratch else first - 1, first, rate, captured)
+    return _averaged(config, "swa", 0 if scratch else first - 1, first, rate, captured)
 
 
 def _swa_cyclic(config: TrainConfig) -> Trajectory:
     begin = schedules.first_capture(config.epochs, config.swa_start) - 1
-    initial = _counts_initial(config, begin)
-    cycle = config.cycle_epochs
+    initial, cycle = _counts_initial(config, begin), config.cycle_epochs
     assert cycle is not None
+    lr, low, high = config.lr, config.cycle_lr_min, config.cycle_lr_max
 
     def rate(epoch: int, step: int, steps: int) -> float:
         passed = epoch - begin
         if config.cycle_shape == "cosine":
             return schedules.cosine_cycle_lr(
-                passed + step / steps, lr=config.lr, total=config.epochs, cycle=cycle
+                passed + step / steps, lr=lr, total=config.epochs, cycle=cycle
             )
-        return schedules.cyclic_lr(
-            passed * steps + step + 1,
-            lr_max=config.cycle_lr_max,
-            lr_min=config.cycle_lr_min,
-            cycle=cycle * steps,
-        )
+        done = passed * steps + step + 1
+        return schedules.cyclic_lr(done, lr_max=high, lr_min=low, cycle=cycle * steps)
 
     def captured(epoch: int) -> bool:
         return initial if epoch == begin else (epoch - begin) % cycle == 0
 
-    return _trajectory(config, "swa-cyclic", begin, begin + cycle, rate, captured)
+    return _averaged(config, "swa-cyclic", begin, begin + cycle, rate, captured)
 
 
 def _fge(config: TrainConfig) -> Trajectory:
-    begin = schedules.first_capture(config.epochs, config.fge_start) - 1
+    begin, end = schedules.first_capture(config.epochs, config.fge_start) - 1, config.epochs
     cycle, low, high = config.fge_cycle, config.fge_lr_min, config.fge_lr_max
 
     def rate(epoch: int, step: int, steps: int) -> float:
@@ -175,14 +164,11 @@ def _fge(config: TrainConfig) -> Trajectory:
     def captured(epoch: int) -> bool:
         return epoch > begin and schedules.fge_member(epoch - begin, cycle=cycle)
 
-    end = config.epochs
     return Trajectory("fge", begin, end, rate, {"fge": captured}, {"fge": {1.0: end}})
 
 
 def _swa_fixed(config: TrainConfig) -> Trajectory:
     first = schedules.first_capture(config.epochs, config.fixed_start)
-
-    def rate(epoch: int, step: int, steps: int) -> float:
-        return config.fixed_lr
-
-    return _trajectory(config, "swa-fixed", 0, first, rate, lambda epoch: epoch >= first)
+    return _averaged(
+        config, "swa-fixed", 0, first, lambda *_: config.fixed_lr, lambda epoch: epoch >= first
+    )

@@ -18,11 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.benchmark import Timer
 
-from .config import TrainConfig, resolve_device
+from .config import DEFAULTS, TrainConfig, resolve_device
 from .errors import TrainError
 from .methods import plan
 from .models import MODELS, build_model, forward_macs
-from .options import DEFAULTS
 
 __all__ = ["PRESETS", "Preset", "flop", "measure_speed", "scaled"]
 
@@ -35,64 +34,35 @@ class Preset:
     """An experiment of the paper.
 
     Attributes:
-        name: on the command line.
-        where: what it reproduces.
         options: settings by name, as for :meth:`TrainConfig.from_options`.
         published: test accuracies in percent, where the paper gives any.
     """
 
-    name: str
-    where: str
     options: Mapping[str, Any]
     published: Published = field(default_factory=dict)
 
 
-_BUDGETS = (1.0, 1.25, 1.5)
-
-# What the authors' code has in common for VGG, PreResNet and WRN.
+# What the authors' code has in common for VGG, PreResNet and WRN, and what it has not.
 _COMMON: dict[str, Any] = {
     "batch_size": 128,
     "momentum": 0.9,
-    "budgets": _BUDGETS,
+    "budgets": (1.0, 1.25, 1.5),
     "methods": ("sgd", "fge", "swa"),
     "fge_start": 0.8,
     "fge_lr_min": 5e-4,
     "eval_every": 5,
 }
-_VGG: dict[str, Any] = {
-    **_COMMON,
-    "model": "vgg16",
-    "epochs": 200,
-    "lr": 0.05,
-    "weight_decay": 5e-4,
-    "swa_start": 160 / 200,
-    "swa_lr": 0.01,
-    "fge_cycle": 2,
-    "fge_lr_max": 0.01,
+_RATES = ("lr", "weight_decay", "swa_start", "swa_lr", "fge_cycle", "fge_lr_max")
+_CODE: dict[str, dict[str, Any]] = {
+    row[0]: {**_COMMON, **dict(zip(("model", "epochs", *_RATES), row, strict=True))}
+    for row in (
+        ("vgg16", 200, 0.05, 5e-4, 160 / 200, 0.01, 2, 0.01),
+        ("preresnet164", 150, 0.1, 3e-4, 125 / 150, 0.05, 4, 0.05),
+        ("preresnet110", 150, 0.1, 3e-4, 125 / 150, 0.05, 4, 0.05),
+        ("wrn28-10", 200, 0.1, 5e-4, 160 / 200, 0.05, 4, 0.05),
+    )
 }
-_PRERESNET: dict[str, Any] = {
-    **_COMMON,
-    "model": "preresnet164",
-    "epochs": 150,
-    "lr": 0.1,
-    "weight_decay": 3e-4,
-    "swa_start": 125 / 150,
-    "fge_cycle": 4,
-    "fge_lr_max": 0.05,
-}
-_WRN: dict[str, Any] = {
-    **_COMMON,
-    "model": "wrn28-10",
-    "epochs": 200,
-    "lr": 0.1,
-    "weight_decay": 5e-4,
-    "swa_start": 160 / 200,
-    "swa_lr": 0.05,
-    "fge_cycle": 4,
-    "fge_lr_max": 0.05,
-}
-_IMAGENET: dict[str, Any] = {**DEFAULTS["imagenet"], "dataset": "imagenet"}
-
+_PRERESNET, _WRN = _CODE["preresnet164"], _CODE["wrn28-10"]
 
 # Long runs that end before the averaging begins, with cycles from the trained network on.
 _CYCLIC: dict[str, Any] = {
@@ -105,6 +75,7 @@ _CYCLIC: dict[str, Any] = {
 }
 _PYRAMIDNET: dict[str, Any] = {
     **_CYCLIC,
+    "model": "pyramidnet272",
     "epochs": 300,
     # Published for CIFAR-100 with four GPUs; that of the paper's own run is not known.
     "lr": 0.5,
@@ -116,6 +87,7 @@ _PYRAMIDNET: dict[str, Any] = {
 }
 _SHAKE_SHAKE: dict[str, Any] = {
     **_CYCLIC,
+    "model": "shakeshake26-2x64d",
     "epochs": 1800,
     "lr": 0.2,
     "lr_schedule": "cosine",
@@ -123,19 +95,11 @@ _SHAKE_SHAKE: dict[str, Any] = {
     "cycle_shape": "cosine",
     "eval_every": 25,
 }
-_CIFAR: dict[str, dict[str, Any]] = {
-    "vgg16": _VGG,
-    "preresnet164": _PRERESNET,
-    "preresnet110": {**_PRERESNET, "model": "preresnet110"},
-    "wrn28-10": _WRN,
-    "pyramidnet272": {**_PYRAMIDNET, "model": "pyramidnet272"},
-    "shakeshake26-2x64d": {**_SHAKE_SHAKE, "model": "shakeshake26-2x64d"},
-}
-# The rate of the constant phase that is not the same for both datasets.
-_PRERESNET_SWA_LR = {"cifar10": 0.01, "cifar100": 0.05}
+_CIFAR = {**_CODE, "pyramidnet272": _PYRAMIDNET, "shakeshake26-2x64d": _SHAKE_SHAKE}
 
-# Test accuracies with their standard deviations: SGD, then the average at every budget of the
-# recipe, and FGE, for which none is given. PreResNet-110 is in the authors' repository only.
+# The paper's tables: test accuracies with their standard deviations, of SGD, then of the average at
+# every budget of the recipe, and of FGE, for which none is given. PreResNet-110 is in the authors'
+# repository only.
 _PUBLISHED = """
 cifar100 vgg16               72.55 0.10   73.91 0.12   74.17 0.15   74.27 0.25   74.26
 cifar100 preresnet164        78.49 0.36   79.77 0.17   80.18 0.23   80.35 0.16   79.84
@@ -148,111 +112,86 @@ cifar10  preresnet110        95.03 0.05   95.51 0.10   95.65 0.03   95.82 0.03
 cifar10  wrn28-10            96.18 0.11   96.45 0.11   96.64 0.08   96.79 0.05   96.36
 cifar10  shakeshake26-2x64d  96.93 0.10   97.16 0.10   97.12 0.06
 """
+# For ImageNet: the pretrained network, and the average after half a budget and a whole one.
+_PUBLISHED_IMAGENET = """
+resnet50     76.15   76.83 0.01   76.97 0.05
+resnet152    78.31   78.82 0.01   78.94 0.07
+densenet161  77.65   78.26 0.09   78.44 0.06
+"""
 
 
-def _cifar_tables() -> Iterator[Preset]:
+def _tables() -> Iterator[tuple[str, Preset]]:
     for line in _PUBLISHED.strip().splitlines():
         dataset, network, *text = line.split()
         options = {**_CIFAR[network], "dataset": dataset}
-        if network.startswith("preresnet"):
-            options["swa_lr"] = _PRERESNET_SWA_LR[dataset]
-        average = options["methods"][-1]
+        if network.startswith("preresnet") and dataset == "cifar10":
+            options["swa_lr"] = 0.01
+        average, numbers = options["methods"][-1], [float(number) for number in text]
         keys = [("sgd", 1.0), *((average, budget) for budget in options["budgets"])]
-        numbers = [float(number) for number in text]
         published: dict[tuple[str | None, float], tuple[float, float | None]] = {
             key: (numbers[2 * i], numbers[2 * i + 1]) for i, key in enumerate(keys)
         }
         if len(numbers) > 2 * len(keys):
             published["fge", 1.0] = (numbers[-1], None)
-        where = f"CIFAR-{dataset.removeprefix('cifar')} table"
-        if network == "preresnet110":
-            where = "the authors' repository"
-        yield Preset(f"{dataset}-{network}", where, options, published)
+        yield f"{dataset}-{network}", Preset(options, published)
+    for line in _PUBLISHED_IMAGENET.strip().splitlines():
+        model, *text = line.split()
+        before, half, half_std, whole, whole_std = map(float, text)
+        yield (
+            f"imagenet-{model}",
+            Preset(
+                {**DEFAULTS["imagenet"], "dataset": "imagenet", "model": model},
+                {
+                    (None, 0.0): (before, None),
+                    ("swa-cyclic", 0.5): (half, half_std),
+                    ("swa-cyclic", 1.0): (whole, whole_std),
+                },
+            ),
+        )
 
 
-def _imagenet_table() -> Iterator[Preset]:
-    for model, pretrained, half, whole in (
-        ("resnet50", 76.15, (76.83, 0.01), (76.97, 0.05)),
-        ("resnet152", 78.31, (78.82, 0.01), (78.94, 0.07)),
-        ("densenet161", 77.65, (78.26, 0.09), (78.44, 0.06)),
-    ):
-        published: Published = {
-            (None, 0.0): (pretrained, None),
-            ("swa-cyclic", 0.5): half,
-            ("swa-cyclic", 1.0): whole,
-        }
-        options = {**_IMAGENET, "model": model}
-        yield Preset(f"imagenet-{model}", "ImageNet table", options, published)
+def _studies() -> Iterator[tuple[str, Preset]]:
+    def preset(base: Mapping[str, Any], *methods: str, **options: Any) -> Preset:
+        return Preset({**base, "dataset": "cifar100", "methods": methods, **options})
 
-
-def _studies() -> Iterator[Preset]:
-    study = {
-        **_PRERESNET,
-        "dataset": "cifar100",
-        "budgets": (1.0,),
-        "swa_from": "sgd",
-        "cycle_epochs": 5,
-    }
-    rates = "study of the learning rate"
+    # The paper's study of the learning rate.
+    study = {**_PRERESNET, "budgets": (1.0,), "swa_from": "sgd", "cycle_epochs": 5}
     for high in (0.1, 0.05, 0.01, 0.005):
         cycle = {"cycle_lr_max": high, "cycle_lr_min": high / 100}
-        options = {**study, **cycle, "methods": ("sgd", "swa-cyclic")}
-        yield Preset(f"cifar100-preresnet164-cyclic-{high:g}", rates, options)
-    for rate in (0.1, 0.05, 0.01, 0.001):
-        options = {**study, "methods": ("sgd", "swa"), "swa_lr": rate}
-        yield Preset(f"cifar100-preresnet164-constant-{rate:g}", rates, options)
-    fixed: dict[str, Any] = {
-        "dataset": "cifar100",
-        "methods": ("swa-fixed",),
-        "budgets": (1.5,),
-    }
-    yield Preset(
-        "cifar100-wrn28-10-fixed",
-        "fixed rate from scratch",
-        {**_WRN, **fixed, "fixed_lr": 0.05, "fixed_start": 139 / 200},
-        {("swa-fixed", 1.5): (81.7, None)},
-    )
-    yield Preset(
-        "cifar100-preresnet164-fixed",
-        "fixed rate from scratch, appendix",
-        {**_PRERESNET, **fixed, "fixed_lr": 0.1, "fixed_start": 199 / 150},
-    )
-    for dataset in ("cifar100", "cifar10"):
-        yield Preset(
-            f"{dataset}-wrn28-10-lower",
-            "the paper's text, where its code has 0.05",
-            {**_WRN, "dataset": dataset, "methods": ("sgd", "swa"), "swa_lr": 0.01},
+        yield (
+            f"cifar100-preresnet164-cyclic-{high:g}",
+            preset(study, "sgd", "swa-cyclic", **cycle),
         )
-    yield Preset(
-        "cifar100-preresnet164-ema",
-        "exponential moving average, one update per step",
-        {**_PRERESNET, "dataset": "cifar100", "swa_lr": 0.05, "methods": ("sgd", "ema")},
+    for rate in (0.1, 0.05, 0.01, 0.001):
+        yield f"cifar100-preresnet164-constant-{rate:g}", preset(study, "sgd", "swa", swa_lr=rate)
+    # A fixed rate from scratch; that of PreResNet is in the appendix.
+    fixed = preset(_WRN, "swa-fixed", budgets=(1.5,), fixed_lr=0.05, fixed_start=139 / 200)
+    yield "cifar100-wrn28-10-fixed", Preset(fixed.options, {("swa-fixed", 1.5): (81.7, None)})
+    yield (
+        "cifar100-preresnet164-fixed",
+        preset(_PRERESNET, "swa-fixed", budgets=(1.5,), fixed_lr=0.1, fixed_start=199 / 150),
     )
-
-
-def _small() -> Iterator[Preset]:
-    """Everything at once, for machines that the paper's networks would keep busy for months."""
-    everything = {
-        **_PRERESNET,
-        "methods": ("sgd", "ema", "fge", "swa", "swa-cyclic"),
-        "swa_start": 0.75,
-        "fge_start": 0.75,
-        "swa_lr": 0.01,
-        "cycle_epochs": 2,
-        "fge_cycle": 2,
-    }
+    # The rate of the paper's text, where its code has 0.05.
+    for dataset in ("cifar100", "cifar10"):
+        yield (
+            f"{dataset}-wrn28-10-lower",
+            preset(_WRN, "sgd", "swa", swa_lr=0.01, dataset=dataset),
+        )
+    # An exponential moving average with one update per step.
+    yield "cifar100-preresnet164-ema", preset(_PRERESNET, "sgd", "ema")
+    # Everything at once, for machines that the paper's networks would keep busy for months.
+    small = {**_PRERESNET, "swa_start": 0.75, "fge_start": 0.75, "swa_lr": 0.01}
+    small.update(cycle_epochs=2, fge_cycle=2, methods=("sgd", "ema", "fge", "swa", "swa-cyclic"))
     for dataset, model, decay in (
         ("cifar10", "preresnet20", 3e-4),
         ("fashion-mnist", "wrn28-2", 5e-4),
     ):
-        options = {**everything, "dataset": dataset, "model": model, "weight_decay": decay}
-        yield Preset(f"{dataset}-{model}", "all methods, for small machines", options)
+        options = {"dataset": dataset, "model": model, "weight_decay": decay}
+        yield f"{dataset}-{model}", Preset({**small, **options})
 
 
 #: The presets by name, in the order of the paper.
-PRESETS: dict[str, Preset] = {
-    preset.name: preset for preset in (*_cifar_tables(), *_imagenet_table(), *_studies(), *_small())
-}
+PRESETS: dict[str, Preset] = {**dict(_tables()), **dict(_studies())}
 
 # Images of the datasets that are not counted before they are loaded.
 _IMAGES = {"imagenet": 1_281_167, "fashion-mnist": 60_000, "digits": 1437, "synthetic": 2000}

@@ -1,15 +1,16 @@
-"""What a run shows while it goes on."""
+"""What a run shows while it goes on: a bar, lines, and curves for TensorBoard."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from .errors import import_extra
 
-__all__ = ["Progress"]
+__all__ = ["Board", "Progress"]
 
 
 class Progress:
@@ -99,3 +100,65 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+class Board:
+    """Event files of one trajectory, a folder per curve: the iterate's and each average's.
+
+    The tags are the same everywhere (test/accuracy, test/loss, train/accuracy, train/loss, lr, and
+    seconds by phase), so that TensorBoard lays the curves over each other; the step is the epoch.
+    Without the package tensorboard nothing is written.
+
+    Args:
+        folder: of all event files of the run.
+        trajectory: name of the trajectory.
+        epoch: finished epochs; what earlier files have of later ones is not shown any more.
+        say: told once if nothing can be written.
+    """
+
+    def __init__(
+        self, folder: Path, trajectory: str, epoch: int, say: Callable[[str], object]
+    ) -> None:
+        self._folder, self._trajectory, self._first, self._say = folder, trajectory, epoch + 1, say
+        self._writers: dict[str, Any] = {}
+        self._closed = False
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Writes the values of an epoch's record and flushes them."""
+        if self._closed:
+            return
+        iterate = {
+            "lr": record["lr"],
+            **{
+                tag: record[tag.replace("/", "_")]
+                for tag in ("train/loss", "train/accuracy", "test/loss", "test/accuracy")
+            },
+            **{f"seconds/{phase}": s for phase, s in record["seconds"].items()},
+        }
+        curves = {self._trajectory: iterate}
+        for method, average in record["averages"].items():
+            curves[f"{method}-average"] = {
+                "test/loss": average["test_loss"],
+                "test/accuracy": average["test_accuracy"],
+            }
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            for name, values in curves.items():
+                if name not in self._writers:
+                    folder = str(self._folder / name)
+                    self._writers[name] = SummaryWriter(folder, purge_step=self._first)
+                for tag, value in values.items():
+                    if value is not None:
+                        self._writers[name].add_scalar(tag, value, record["epoch"])
+                self._writers[name].flush()
+        except (ImportError, OSError) as error:
+            remedy = '; pip install "swa_fast[train]" brings it' * isinstance(error, ImportError)
+            self._say(f"note: no curves for TensorBoard ({error}{remedy})")
+            self.close()
+
+    def close(self) -> None:
+        """Closes the files; nothing is written afterwards."""
+        self._closed = True
+        for writer in self._writers.values():
+            writer.close()

@@ -57,32 +57,19 @@ def format_table(summary: Sequence[Mapping[str, Any]]) -> str:
 
 def format_phases(results: Results) -> str:
     """Where the time went: seconds and shares by phase and trajectory, as aligned text."""
-    trajectories = plan(TrainConfig.from_json(results["config"]))
-    by_name = {
-        t.name: [r for r in results["records"] if r["trajectory"] == t.name] for t in trajectories
-    }
-    seconds = [
-        [sum(r["seconds"][phase] for r in records) for phase in PHASES]
-        for records in by_name.values()
-    ]
-    wholes = [sum(column) for column in seconds]
-    rows = [
-        [
-            phase.replace("_", "/"),
-            *(
-                f"{part:.2f} s {100 * part / (whole or 1.0):5.1f} %"
-                for part, whole in zip(parts, wholes, strict=True)
-            ),
-        ]
-        for phase, *parts in zip(PHASES, *seconds, strict=True)
-    ]
-    rows.append(["all", *(f"{whole:.2f} s {100.0:5.1f} %" for whole in wholes)])
-    shares = [
-        f"{t.name} {100 * overhead(by_name[t.name], t.reported):.2f} %"
-        for t in trajectories
-        if t.captures
-    ]
-    text = format_rows(["phase", *by_name], rows)
+    columns, shares = {}, []
+    for trajectory in plan(TrainConfig.from_json(results["config"])):
+        name = trajectory.name
+        records = [r for r in results["records"] if r["trajectory"] == name]
+        seconds = [sum(r["seconds"][phase] for r in records) for phase in PHASES]
+        whole = sum(seconds)
+        columns[name] = [
+            f"{part:.2f} s {100 * part / (whole or 1.0):5.1f} %" for part in seconds
+        ] + [f"{whole:.2f} s {100.0:5.1f} %"]
+        if trajectory.captures:
+            shares.append(f"{name} {100 * overhead(records, trajectory.reported):.2f} %")
+    names = [*(phase.replace("_", "/") for phase in PHASES), "all"]
+    text = format_rows(["phase", *columns], list(zip(names, *columns.values(), strict=True)))
     if shares:
         text += (
             "\nAveraging and the BatchNorm passes of the results, of the training time: "
@@ -117,15 +104,23 @@ def _experiment(results: Results) -> tuple[Any, ...]:
     return (results["preset"], results["data"]["sha256"], repr(sorted(config.items())))
 
 
-def _overridden(preset: Preset, scale: float, config: Mapping[str, Any]) -> list[str]:
-    """Settings of a preset that a run has otherwise."""
-    return [
+def _title(results: Results, preset: Preset | None) -> str:
+    """What was trained. Runs at a reduced scale or with other settings than a preset's are not the
+    experiment that was published, which their title tells."""
+    config, name, scale = results["config"], results["preset"], results["scale"]
+    title = f"{name}: " if name else ""
+    title += f"{config['model']} (width {config['width']}) on {config['dataset']}"
+    if scale != 1.0:
+        title += f", at scale {scale:g}"
+    expected = {} if preset is None else scaled(preset.options, scale)
+    other = [
         key
-        for key, value in scaled(preset.options, scale).items()
+        for key, value in expected.items()
         if key in config
         and key not in (*_REPETITION, "methods")
         and config[key] != (list(value) if isinstance(value, tuple) else value)
     ]
+    return title + (f", with other {', '.join(other)} than the preset's" if other else "")
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -159,8 +154,7 @@ def compare_runs(
             groups.setdefault(_experiment(results), []).append(results)
     experiments = []
     for members in groups.values():
-        config, name, scale = (members[0][key] for key in ("config", "preset", "scale"))
-        preset = presets.get(name or "")
+        preset = presets.get(members[0]["preset"] or "")
         known = {} if preset is None else preset.published
         tables = [
             {(row["method"], row["budget"]): row for row in results["summary"]}
@@ -189,21 +183,13 @@ def compare_runs(
                     published,
                 ]
             )
-        title = f"{config['model']} (width {config['width']}) on {config['dataset']}"
-        # Runs at a reduced scale or with other settings are not the experiment that was published.
-        if name:
-            title = f"{name}: {title}"
-        if scale != 1.0:
-            title += f", at scale {scale:g}"
-        if preset is not None and (other := _overridden(preset, scale, config)):
-            title += f", with other {', '.join(other)} than the preset's"
+        title = _title(members[0], preset)
         experiments.append({"title": title, "header": _HEADER, "rows": rows, "runs": members})
     return experiments
 
 
-def format_experiment(experiment: Mapping[str, Any], *, markdown: bool) -> str:
+def format_experiment(experiment: Mapping[str, Any], *, markdown: bool = False) -> str:
     """An experiment's table, as Markdown or aligned text."""
     table = format_rows(experiment["header"], experiment["rows"], "pipe" if markdown else "simple")
-    return (
-        f"**{experiment['title']}**\n\n{table}" if markdown else f"{experiment['title']}\n{table}"
-    )
+    title = experiment["title"]
+    return f"**{title}**\n\n{table}" if markdown else f"{title}\n{table}"

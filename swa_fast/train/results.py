@@ -2,9 +2,11 @@
 
 ``results.json`` is one object:
 
-* ``schema`` ("swa_fast.train.results"), ``schema_version`` (2; a later version may add keys
+* ``schema`` ("swa_fast.train.results"), ``schema_version`` (3; a later version may add keys
   without changing it), ``status`` ("running" or "complete"), ``preset`` (its name, or null) and
-  ``scale`` (1 for none);
+  ``scale`` (1 for none). Since version 3 the random crops of ``imagenet`` are torchvision's, drawn
+  from torch's generator; nothing else differs from version 2, whose files can still be read, but
+  whose unfinished runs on ``imagenet`` cannot be continued;
 * ``config``: the settings, by the names of the command-line options with underscores;
 * ``environment``: versions of swa_fast, torch, cuda (null on the CPU) and python, ``device`` name,
   ``threads``, ``processes``, ``git_commit`` (null for an installed package), ``averaging_backend``;
@@ -29,9 +31,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .config import TrainConfig
+from .config import METHODS, TrainConfig
 from .methods import plan
-from .options import METHODS
 
 __all__ = ["Results", "overhead", "summarise"]
 
@@ -39,10 +40,6 @@ __all__ = ["Results", "overhead", "summarise"]
 Results = Mapping[str, Any]
 
 _TRAINING = ("data", "forward_backward", "optimizer")
-
-
-def _key(method: str, budget: float) -> str:
-    return METHODS[method] if budget == 1.0 else f"{METHODS[method]}, {budget:g} budgets"
 
 
 def summarise(results: Results) -> list[dict[str, Any]]:
@@ -54,7 +51,7 @@ def summarise(results: Results) -> list[dict[str, Any]]:
     """
     rows: list[dict[str, Any]] = []
     if (initial := results["initial"]) is not None:
-        rows.append(_row("pretrained", None, 0.0, 0, None, initial, initial, 0.0))
+        rows.append(_row("pretrained", None, 0.0, 0, initial, initial, 0.0))
     by_name: dict[str, dict[int, Mapping[str, Any]]] = {}
     for record in results["records"]:
         by_name.setdefault(record["trajectory"], {})[record["epoch"]] = record
@@ -70,8 +67,8 @@ def summarise(results: Results) -> list[dict[str, Any]]:
                     # What the conventional run averaged is another method's.
                     seconds += sum(r["seconds"]["average"] for r in own)
                     seconds += record["seconds"]["bn"]
-                name, captures = _key(method, budget), found.get("captures")
-                rows.append(_row(name, method, budget, epoch, captures, found, record, seconds))
+                name = METHODS[method] + (f", {budget:g} budgets" if budget != 1.0 else "")
+                rows.append(_row(name, method, budget, epoch, found, record, seconds))
     return rows
 
 
@@ -80,7 +77,6 @@ def _row(
     method: str | None,
     budget: float,
     epochs: int,
-    captures: int | None,
     found: Mapping[str, Any],
     iterate: Mapping[str, Any],
     seconds: float,
@@ -90,7 +86,7 @@ def _row(
         "method": method,
         "budget": budget,
         "epochs": epochs,
-        "captures": captures,
+        "captures": found.get("captures"),
         "test_accuracy": found["test_accuracy"],
         "test_loss": found["test_loss"],
         "iterate_accuracy": iterate["test_accuracy"],
@@ -100,12 +96,7 @@ def _row(
 
 def overhead(records: Iterable[Mapping[str, Any]], reported: frozenset[int]) -> float:
     """Share of a trajectory's training time that goes into averaging: captures, and the BatchNorm
-    passes of the epochs whose results are reported. Passes for the curves do not count.
-
-    Args:
-        records: of the trajectory.
-        reported: epochs after which results are reported.
-    """
+    passes of the epochs whose results are reported. Passes for the curves do not count."""
     training = averaging = 0.0
     for record in records:
         seconds = record["seconds"]

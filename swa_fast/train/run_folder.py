@@ -7,7 +7,6 @@ import fcntl
 import io
 import json
 import os
-import re
 import shutil
 import tempfile
 import zipfile
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .errors import TrainError
+from .errors import TrainError, first_line
 
 __all__ = ["RunFolder", "write_atomically"]
 
@@ -26,7 +25,7 @@ _CHECKPOINT = "swa_fast.train.checkpoint"
 _CHECKPOINT_VERSION = 2
 
 RESULTS_SCHEMA = "swa_fast.train.results"
-RESULTS_VERSION = 2
+RESULTS_VERSION = 3
 _RESULTS_KEYS = "status preset scale config environment data initial records summary"
 
 #: Checkpoints kept per trajectory: if the newest cannot be read, the one before it can.
@@ -36,20 +35,15 @@ KEEP = 2
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Writes a file so that at any moment, also after a power cut, ``path`` holds either its old
     content or all of the new one."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes files private; these should be as readable as any other.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
+        os.replace(temporary, path)
     except BaseException:
-        if os.path.exists(name):
-            os.unlink(name)
+        temporary.unlink(missing_ok=True)
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -91,7 +85,6 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
 
     def file(self, name: str) -> Path:
-        """Path of a file in the folder."""
         return self.path / name
 
     def existing(self) -> list[str]:
@@ -106,9 +99,6 @@ class RunFolder:
 
     def create(self, *, overwrite: bool) -> None:
         """Makes the folder, for a new run. Removes nothing: see :meth:`clear`.
-
-        Args:
-            overwrite: accept that it already holds a run.
 
         Raises:
             TrainError: it holds a run and ``overwrite`` is false, or it cannot be made or written.
@@ -163,10 +153,7 @@ class RunFolder:
         for name in self.existing():
             path = self.path / name
             try:
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
             except OSError as error:
                 raise TrainError(f"{path}: cannot be removed ({error})") from error
 
@@ -202,10 +189,16 @@ class RunFolder:
             raise TrainError(f"{path}: {expected}, found unreadable JSON ({error})") from error
         if not isinstance(results, dict) or results.get("schema") != RESULTS_SCHEMA:
             raise TrainError(f"{path}: {expected}, found another kind of file")
-        if results.get("schema_version") != RESULTS_VERSION:
-            raise TrainError(f"{path}: {expected}, found version {results.get('schema_version')}")
+        if (version := results.get("schema_version")) not in (2, RESULTS_VERSION):
+            raise TrainError(f"{path}: {expected}, found version {version}")
         if missing := set(_RESULTS_KEYS.split()) - set(results):
             raise TrainError(f"{path}: {expected}, found no {', '.join(sorted(missing))}")
+        images = results["config"].get("dataset")
+        if version == 2 and images == "imagenet" and results["status"] == "running":
+            raise TrainError(
+                f"{path}: {expected}, found version 2, whose random crops of imagenet were others; "
+                f"start the run anew with --overwrite"
+            )
         return results
 
     def save_checkpoint(
@@ -266,18 +259,18 @@ class RunFolder:
         warn: Callable[[str], object],
     ) -> tuple[Path, dict[str, Any]] | None:
         """The first of the files that can be read; None if there are none."""
-        failures = []
+        failures: list[TrainError] = []
         for path in paths:
             try:
                 state = self._load(path, trajectory, device)
             except TrainError as error:
-                failures.append(str(error))
+                failures.append(error)
                 continue
             for failure in failures:
                 warn(f"note: {failure}; going on from {path.name} instead")
             return path, state
         if failures:
-            raise TrainError(failures[0])
+            raise failures[0]
         return None
 
     def _branches(self, trajectory: str, epoch: int) -> list[Path]:
@@ -287,23 +280,12 @@ class RunFolder:
 
     def _states(self, trajectory: str) -> list[Path]:
         """Checkpoints of a trajectory, the newest first."""
-        name = re.compile(re.escape(trajectory) + r"-(\d+)-(\d+)\.pt")
-
-        def found() -> Iterator[tuple[int, int, Path]]:
-            for path in self.checkpoints.glob(f"{trajectory}-*.pt"):
-                if match := name.fullmatch(path.name):
-                    yield int(match[1]), int(match[2]), path
-
-        return [path for _, _, path in sorted(found(), reverse=True)]
+        number = "[0-9]" * 5
+        return sorted(self.checkpoints.glob(f"{trajectory}-{number}-*.pt"), reverse=True)
 
     def _save(self, path: Path, trajectory: str, content: Mapping[str, Any]) -> None:
-        payload = {
-            "format": _CHECKPOINT,
-            "version": _CHECKPOINT_VERSION,
-            "trajectory": trajectory,
-            **content,
-        }
-        self.write(path, _saved(payload))
+        kind = {"format": _CHECKPOINT, "version": _CHECKPOINT_VERSION, "trajectory": trajectory}
+        self.write(path, _saved({**kind, **content}))
 
     def write(self, path: Path, content: bytes | memoryview) -> None:
         """Writes a file of the folder by :func:`write_atomically`, and makes its parent folder."""
@@ -330,9 +312,8 @@ class RunFolder:
             payload = torch.load(path, map_location=device, weights_only=True)
         # Neither has an error of its own: BadZipFile, UnpicklingError, RuntimeError, KeyError...
         except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise TrainError(
-                f"{path}: {expected}, found a damaged or foreign file ({reason})"
+                f"{path}: {expected}, found a damaged or foreign file ({first_line(error)})"
             ) from error
         if not isinstance(payload, dict) or payload.get("format") != _CHECKPOINT:
             raise TrainError(f"{path}: {expected}, found another kind of file")

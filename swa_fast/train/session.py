@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 
 from . import snapshot
-from .board import Board
 from .config import TrainConfig
 from .curves import draw_curves
 from .data import Dataset, load_dataset
@@ -23,7 +21,7 @@ from .distributed import World
 from .environment import environment
 from .errors import Stopped, TrainError, import_extra
 from .methods import Trajectory, plan
-from .progress import Progress
+from .progress import Board, Progress
 from .results import summarise
 from .run_folder import RunFolder
 from .trainer import Record, Run, Trainer
@@ -37,10 +35,7 @@ _AGREE_EVERY = 20
 @contextmanager
 def interrupts() -> Iterator[Callable[[], bool]]:
     """Gives a function that tells whether SIGINT (Ctrl-C) or SIGTERM has come; within this context
-    they only ask for a stop, and the second one stops at once.
-
-    Other threads than the main one cannot receive signals and are left alone.
-    """
+    they only ask for a stop, and the second one stops at once."""
     requested = False
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -55,15 +50,13 @@ def interrupts() -> Iterator[Callable[[], bool]]:
             flush=True,
         )
 
-    previous: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, handle)
+    caught = (signal.SIGINT, signal.SIGTERM)
+    previous = [signal.signal(number, handle) for number in caught]
     try:
         yield lambda: requested
     finally:
-        for caught, handler in previous.items():
-            signal.signal(caught, handler)
+        for number, handler in zip(caught, previous, strict=True):
+            signal.signal(number, handler)
 
 
 def run(
@@ -170,49 +163,6 @@ class _Session:
             self.listed = {r["trajectory"]: r["epoch"] for r in previous["records"]}
             for key in ("preset", "scale", "environment", "initial", "records"):
                 results[key] = previous[key]
-        self._check_network(trainer, results)
-        if world.main:
-            if previous is None:
-                self.folder.clear()
-            progress.write_log(self.folder.log)
-        world.wait()
-        self._write(results)
-
-        finished: list[Record] = []
-        for trajectory in plan(config):
-            self._follow(trainer, trajectory, results, finished)
-            finished = list(results["records"])
-        results["summary"] = summarise(results)
-        results["status"] = "complete"
-        if world.main:
-            draw_curves(results, self.folder.file("curves.png"), self.folder.write)
-        self._write(results)
-        world.wait()
-        return results
-
-    def _load_data(self) -> Dataset:
-        """The data; the first process alone may have to download them."""
-        config = self.config
-
-        def load() -> Dataset:
-            return load_dataset(
-                config.dataset,
-                config.data_dir,
-                image_size=config.image_size,
-                normalise=config.normalise,
-                fraction=config.fraction,
-                threads=config.threads,
-                progress=self.progress.over,
-            )
-
-        if self.world.main:
-            dataset = load()
-        self.world.wait()
-        return dataset if self.world.main else load()
-
-    def _check_network(self, trainer: Trainer, results: dict[str, Any]) -> None:
-        """Whether there is a network for these images, and what a pretrained one is worth."""
-        config, progress, world = self.config, self.progress, self.world
         model = trainer.build()
         trainer.check_images(model)
         progress.say(
@@ -223,6 +173,41 @@ class _Session:
             loss, accuracy = trainer.evaluation.score(model)
             results["initial"] = {"test_loss": loss, "test_accuracy": accuracy}
             progress.say(f"pretrained network: test {accuracy:.2f}%")
+        if world.main:
+            if previous is None:
+                self.folder.clear()
+            progress.write_log(self.folder.log)
+        world.wait()
+        self._write(results)
+
+        finished: list[Record] = []
+        for trajectory in plan(config):
+            finished = self._follow(trainer, trajectory, results, finished)
+        results["summary"] = summarise(results)
+        results["status"] = "complete"
+        if world.main:
+            draw_curves(results, self.folder.file("curves.png"), self.folder.write)
+        self._write(results)
+        world.wait()
+        return results
+
+    def _load_data(self) -> Dataset:
+        """The data; the first process loads them before the others, for it may have to download."""
+        config, main = self.config, self.world.main
+        if not main:
+            self.world.wait()
+        dataset = load_dataset(
+            config.dataset,
+            config.data_dir,
+            image_size=config.image_size,
+            normalise=config.normalise,
+            fraction=config.fraction,
+            threads=config.threads,
+            progress=self.progress.over,
+        )
+        if main:
+            self.world.wait()
+        return dataset
 
     def _write(self, results: dict[str, Any]) -> None:
         if self.world.main:
@@ -234,8 +219,9 @@ class _Session:
         trajectory: Trajectory,
         results: dict[str, Any],
         finished: list[Record],
-    ) -> None:
-        """Trains along one trajectory, from its beginning or from its last checkpoint."""
+    ) -> list[Record]:
+        """Trains along one trajectory, from its beginning or from its last checkpoint; the records
+        so far, of which ``finished`` are those before."""
         progress, steps = self.progress, len(trainer.batches)
         current = trainer.start(trajectory)
         self._restore(trainer, current)
@@ -251,10 +237,7 @@ class _Session:
             steps=steps,
             done=current.epoch * steps + current.step,
         )
-        board = Board(
-            self.folder.tensorboard, trajectory.name, progress.say, silent=not self.world.main
-        )
-        board.restart(current.records)
+        board = Board(self.folder.tensorboard, trajectory.name, current.epoch, progress.say)
         try:
             while current.epoch < trajectory.end:
                 try:
@@ -271,13 +254,15 @@ class _Session:
                 self._save(trainer, current)
                 results["records"] = finished + current.records
                 self._write(results)
-                board.add(record)
+                if self.world.main:
+                    board.add(record)
                 progress.epoch(record)
                 if self.world.largest(self._wanted(), trainer.device) == 2:
                     raise Stopped
         finally:
             board.close()
             progress.stop()
+        return finished + current.records
 
     def _between(self, trainer: Trainer, current: Run) -> None:
         """After every step: saves or stops where that is wanted."""
@@ -327,7 +312,7 @@ class _Session:
             ]
             networks = dict.fromkeys(names, current.model)
             if (average := current.averages.get(method)) is not None:
-                networks = average.networks(method, current.epoch, names, current.model)
+                networks = average.networks(current.epoch, names, current.model)
             for name, network in networks.items():
                 self.folder.save_model(name, network.state_dict())
 

@@ -57,8 +57,7 @@ def restore(trainer: Trainer, run: Run, state: Mapping[str, Any], path: Path) ->
             fit the network.
     """
     trajectory, world = run.trajectory, trainer.world
-    with _fitting(trainer.config, path):
-        _check_config(trainer.config, state)
+    with _fitting(trainer.config, state, path):
         if len(state["ranks"]) != world.size:
             raise TrainError(
                 f"expected {world.size} processes, found the state of {len(state['ranks'])}; "
@@ -93,8 +92,7 @@ def continue_from(trainer: Trainer, run: Run, state: Mapping[str, Any], path: Pa
         TrainError: the state is of other settings or does not fit the network.
     """
     begin = run.trajectory.begin
-    with _fitting(trainer.config, path):
-        _check_config(trainer.config, state)
+    with _fitting(trainer.config, state, path):
         if state["epoch"] != begin or state["step"] != 0:
             raise TrainError(
                 f"expected the state after epoch {begin}, found one after epoch "
@@ -110,18 +108,16 @@ def _load_training(run: Run, state: Mapping[str, Any]) -> None:
     run.scaler.load_state_dict(state["scaler"])
 
 
-def _check_config(config: TrainConfig, state: Mapping[str, Any]) -> None:
-    saved = TrainConfig.from_json(state["config"])
-    if differences := saved.differences(config):
-        found = ", ".join(f"{name} = {getattr(saved, name)}" for name in differences)
-        expected = ", ".join(f"{name} = {getattr(config, name)}" for name in differences)
-        raise TrainError(f"expected {expected} as in results.json, found {found}")
-
-
 @contextmanager
-def _fitting(config: TrainConfig, path: Path) -> Iterator[None]:
-    """Errors of a state that does not fit, as one that names the file."""
+def _fitting(config: TrainConfig, state: Mapping[str, Any], path: Path) -> Iterator[None]:
+    """Refuses a state of other settings, and names the file in the errors of one that does not
+    fit."""
     try:
+        saved = TrainConfig.from_json(state["config"])
+        if differences := saved.differences(config):
+            found = ", ".join(f"{name} = {getattr(saved, name)}" for name in differences)
+            expected = ", ".join(f"{name} = {getattr(config, name)}" for name in differences)
+            raise TrainError(f"expected {expected} as in results.json, found {found}")
         yield
     except TrainError as error:
         raise TrainError(f"{path}: {error}") from error

@@ -227,20 +227,15 @@ class Trainer:
             )
         if config.compile:
             forward = torch.compile(forward)
-        return Run(
-            trajectory,
-            model,
-            forward,
-            optimizer,
-            torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16"),
-            {
-                method: make_average(method, captured, model, config, len(self.batches))
-                for method, captured in trajectory.captures.items()
-            },
-            loss=torch.zeros((), dtype=torch.float64, device=self.device),
-            correct=torch.zeros((), dtype=torch.int64, device=self.device),
-            clock=Clock(self.device),
-        )
+        scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+        averages = {
+            method: make_average(method, captured, model, config, len(self.batches))
+            for method, captured in trajectory.captures.items()
+        }
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        clock = Clock(self.device)
+        return Run(trajectory, model, forward, optimizer, scaler, averages, loss, correct, clock)
 
     def build(self) -> nn.Module:
         """The network with its initial weights: random ones of the seed, or pretrained ones.

@@ -10,8 +10,7 @@ import dataclasses
 from pathlib import Path
 
 from ..errors import TrainError
-from .dataset import Dataset, check_fraction
-from .placement import NORMALISATIONS, Batch, Batches, Placement
+from .dataset import NORMALISATIONS, Batch, Batches, Dataset, Placement, check_fraction
 from .sources import MIN_SIZE, Wrap, load_digits, load_images, load_synthetic, load_torchvision
 from .streamed import load_stream
 
@@ -51,7 +50,7 @@ def load_dataset(
             (``imagenet``: 224).
         normalise: ``dataset``, i.e. mean and standard deviation of the training images (for
             ``imagenet``, whose images are not read beforehand, the constants ``imagenet``), or a
-            name of :data:`~swa_fast.train.data.placement.NORMALISATIONS`.
+            name of :data:`~swa_fast.train.data.dataset.NORMALISATIONS`.
         fraction: share of the training and of the test images to take, the same of every class.
         min_per_class: images that every class keeps at least, whatever the fraction.
         threads: threads that decode ``images``.
@@ -64,13 +63,7 @@ def load_dataset(
     check_data_options(name, data_dir, image_size, fraction)
     if name == "imagenet":
         assert data_dir is not None
-        return load_stream(
-            data_dir,
-            image_size=image_size or 224,
-            normalise=normalise,
-            fraction=fraction,
-            min_per_class=min_per_class,
-        )
+        return load_stream(data_dir, image_size or 224, normalise, fraction, min_per_class)
     if name == "digits":
         dataset = load_digits()
     elif name == "synthetic":

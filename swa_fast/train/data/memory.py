@@ -14,8 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import TrainError
-from .dataset import Dataset, balanced_share, check_normalise
-from .placement import Batch, Batches, Normalise, Placement, Statistics
+from .dataset import (
+    Batch,
+    Batches,
+    Dataset,
+    Normalise,
+    Placement,
+    Statistics,
+    balanced_share,
+)
 
 __all__ = ["MemoryDataset", "channel_statistics"]
 
@@ -29,7 +36,7 @@ class MemoryDataset(Dataset):
         pad: zero pixels added on every side before a random crop back to H x W.
         flip: whether half of the training images are mirrored left to right.
         normalise: ``dataset``, which takes mean and standard deviation of the training images, or
-            a name of :data:`~swa_fast.train.data.placement.NORMALISATIONS`.
+            a name of :data:`~swa_fast.train.data.dataset.NORMALISATIONS`.
 
     Raises:
         TrainError: numbers of images and labels differ, a part is empty, a label is not in
@@ -50,13 +57,12 @@ class MemoryDataset(Dataset):
     fraction: float = 1.0
 
     def __post_init__(self) -> None:
-        self._check_labels(len(self.train_images), len(self.test_images))
+        self._check(len(self.train_images), len(self.test_images), self.image_shape[0])
         if self.train_images.shape[1:] != self.test_images.shape[1:]:
             raise TrainError(
                 f"test images: expected the shape of the training images, "
                 f"{self.image_shape}, found {tuple(self.test_images.shape[1:])}"
             )
-        check_normalise(self.normalise, self.image_shape[0])
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -133,32 +139,33 @@ class MemoryBatches(Batches):
     def __init__(self, dataset: MemoryDataset, batch_size: int, placement: Placement) -> None:
         count, channels, height, width = dataset.train_images.shape
         super().__init__(count, batch_size, placement)
-        self._device, self._pad, self._flip = placement.device, dataset.pad, dataset.flip
+        self._pad, self._flip = dataset.pad, dataset.flip
+        device = placement.device
         self._size = (height, width)
         self._padded_size = (height + 2 * self._pad, width + 2 * self._pad)
         padded = torch.zeros(
-            (count, *self._padded_size, channels), dtype=torch.uint8, device=self._device
+            (count, *self._padded_size, channels), dtype=torch.uint8, device=device
         )
         inner = padded[:, self._pad : self._pad + height, self._pad : self._pad + width]
         inner.copy_(dataset.train_images.permute(0, 2, 3, 1))
         # One row per pixel: a crop is then one gather of rows.
         self._pixels = padded.view(-1, channels)
-        self._labels = dataset.train_labels.to(self._device)
+        self._labels = dataset.train_labels.to(device)
         self._normalise = Normalise(dataset.statistics, width, placement)
 
     def _epoch(self, seed: int, parts: list[slice]) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(seed)
-        count = len(self._labels)
+        device, count = self._placement.device, len(self._labels)
         order = torch.randperm(count, generator=generator)
         offsets = torch.randint(2 * self._pad + 1, (2, count), generator=generator)
         flips = torch.rand(count, generator=generator) < 0.5
         height, width = self._size
         padded_height, padded_width = self._padded_size
         corners = (order * padded_height + offsets[0]) * padded_width + offsets[1]
-        order, corners, flips = (t.to(self._device) for t in (order, corners, flips))
+        order, corners, flips = (t.to(device) for t in (order, corners, flips))
 
-        rows = torch.arange(height, device=self._device) * padded_width
-        columns = torch.arange(width, device=self._device)
+        rows = torch.arange(height, device=device) * padded_width
+        columns = torch.arange(width, device=device)
         mirrored = columns.flip(0)
         for part in parts:
             columns_of = columns.expand(len(corners[part]), width)
@@ -181,15 +188,11 @@ def channel_statistics(images: Tensor) -> Statistics:
     Args:
         images: uint8 [N, C, H, W].
     """
-    values = np.arange(256, dtype=np.int64)
+    values = torch.arange(256)
     means, stds = [], []
-    for channel in range(images.shape[1]):
-        histogram = np.zeros(256, dtype=np.int64)
-        for part in images[:, channel].split(4096):
-            histogram += np.bincount(part.numpy().ravel(), minlength=256)
-        count = int(histogram.sum())
-        total = int((histogram * values).sum())
-        squares = int((histogram * values**2).sum())
+    for channel in images.unbind(1):
+        histogram = torch.bincount(channel.flatten(), minlength=256)
+        count, total, squares = (int((histogram * values**k).sum()) for k in range(3))
         means.append(total / count)
         # count * squares - total^2 in Python's unbounded integers: nothing cancels.
         variance = (count * squares - total**2) / count**2
@@ -199,10 +202,4 @@ def channel_statistics(images: Tensor) -> Statistics:
 
 def _resize(images: Tensor, image_size: int) -> Tensor:
     """uint8 [N, C, H, W] to uint8 [N, C, image_size, image_size]."""
-    out = torch.empty((*images.shape[:2], image_size, image_size), dtype=torch.uint8)
-    for start in range(0, len(images), 1024):
-        part = slice(start, start + 1024)
-        out[part] = F.interpolate(
-            images[part], size=(image_size, image_size), mode="bilinear", antialias=True
-        )
-    return out
+    return F.interpolate(images, (image_size, image_size), mode="bilinear", antialias=True)

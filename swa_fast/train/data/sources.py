@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TrainError, import_extra
-from .image_files import check_same_classes, list_images, read_rgb
+from .image_files import list_images, read_rgb
 from .memory import MemoryDataset
 
 __all__ = [
@@ -163,31 +163,19 @@ def load_images(
             Pillow is not installed. The message names the folder or file.
     """
     root = Path(folder)
-    found = {part: list_images(root / part) for part in ("train", "test")}
-    classes = tuple(found["train"].files)
-    check_same_classes(root, {part: listing.files for part, listing in found.items()})
-    if len(classes) < 2:
+    train, test = list_images(root, "train", "test")
+    if len(train.classes) < 2:
         raise TrainError(f"{root / 'train'}: expected 2 or more class folders, found 1")
-
-    paths = {part: [path for name in classes for path in found[part].files[name]] for part in found}
-    labels = {
-        part: torch.tensor(
-            [i for i, name in enumerate(classes) for _ in found[part].files[name]],
-            dtype=torch.int64,
-        )
-        for part in found
-    }
-    first = paths["train"][0]
+    first = train.files[0]
     shape = _decode(first, image_size).shape
     if min(shape[:2]) < MIN_SIZE:
         raise TrainError(
             f"{first}: expected images of {MIN_SIZE}x{MIN_SIZE} pixels or more, found "
             f"{shape[1]}x{shape[0]}; --image-size N resizes"
         )
-    arrays = {part: np.empty((len(paths[part]), *shape), dtype=np.uint8) for part in paths}
+    pixels = np.empty((len(train.files) + len(test.files), *shape), dtype=np.uint8)
 
-    def read(job: tuple[npt.NDArray[np.uint8], Path]) -> None:
-        target, path = job
+    def read(target: npt.NDArray[np.uint8], path: str) -> None:
         image = _decode(path, image_size)
         if image.shape != shape:
             raise TrainError(
@@ -196,31 +184,21 @@ def load_images(
             )
         target[...] = image
 
-    jobs = [job for part in paths for job in zip(arrays[part], paths[part], strict=True)]
     with ThreadPoolExecutor(threads) as pool:
         try:
-            done: Iterator[None] = pool.map(read, jobs)
-            if progress is not None:
-                done = progress(done, len(jobs))
-            for _ in done:
+            done: Iterator[None] = pool.map(read, pixels, train.files + test.files)
+            for _ in done if progress is None else progress(done, len(pixels)):
                 pass
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    images = {part: torch.from_numpy(array).permute(0, 3, 1, 2) for part, array in arrays.items()}
-    return MemoryDataset(
-        classes=classes,
-        train_images=images["train"],
-        train_labels=labels["train"],
-        test_images=images["test"],
-        test_labels=labels["test"],
-        pad=4,
-        flip=True,
-        skipped_files=found["train"].skipped + found["test"].skipped,
-    )
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    parts = images[: len(train.files)], train.labels, images[len(train.files) :], test.labels
+    skipped = train.skipped + test.skipped
+    return MemoryDataset(train.classes, *parts, pad=4, flip=True, skipped_files=skipped)
 
 
-def _decode(path: Path, image_size: int | None) -> npt.NDArray[np.uint8]:
+def _decode(path: str, image_size: int | None) -> npt.NDArray[np.uint8]:
     """The image as uint8 [H, W, 3]."""
     image = read_rgb(path)
     if image_size is not None and image.size != (image_size, image_size):

@@ -8,9 +8,7 @@ device as bytes and are normalised there.
 from __future__ import annotations
 
 import hashlib
-import math
 import os
-import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,11 +22,10 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from ..errors import TrainError, import_extra
-from .dataset import Dataset, balanced_share, check_normalise
-from .image_files import check_same_classes, read_rgb
-from .placement import Batch, Batches, Normalise, Placement
+from .dataset import Batch, Batches, Dataset, Normalise, Placement, balanced_share, check_normalise
+from .image_files import Listing, list_images, read_rgb
 
-__all__ = ["StreamedBatches", "StreamedDataset", "crop_window", "load_stream"]
+__all__ = ["StreamedBatches", "StreamedDataset", "load_stream"]
 
 # What a worker is asked for: a file, its label, and the seed of its crop; None is a test image.
 _Request = tuple[str, int, int | None]
@@ -46,7 +43,7 @@ class StreamedDataset(Dataset):
         root: the folder of all files.
         train_files, test_files: paths below ``root``.
         image_size: side in pixels of the network's input.
-        normalise: a name of :data:`~swa_fast.train.data.placement.NORMALISATIONS`.
+        normalise: a name of :data:`~swa_fast.train.data.dataset.NORMALISATIONS`.
 
     Raises:
         TrainError: numbers of images and labels differ, a part is empty, or a label is not in
@@ -65,7 +62,7 @@ class StreamedDataset(Dataset):
     skipped_files: int = 0
 
     def __post_init__(self) -> None:
-        self._check_labels(len(self.train_files), len(self.test_files))
+        self._check(len(self.train_files), len(self.test_files), channels=3)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -103,7 +100,7 @@ class StreamedBatches(Batches):
 
     def __init__(self, dataset: StreamedDataset, batch_size: int, placement: Placement) -> None:
         super().__init__(len(dataset.train_files), batch_size, placement)
-        self._dataset, self._placement = dataset, placement
+        self._dataset = dataset
 
     def _epoch(self, seed: int, parts: list[slice]) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(seed)
@@ -164,15 +161,18 @@ class _Decoder(TorchDataset[tuple[Tensor, int] | TrainError]):
         return torch.from_numpy(np.array(self._cut(image, seed))), label
 
     def _cut(self, image: Any, seed: int | None) -> Any:
-        transforms = import_extra("torchvision.transforms.functional")
-        size = self._size
+        transforms = import_extra("torchvision.transforms")
+        cut, size = transforms.functional, [self._size] * 2
         if seed is None:
-            resized = transforms.resize(image, round(size * 256 / 224))
-            return transforms.center_crop(resized, [size, size])
-        draw = random.Random(seed)
-        top, left, height, width = crop_window(image.width, image.height, draw)
-        cut = transforms.resized_crop(image, top, left, height, width, [size, size])
-        return transforms.hflip(cut) if draw.random() < 0.5 else cut
+            resized = cut.resize(image, round(self._size * 256 / 224))
+            return cut.center_crop(resized, size)
+        # torchvision draws from the global generator, which is the run's without workers.
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(seed)
+            window = transforms.RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3))
+            mirrored = bool(torch.rand(()) < 0.5)
+        image = cut.resized_crop(image, *window, size)
+        return cut.hflip(image) if mirrored else image
 
 
 def _collate(items: Sequence[tuple[Tensor, int] | TrainError]) -> Batch | TrainError:
@@ -186,34 +186,8 @@ def _collate(items: Sequence[tuple[Tensor, int] | TrainError]) -> Batch | TrainE
     return torch.stack(images), torch.tensor(labels, dtype=torch.int64)
 
 
-def crop_window(width: int, height: int, draw: random.Random) -> tuple[int, int, int, int]:
-    """A random window of 8 to 100 % of the area, with an aspect ratio of 3/4 to 4/3.
-
-    The area is uniform and the ratio uniform in its logarithm; what does not fit is drawn again.
-    After ten failures it is the largest window at the centre with a ratio in the range, as in
-    ``torchvision.transforms.RandomResizedCrop``.
-
-    Returns:
-        (top, left, height, width) in pixels.
-    """
-    low, high = 3 / 4, 4 / 3
-    for _ in range(10):
-        area = width * height * draw.uniform(0.08, 1)
-        ratio = math.exp(draw.uniform(math.log(low), math.log(high)))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            return draw.randint(0, height - h), draw.randint(0, width - w), h, w
-    w, h = width, height
-    if width / height < low:
-        h = round(width / low)
-    elif width / height > high:
-        w = round(height * high)
-    return (height - h) // 2, (width - w) // 2, h, w
-
-
 def load_stream(
     folder: str | Path,
-    *,
     image_size: int = 224,
     normalise: str = "dataset",
     fraction: float = 1.0,
@@ -234,48 +208,36 @@ def load_stream(
     check_normalise(normalise, channels=3)
     datasets = import_extra("torchvision.datasets")
     official = (root / "meta.bin").exists() or any(root.glob("ILSVRC2012_*.tar*"))
-    found: dict[str, Any] = {}
     for part in ("train", "val"):
-        if not official and not (root / part).is_dir():
+        if official:
+            try:
+                datasets.ImageNet(str(root), split=part)
+            # Missing archives are RuntimeErrors, missing classes FileNotFoundErrors, the devkit
+            # needs scipy (ImportError).
+            except Exception as error:
+                raise TrainError(
+                    f"{root / part}: expected images in one folder per class, found: "
+                    f"{' '.join(str(error).split())}"
+                ) from error
+        elif not (root / part).is_dir():
             raise TrainError(
                 f"{root / part}: expected a folder with one folder per class, or the archives of "
                 f"ILSVRC 2012 in {root}, found none"
             )
-        try:
-            found[part] = (
-                datasets.ImageNet(str(root), split=part)
-                if official
-                else datasets.ImageFolder(str(root / part))
-            )
-        # Missing archives are RuntimeErrors, missing classes FileNotFoundErrors, the devkit needs
-        # scipy (ImportError).
-        except Exception as error:
-            raise TrainError(
-                f"{root / part}: expected images in one folder per class, found: "
-                f"{' '.join(str(error).split())}"
-            ) from error
+    # The classes of the official images are their synset identifiers, since two are named "crane",
+    # and two "maillot".
+    train, val = list_images(root, "train", "val")
 
-    # Of the official classes the synset identifiers: two are named "crane", and two "maillot".
-    classes = {part: getattr(found[part], "wnids", found[part].classes) for part in found}
-    check_same_classes(root, classes)
-    files: dict[str, tuple[str, ...]] = {}
-    labels: dict[str, Tensor] = {}
-    for part, listing in found.items():
-        all_labels = torch.tensor(listing.targets, dtype=torch.int64)
-        kept = balanced_share(all_labels, fraction, min_per_class)
-        # Not by way of Path, which takes ten seconds for the paths of ImageNet.
-        files[part] = tuple(
-            listing.samples[i][0].removeprefix(f"{root}{os.sep}").replace(os.sep, "/")
-            for i in kept.tolist()
-        )
-        labels[part] = all_labels[kept]
+    def share(listing: Listing) -> tuple[tuple[str, ...], Tensor]:
+        kept = balanced_share(listing.labels, fraction, min_per_class)
+        files = (listing.files[i].removeprefix(f"{root}{os.sep}") for i in kept.tolist())
+        return tuple(file.replace(os.sep, "/") for file in files), listing.labels[kept]
+
     return StreamedDataset(
-        root=root,
-        classes=tuple(classes["train"]),
-        train_files=files["train"],
-        train_labels=labels["train"],
-        test_files=files["val"],
-        test_labels=labels["val"],
+        root,
+        train.classes,
+        *share(train),
+        *share(val),
         image_size=image_size,
         normalise="imagenet" if normalise == "dataset" else normalise,
         fraction=fraction,

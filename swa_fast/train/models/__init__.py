@@ -6,24 +6,22 @@ Their input is a float tensor [N, in_channels, H, W], their output logits [N, K]
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from .cost import forward_macs
 from .imagenet import densenet161, resnet
-from .preresnet import PreResNet
-from .pyramidnet import PyramidNet
+from .residual import PreResNet, PyramidNet, WideResNet
 from .shake_shake import ShakeShake
 from .vgg import VGG16
-from .weights import PRETRAINED, load_pretrained
-from .wide_resnet import WideResNet
+from .weights import load_pretrained
 
 __all__ = [
     "MODELS",
-    "PRETRAINED",
     "VGG16",
     "ModelSpec",
     "PreResNet",
@@ -41,83 +39,39 @@ class ModelSpec:
     """What the trainer knows of a network.
 
     Attributes:
-        name: key of :data:`MODELS`.
         build: constructor; takes in_channels, num_classes and width by keyword.
-        width: the paper's width.
-        width_unit: what the width counts.
+        width: the paper's width; the constructor tells what it counts.
         normalise: name of the images' normalisation in the paper.
         min_size: smallest side of square images that the network is meant for.
         image_size: side of the paper's images.
         batch_norm: whether there is any BatchNorm, so that an average needs new statistics.
     """
 
-    name: str
     build: Callable[..., nn.Module]
     width: int
-    width_unit: str
     normalise: str
-    min_size: int
+    min_size: int = 8
     image_size: int = 32
     batch_norm: bool = True
 
 
-_STAGE = "planes of the first stage"
-_VGG = "planes of the first convolution"
-
 #: The networks by name.
 MODELS: dict[str, ModelSpec] = {
-    spec.name: spec
-    for spec in (
-        ModelSpec("vgg16", VGG16, 64, _VGG, "imagenet", 32, batch_norm=False),
-        ModelSpec("vgg16-bn", partial(VGG16, batch_norm=True), 64, _VGG, "imagenet", 32),
-        *(
-            ModelSpec(f"preresnet{depth}", partial(PreResNet, depth), 16, _STAGE, "cifar", 8)
-            for depth in (8, 14, 20, 56, 110, 164)
-        ),
-        *(
-            ModelSpec(
-                f"wrn{depth}-{k}", partial(WideResNet, depth), 16 * k, _STAGE, "cifar", min_size=8
-            )
-            for depth, k in ((28, 10), (16, 4), (28, 2))
-        ),
-        ModelSpec(
-            "shakeshake26-2x64d",
-            partial(ShakeShake, 26),
-            64,
-            "planes of the first stage's branches",
-            "shakeshake",
-            min_size=8,
-        ),
-        ModelSpec(
-            "pyramidnet272",
-            partial(PyramidNet, 272),
-            200,
-            "alpha, the planes that the last block has more than the stem",
-            "pyramidnet",
-            min_size=8,
-        ),
-        *(
-            ModelSpec(
-                f"resnet{depth}",
-                partial(resnet, depth),
-                64,
-                "planes of the first stage's 3x3 convolutions",
-                "imagenet",
-                min_size=32,
-                image_size=224,
-            )
-            for depth in (50, 152)
-        ),
-        ModelSpec(
-            "densenet161",
-            densenet161,
-            48,
-            "growth rate, the channels that every layer adds",
-            "imagenet",
-            min_size=29,
-            image_size=224,
-        ),
-    )
+    "vgg16": ModelSpec(VGG16, 64, "imagenet", 32, batch_norm=False),
+    "vgg16-bn": ModelSpec(partial(VGG16, batch_norm=True), 64, "imagenet", 32),
+    **{
+        f"preresnet{depth}": ModelSpec(partial(PreResNet, depth), 16, "cifar")
+        for depth in (8, 14, 20, 56, 110, 164)
+    },
+    **{
+        f"wrn{depth}-{k}": ModelSpec(partial(WideResNet, depth), 16 * k, "cifar")
+        for depth, k in ((28, 10), (16, 4), (28, 2))
+    },
+    "shakeshake26-2x64d": ModelSpec(partial(ShakeShake, 26), 64, "shakeshake"),
+    "pyramidnet272": ModelSpec(partial(PyramidNet, 272), 200, "pyramidnet"),
+    "resnet50": ModelSpec(partial(resnet, 50), 64, "imagenet", 32, 224),
+    "resnet152": ModelSpec(partial(resnet, 152), 64, "imagenet", 32, 224),
+    "densenet161": ModelSpec(densenet161, 48, "imagenet", 29, 224),
 }
 
 
@@ -130,7 +84,7 @@ def build_model(
         name: a key of :data:`MODELS`.
         in_channels: channels of the images.
         num_classes: length of the output.
-        width: in the model's own unit, ``MODELS[name].width_unit``. Default: the paper's.
+        width: in the model's own unit, as its constructor tells. Default: the paper's.
 
     Raises:
         ValueError: no model of that name (the message lists all), or a size below the least.
@@ -144,3 +98,25 @@ def build_model(
         num_classes=num_classes,
         width=spec.width if width is None else width,
     )
+
+
+def forward_macs(model: nn.Module, input_shape: Sequence[int]) -> int:
+    """Multiply-adds of the convolutions and linear layers in a forward pass of one image.
+
+    A training step costs about three times as many (forward, and backward to inputs and to
+    weights), of two floating-point operations each. Nothing is computed: the pass runs on tensors
+    without data and leaves the model and the random state as they are.
+
+    Args:
+        model: takes [N, C, H, W].
+        input_shape: C, H and W of an image.
+    """
+    meta = {
+        name: torch.empty_like(tensor, device="meta")
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    }
+    # Two images, since BatchNorm refuses to train on a single pixel of a single one.
+    images = torch.empty(2, *input_shape, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        torch.func.functional_call(model, meta, (images,))
+    return int(counter.get_total_flops()) // (2 * len(images))

@@ -1,6 +1,7 @@
 """Networks for ImageNet: torchvision's own, so that its weights fit.
 
-torchvision is imported when one is built; without it the trainer's other networks still work.
+torchvision is imported when one is built; without it the trainer's other networks still work. The
+stem is built anew for images that have other than three channels.
 """
 
 from __future__ import annotations
@@ -13,9 +14,6 @@ from ..errors import import_extra
 from .layers import check_sizes
 
 __all__ = ["densenet161", "resnet"]
-
-# That of torchvision's stems, which are built anew for other images.
-_COLOURS = 3
 
 
 def resnet(
@@ -39,10 +37,9 @@ def resnet(
     check_sizes(in_channels=in_channels, num_classes=num_classes, width=width)
     build = getattr(import_extra("torchvision.models"), f"resnet{depth}")
     model = cast(nn.Module, build(num_classes=num_classes, width_per_group=width))
-    if in_channels != _COLOURS:
-        stem = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
-        nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
-        model.conv1 = stem
+    if in_channels != 3:
+        model.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     return model
 
 
@@ -68,8 +65,7 @@ def densenet161(*, in_channels: int = 3, num_classes: int = 1000, width: int = 4
         num_init_features=2 * width,
         num_classes=num_classes,
     )
-    if in_channels != _COLOURS:
-        stem = nn.Conv2d(in_channels, 2 * width, 7, stride=2, padding=3, bias=False)
+    if in_channels != 3:
+        stem = model.features.conv0 = nn.Conv2d(in_channels, 2 * width, 7, 2, 3, bias=False)
         nn.init.kaiming_normal_(stem.weight)
-        model.features.conv0 = stem
     return cast(nn.Module, model)

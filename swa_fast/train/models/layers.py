@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = [
-    "Projection", "blocks_per_stage", "check_sizes", "he_init", "pixel_mean", "three_stages",
-]  # fmt: skip
+__all__ = ["Projection", "blocks_per_stage", "check_sizes", "he_init", "pixel_mean"]
 
 
 class Projection(nn.Conv2d):
@@ -45,26 +42,6 @@ def blocks_per_stage(depth: int, layers: int, others: int = 2) -> int:
     return blocks
 
 
-def three_stages(
-    block: Callable[[int, int, int], nn.Module],
-    channels: int,
-    width: int,
-    blocks: int,
-    expansion: int = 1,
-) -> list[nn.Sequential]:
-    """Stages of ``width``, twice and four times as many planes; the first block of the second and
-    of the third has stride 2. ``block`` makes one, given its input channels, planes and stride, and
-    its output has ``expansion`` times the planes."""
-    stages = []
-    for planes, first_stride in ((width, 1), (2 * width, 2), (4 * width, 2)):
-        stage = nn.Sequential()
-        for i in range(blocks):
-            stage.append(block(channels, planes, first_stride if i == 0 else 1))
-            channels = expansion * planes
-        stages.append(stage)
-    return stages
-
-
 def pixel_mean(x: Tensor) -> Tensor:
     """[N, C, H, W] to [N, C]."""
     return torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)
@@ -72,7 +49,7 @@ def pixel_mean(x: Tensor) -> Tensor:
 
 def he_init(model: nn.Module) -> None:
     r"""Draws every convolution's weight from a normal distribution with mean 0 and standard
-    deviation :math:`\sqrt{2/(k^2\,c_\text{out})}`.
+    deviation :math:`\sqrt{2/(k^2\,c_\text{out})}`, and sets its bias to 0.
 
     Source: He et al., "Delving Deep into Rectifiers", ICCV 2015, in the form that looks at the
     backward pass.
@@ -81,3 +58,5 @@ def he_init(model: nn.Module) -> None:
         if isinstance(module, nn.Conv2d):
             fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
             nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan_out))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

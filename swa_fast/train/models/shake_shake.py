@@ -8,11 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import layers
+from .layers import Projection, blocks_per_stage, check_sizes, he_init
+from .residual import ResidualNet, doubled
 
 __all__ = ["ShakeShake", "shake"]
-
-_STEM_PLANES = 16
 
 
 class _Shake(torch.autograd.Function):
@@ -61,8 +60,8 @@ class _Shortcut(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, step: int) -> None:
         super().__init__()
         half = out_channels // 2
-        self.conv1 = layers.Projection(in_channels, out_channels - half, step)
-        self.conv2 = layers.Projection(in_channels, half, step)
+        self.conv1 = Projection(in_channels, out_channels - half, step)
+        self.conv2 = Projection(in_channels, half, step)
         self.bn = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -100,12 +99,11 @@ class _Block(nn.Module):
         return out
 
 
-class ShakeShake(nn.Module):
-    r"""Shake-Shake network for small images, e.g. 26 2x64d.
+class ShakeShake(ResidualNet):
+    r"""Shake-Shake network for small images, e.g. 26 2x64d: a :class:`~.residual.ResidualNet` of w,
+    2w and 4w planes, n = (depth - 2)/6, with BN after the stem and none before the last ReLU.
 
-    A 3x3 stem of 16 planes with BN, three stages of n blocks with w, 2w and 4w planes (the first
-    block of stages 2 and 3 has stride 2), then ReLU, the mean over all positions and a linear
-    layer. A block is x + shake(b1(x), b2(x)), see :func:`shake`, with two branches
+    A block is x + shake(b1(x), b2(x)), see :func:`shake`, with two branches
     ReLU-conv3x3-BN-ReLU-conv3x3-BN; where the shape changes, x is replaced by BN of two
     1x1 convolutions of ReLU(x), one of them shifted by a pixel. Convolutions have no bias and start
     from a normal distribution with standard deviation :math:`\sqrt{2/(k^2\,c_\text{out})}`;
@@ -126,22 +124,10 @@ class ShakeShake(nn.Module):
     def __init__(
         self, depth: int = 26, *, in_channels: int = 3, num_classes: int = 10, width: int = 64
     ) -> None:
-        super().__init__()
-        layers.check_sizes(in_channels=in_channels, num_classes=num_classes)
+        check_sizes(in_channels=in_channels, num_classes=num_classes)
         if width < 2:
             raise ValueError(f"width: expected 2 or more, found {width}")
-        blocks = layers.blocks_per_stage(depth, 6)
-
-        self.conv1 = nn.Conv2d(in_channels, _STEM_PLANES, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(_STEM_PLANES)
-        stages = layers.three_stages(_Block, _STEM_PLANES, width, blocks)
-        self.layer1, self.layer2, self.layer3 = stages
-        self.fc = nn.Linear(4 * width, num_classes)
-
-        layers.he_init(self)
+        planes = doubled(width, blocks_per_stage(depth, 6))
+        super().__init__(_Block, planes, in_channels, num_classes, stem_norm=True, momentum=None)
+        he_init(self)
         nn.init.zeros_(self.fc.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.layer3(self.layer2(self.layer1(self.bn1(self.conv1(x)))))
-        logits: Tensor = self.fc(layers.pixel_mean(F.relu(x)))
-        return logits

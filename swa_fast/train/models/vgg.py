@@ -69,9 +69,6 @@ class VGG16(nn.Module):
         )
 
         he_init(self)
-        for module in self.features:
-            if isinstance(module, nn.Conv2d) and module.bias is not None:
-                nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.classifier(pixel_mean(self.features(x)))

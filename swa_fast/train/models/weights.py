@@ -5,17 +5,15 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import TrainError, import_extra
+from ..errors import TrainError, first_line, import_extra
 
-__all__ = ["PRETRAINED", "load_pretrained"]
+__all__ = ["load_pretrained"]
 
 #: torchvision's enumeration of the weights by the model's name.
 PRETRAINED = {
@@ -55,66 +53,65 @@ def load_pretrained(
         TrainError: the weights cannot be read or downloaded, or are of another architecture; the
             model is then left as it was.
     """
-    if path is None:
-        source, load = _torchvision_weights(name)
-    else:
-        source, load = str(path), _reader(Path(path))
+    source = _torchvision(name).url if path is None else str(path)
     try:
-        loaded = load()
+        loaded = _read(name, path)
+    except TrainError:
+        raise
     # Neither torch.load nor torch.hub has an error of its own: OSError, RuntimeError, KeyError...
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TrainError(f"{source}: expected a state_dict, cannot be read ({reason})") from error
+        raise TrainError(
+            f"{source}: expected a state_dict, cannot be read ({first_line(error)})"
+        ) from error
     if not isinstance(loaded, dict) or not all(isinstance(x, Tensor) for x in loaded.values()):
-        found = type(loaded).__name__
+        kind = type(loaded).__name__
         if isinstance(loaded, dict):
-            found += f" with {_listed([str(k) for k in loaded])}"
-        raise TrainError(f"{source}: expected a state_dict (tensors by name), found {found}")
-    found_tensors = {
+            kind += f" with {_listed([str(k) for k in loaded])}"
+        raise TrainError(f"{source}: expected a state_dict (tensors by name), found {kind}")
+    expected = model.state_dict()
+    counters = {k: x for k, x in expected.items() if k.endswith("num_batches_tracked")}
+    found = counters | {
         _OLD_DENSENET_KEY.sub(r"\1\2", str(key).removeprefix("module.")): tensor
         for key, tensor in loaded.items()
     }
-
-    expected = model.state_dict()
-    counters = {k: x for k, x in expected.items() if k.endswith("num_batches_tracked")}
-    found_tensors = counters | found_tensors
     problems = {
-        "missing": [k for k in expected if k not in found_tensors],
-        "unexpected": [k for k in found_tensors if k not in expected],
+        "missing": [k for k in expected if k not in found],
+        "unexpected": [k for k in found if k not in expected],
         "of another shape": [
-            f"{k} (expected {list(x.shape)}, found {list(found_tensors[k].shape)})"
+            f"{k} (expected {list(x.shape)}, found {list(found[k].shape)})"
             for k, x in expected.items()
-            if k in found_tensors and x.shape != found_tensors[k].shape
+            if k in found and x.shape != found[k].shape
         ],
     }
     if any(problems.values()):
         parts = [f"{what}: {_listed(keys)}" for what, keys in problems.items() if keys]
         raise TrainError(f"{source}: expected the weights of this {name}, found {'; '.join(parts)}")
-    model.load_state_dict(found_tensors)
+    model.load_state_dict(found)
 
 
-def _torchvision_weights(name: str) -> tuple[str, Callable[[], Any]]:
-    """Where they come from, and what gets them."""
+def _torchvision(name: str) -> Any:
+    """torchvision's weights of a network: where they are, and how they are read."""
     if name not in PRETRAINED:
         raise TrainError(
             f"model: expected one with weights in torchvision ({', '.join(PRETRAINED)}) or a file "
             f"of weights, found {name!r} without a file"
         )
-    weights = getattr(import_extra("torchvision.models"), PRETRAINED[name])[_VERSION]
-    return weights.url, partial(
-        weights.get_state_dict, check_hash=True, map_location="cpu", weights_only=True
-    )
+    return getattr(import_extra("torchvision.models"), PRETRAINED[name])[_VERSION]
 
 
-def _reader(path: Path) -> Callable[[], Any]:
-    if path.suffix != ".safetensors":
-        return partial(torch.load, path, map_location="cpu", weights_only=True)
-    try:
-        return partial(importlib.import_module("safetensors.torch").load_file, path)
-    except ImportError as error:
-        raise TrainError(
-            f"{path}: safetensors cannot be imported ({error}); run: pip install safetensors"
-        ) from error
+def _read(name: str, path: str | os.PathLike[str] | None) -> Any:
+    """What is in the file, or torchvision's weights of the network."""
+    if path is not None and Path(path).suffix == ".safetensors":
+        try:
+            load = importlib.import_module("safetensors.torch").load_file
+        except ImportError as error:
+            raise TrainError(
+                f"{path}: safetensors cannot be imported ({error}); run: pip install safetensors"
+            ) from error
+        return load(path)
+    if path is not None:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    return _torchvision(name).get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
 
 
 def _listed(names: list[str]) -> str:
