@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .config import PARSERS, TrainConfig, option_name, resolve_device, with_absolute_paths
+from .config import PARSERS, TrainConfig, option_name, with_absolute_paths
 from .curves import draw_curves
-from .distributed import World
+from .distributed import World, resolve_device
 from .errors import Stopped, TrainError
 from .presets import PRESETS, flop, measure_speed, scaled
 from .progress import Progress

@@ -16,6 +16,7 @@ import torch
 
 from ..schedules import budget_epoch, first_capture
 from .data import DATASETS, NORMALISATIONS, check_data_options
+from .distributed import resolve_device
 from .errors import TrainError
 from .models import MODELS
 
@@ -25,7 +26,6 @@ __all__ = [
     "PARSERS",
     "TrainConfig",
     "option_name",
-    "resolve_device",
     "with_absolute_paths",
 ]
 
@@ -450,29 +450,6 @@ def with_absolute_paths(options: Mapping[str, Any]) -> dict[str, Any]:
         if found.get(field) not in (None, "torchvision"):
             found[field] = str(Path(found[field]).absolute())
     return found
-
-
-def resolve_device(name: str) -> str:
-    """``cpu`` or ``cuda:N`` for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-
-    Raises:
-        TrainError: another name, or a device that torch does not find.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu":
-        return name
-    kind, _, index = name.partition(":")
-    if kind != "cuda" or not (name == "cuda" or index.isdecimal()):
-        raise TrainError(f"--device: expected auto, cpu, cuda or cuda:N, found {name!r}")
-    if not torch.cuda.is_available():
-        raise TrainError(f"--device: torch finds no CUDA device, found {name!r}; expected cpu here")
-    number = int(index or 0)
-    if number >= torch.cuda.device_count():
-        raise TrainError(
-            f"--device: expected cuda:0 to cuda:{torch.cuda.device_count() - 1}, found {name!r}"
-        )
-    return f"cuda:{number}"
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The processes of a run: one, or several started by torchrun."""
+"""The processes of a run, one or several started by torchrun, and their devices."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["World"]
+from .errors import TrainError
+
+__all__ = ["World", "resolve_device"]
 
 
 class World:
@@ -100,3 +102,26 @@ class World:
             # the group's threads without giving up the GIL, for which they may be waiting.
             gc.collect()
             dist.destroy_process_group()
+
+
+def resolve_device(name: str) -> str:
+    """``cpu`` or ``cuda:N`` for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        TrainError: another name, or a device that torch does not find.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return name
+    kind, _, index = name.partition(":")
+    if kind != "cuda" or not (name == "cuda" or index.isdecimal()):
+        raise TrainError(f"--device: expected auto, cpu, cuda or cuda:N, found {name!r}")
+    if not torch.cuda.is_available():
+        raise TrainError(f"--device: torch finds no CUDA device, found {name!r}; expected cpu here")
+    number = int(index or 0)
+    if number >= torch.cuda.device_count():
+        raise TrainError(
+            f"--device: expected cuda:0 to cuda:{torch.cuda.device_count() - 1}, found {name!r}"
+        )
+    return f"cuda:{number}"

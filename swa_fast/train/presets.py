@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.benchmark import Timer
 
-from .config import DEFAULTS, TrainConfig, resolve_device
+from .config import DEFAULTS, TrainConfig
+from .distributed import resolve_device
 from .errors import TrainError
 from .methods import plan
 from .models import MODELS, build_model, forward_macs
