@@ -25,8 +25,9 @@ MODULES = (
     "swa_fast/py.typed",
     "swa_fast/_build_info.json",
     "swa_fast/batch_norm/run.py",
-    "swa_fast/kernels/average.py",
+    "swa_fast/kernels/update.py",
     "swa_fast/train/cli.py",
+    "swa_fast/train/data/memory.py",
 )
 MAX_BYTES = 25_000_000
 OLDEST_TORCH = "2.11.0"
