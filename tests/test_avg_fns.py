@@ -234,9 +234,11 @@ def test_torch_compile_holds_the_update(device: str) -> None:
     if device == "cuda":
         pytest.skip("the same on the CPU")
 
+    function = swa_fast.get_swa_multi_avg_fn()
+
     @torch.compile(fullgraph=True, backend="aot_eager")
     def step(target: Tensor, source: Tensor, n: Tensor) -> Tensor:
-        swa_fast.get_swa_multi_avg_fn()([target], [source], n)
+        function([target], [source], n)
         return target * 2
 
     target, source = torch.zeros(9), torch.ones(9)
