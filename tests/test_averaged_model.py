@@ -435,6 +435,7 @@ def test_tensors_of_the_average_are_ordinary() -> None:
     assert averaged.module.out.weight is averaged.module.embed.weight
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.profiler")
 def test_building_costs_one_model_of_memory() -> None:
     model = nn.Linear(1000, 1000)
     with torch.profiler.profile(profile_memory=True) as profile:
