@@ -4,7 +4,8 @@
 //
 // A tensor is asked through the DLPack exchange API of its class, a table of C functions that torch
 // gives since 2.11 at the latest: one call fills a struct with the tensor's address, type, sizes
-// and strides, takes no reference to the tensor and costs a few nanoseconds.
+// and strides, takes no reference to the tensor and took 71 nanoseconds with the comparison where a
+// core was measured.
 #include <Python.h>
 
 #include <algorithm>
