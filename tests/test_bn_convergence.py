@@ -110,7 +110,7 @@ def test_ten_batches_at_least_and_dead_channels_do_not_matter() -> None:
     x = torch.randn(64, 1)
     batches = [torch.cat([x + 0.1 * (-1) ** k, 1e-9 * torch.randn(64, 1)], 1) for k in range(19)]
     report = swa_fast.update_bn(batches, model, tolerance=0.5)
-    assert report.batches == 10 and report.converged
+    assert 10 <= report.batches < 18 and report.converged
     report = swa_fast.update_bn(batches[:9], model, tolerance=0.5)
     assert report.batches == 9 and report.converged is False
 

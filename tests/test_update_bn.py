@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import contextlib
 import copy
 import logging
 import math
@@ -23,7 +22,7 @@ from torch.optim import swa_utils
 import swa_fast
 from swa_fast import precise_bn
 from swa_fast.batch_norm import batches as batches_module
-from swa_fast.batch_norm import convergence, layers, malloc
+from swa_fast.batch_norm import convergence, layers
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 ESTIMATORS = ["torch", "weighted", "pooled"]
@@ -629,58 +628,6 @@ def test_inputs_of_every_batch_are_checked() -> None:
     with pytest.raises(TypeError, match=r"x: expected dtype .*, found int64"):
         swa_fast.update_bn([torch.randn(4, 3), torch.ones(4, 3, dtype=torch.int64)], model)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-
-
-class Libc:
-    """Records what malloc is told."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[int, int]] = []
-        self.trimmed = 0
-
-    def mallopt(self, parameter: int, value: int) -> int:
-        self.calls.append((parameter, value))
-        return 1
-
-    def malloc_trim(self, pad: int) -> int:
-        self.trimmed += 1
-        return 1
-
-
-@pytest.mark.parametrize("loader", ["fine", "broken"])
-def test_malloc_keeps_memory_for_the_time_of_the_pass(
-    loader: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES", "SWA_FAST_KEEP_MEMORY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(malloc, "_libc", lambda: "glibc")
-    libc = Libc()
-    monkeypatch.setattr(malloc.ctypes, "CDLL", lambda name: libc)
-    during: list[int] = []
-
-    def batches() -> Iterator[Tensor]:
-        during.append(len(libc.calls))
-        yield COLUMNS
-        if loader == "broken":
-            raise OSError("disk gone")
-
-    model = nn.BatchNorm1d(2)
-    with pytest.raises(OSError) if loader == "broken" else contextlib.nullcontext():
-        swa_fast.update_bn(batches(), model)
-    assert during == [2]
-    assert [parameter for parameter, _ in libc.calls] == [-4, -1, -4, -3, -1]
-    assert libc.calls[0] == (-4, 0) and libc.calls[2] == (-4, 65536) and libc.trimmed == 1
-
-    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
-    swa_fast.update_bn([COLUMNS], model)
-    assert len(libc.calls) == 5
-    monkeypatch.delenv("MALLOC_ARENA_MAX")
-    monkeypatch.setenv("SWA_FAST_KEEP_MEMORY", "0")
-    swa_fast.update_bn([COLUMNS], model)
-    assert len(libc.calls) == 5
-    monkeypatch.setenv("SWA_FAST_KEEP_MEMORY", "no")
-    with pytest.raises(ValueError, match="expected 0 or 1"):
-        swa_fast.update_bn([COLUMNS], model)
 
 
 # -------------------------------------------------------------------------- how much of the loader

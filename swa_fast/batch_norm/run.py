@@ -19,7 +19,7 @@ from .batches import EMPTY, Loader, describe, in_order, tensors_of
 from .collector import Collector
 from .convergence import MIN_INDEPENDENT, Convergence
 from .layers import Layer, has_lazy_tensors, refuse_shared, select, unwrap
-from .malloc import kept_memory
+from .malloc import KeptMemory
 from .options import Options
 from .ranks import agree, merge_ranks
 from .report import BNReport
@@ -205,8 +205,10 @@ def reestimate(loader: Iterable[Any], wrapped: nn.Module, options: Options) -> B
                 try:
                     batches = source or Loader(loader, options)
                     on_cpu = any(s.device.type == "cpu" for s in collector.statistics)
+                    # Named, so that it lives as long as a traceback of what fails within.
+                    kept = KeptMemory(options.keep_memory and on_cpu)
                     with (
-                        kept_memory(on_cpu),
+                        kept,
                         collector.replaced_forwards(),
                         _progress(loader, options) as step,
                     ):
