@@ -326,6 +326,41 @@ def test_updates_that_the_pass_cannot_see_are_refused(call: Callable[..., Tensor
     assert_refused(Calls(call), batches(3), "layer bn: expected running statistics that")
 
 
+@pytest.mark.filterwarnings("ignore")  # torch calls TorchScript deprecated, and doubts the trace
+@pytest.mark.parametrize("how", ["scripted", "scripted part", "traced part"])
+def test_layers_of_torchscript_are_refused(how: str) -> None:
+    part = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    if how == "traced part":
+        scripted = torch.jit.trace(part.train(), torch.randn(4, 3))
+    else:
+        scripted = torch.jit.script(part)
+    model = scripted if how == "scripted" else nn.Sequential(scripted, nn.BatchNorm1d(4))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    match = r"layer (0\.)?1: .* TorchScript.* before torch.jit.script"
+    with pytest.raises(ValueError, match=match):
+        swa_fast.update_bn(batches(3), model)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", ["traced in eval mode", "scripted, frozen", "scripted, no layer"])
+def test_parts_of_torchscript_that_keep_no_statistics(how: str) -> None:
+    part = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval()
+    model = nn.Sequential(part, nn.BatchNorm1d(4)).train()
+    part.eval()
+    if how == "scripted, no layer":
+        model[0] = torch.jit.script(nn.Sequential(nn.Linear(3, 4), nn.Sigmoid()))
+    elif how == "scripted, frozen":
+        model[0] = torch.jit.script(part)
+    else:
+        model[0] = torch.jit.trace(part, torch.randn(4, 3))
+        model.eval()
+    report = swa_fast.update_bn(batches(3), model)
+    assert report.layers == ("1",)
+    assert model[1].num_batches_tracked == 5
+
+
 def test_inference_mode_of_the_caller() -> None:
     with torch.inference_mode():
         data = batches(4)

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -27,6 +28,8 @@ class Libc:
     def __init__(self) -> None:
         self.calls: list[tuple[int, int]] = []
         self.trimmed = 0
+        self.malloc = Mock(return_value=0)
+        self.free = Mock()
 
     def mallopt(self, parameter: int, value: int) -> int:
         self.calls.append((parameter, value))
@@ -35,12 +38,6 @@ class Libc:
     def malloc_trim(self, pad: int) -> int:
         self.trimmed += 1
         return 1
-
-    def malloc(self, size: int) -> int:
-        return 0
-
-    def free(self, block: object) -> None:
-        pass
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import os
 import pickle
 import urllib.error
 import urllib.request
@@ -627,6 +628,36 @@ def test_image_modes_and_resizing(folder: Path) -> None:
     assert (by_name["alpha"] == 60).all()
     assert ((by_name["grey"].int() - 90).abs() <= 2).all()
     assert (by_name["palette"] == 90).all()
+
+
+@pytest.mark.parametrize("kind", ["eps", "eps named png", "pipe", "folder by a link"])
+def test_only_regular_files_of_named_formats_are_images(folder: Path, kind: str) -> None:
+    """Pillow hands EPS to Ghostscript, and would wait for a pipe."""
+    path = folder / ("train/dark/9.eps" if kind == "eps" else "train/dark/9.png")
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind.startswith("eps"):
+        Image.fromarray(np.full((10, 12, 3), 40, dtype=np.uint8)).save(path, format="EPS")
+    else:
+        path.symlink_to(folder / "train")
+    if kind == "eps":
+        assert load_images(folder).skipped_files == 1
+        return
+    if kind == "folder by a link":
+        assert load_images(folder).skipped_files == 0  # os.walk does not follow it
+        return
+    with pytest.raises(TrainError, match=r"9\.png: expected a readable image"):
+        load_images(folder)
+
+
+def test_names_that_are_no_text(folder: Path) -> None:
+    """Bytes that are not UTF-8."""
+    for part in ("train", "test"):
+        (folder / part / "dark").rename(os.fsdecode(bytes(folder / part) + b"/\xff"))
+    write(Path(os.fsdecode(bytes(folder / "train/bright") + b"/\xfe.png")),
+          np.full((10, 12, 3), 40, dtype=np.uint8))  # fmt: skip
+    dataset = load_images(folder)
+    assert len(dataset.classes) == 2 and len(dataset.sha256) == 64
 
 
 def test_image_progress(folder: Path) -> None:

@@ -18,7 +18,16 @@ from .._layout import MEAN, SPREAD
 from .batches import EMPTY, Loader, describe, in_order, tensors_of
 from .collector import Collector
 from .convergence import MIN_INDEPENDENT, Convergence
-from .layers import Layer, has_lazy_tensors, refuse_shared, select, unwrap
+from .layers import (
+    REFUSED_SCRIPT,
+    Layer,
+    has_lazy_tensors,
+    kept_scripts,
+    refuse_shared,
+    scripted_layers,
+    select,
+    unwrap,
+)
 from .malloc import KeptMemory
 from .options import Options
 from .ranks import agree, merge_ranks
@@ -169,6 +178,8 @@ def _prepare(
         try:
             layers, frozen = select(named)
             refuse_shared(layers, options)
+            if scripted := scripted_layers(named):
+                raise ValueError(REFUSED_SCRIPT.format(scripted[0][0] or "(the model itself)"))
             collector = Collector(model, modules, layers, options) if layers else None
         except Exception as error:
             problem = error
@@ -209,6 +220,7 @@ def reestimate(loader: Iterable[Any], wrapped: nn.Module, options: Options) -> B
                     kept = KeptMemory(options.keep_memory and on_cpu)
                     with (
                         kept,
+                        kept_scripts(named),
                         collector.replaced_forwards(),
                         _progress(loader, options) as step,
                     ):

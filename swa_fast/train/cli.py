@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from .config import PARSERS, TrainConfig, option_name, with_absolute_paths
 from .curves import draw_curves
 from .distributed import World, resolve_device
 from .errors import Stopped, TrainError
+from .files import write_atomically
 from .presets import PRESETS, flop, measure_speed, scaled
 from .progress import Progress
 from .report import (
@@ -27,7 +30,7 @@ from .report import (
     format_rows,
     format_table,
 )
-from .run_folder import RunFolder, write_atomically
+from .run_folder import RunFolder
 from .session import run
 
 __all__ = ["build_parser", "main"]
@@ -156,6 +159,10 @@ def main(argv: Sequence[str] | None = None, *, command: Sequence[str] | None = N
         The exit code.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        # Names of files may hold bytes that are no text. Streams of other kinds are others' matter.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     options = vars(build_parser().parse_args(arguments))
     name = options.pop("command")
     try:
@@ -240,10 +247,19 @@ def _one_run(
             message = f"Interrupted; {saved} is in {folder.path}. Continue with:\n  "
             message += shlex.join(again)
         if world.main:
-            print("\n" + message, file=sys.stderr)
+            folder.log(message + "\n")
+            with suppress(OSError):  # the terminal may be gone
+                print("\n" + message, file=sys.stderr)
         return 130
     finally:
         world.close()
+
+
+def _stored_config(previous: dict[str, Any], folder: RunFolder) -> TrainConfig:
+    try:
+        return TrainConfig.from_json(previous["config"])
+    except TrainError as error:
+        raise TrainError(f"{folder.file('results.json')}: {error}") from error
 
 
 def _resumed_config(
@@ -251,10 +267,7 @@ def _resumed_config(
 ) -> TrainConfig:
     """The stored configuration; options that repeat it are allowed, and the data may have moved."""
     path = folder.file("results.json")
-    try:
-        config = TrainConfig.from_json(previous["config"])
-    except (TrainError, TypeError, KeyError) as error:
-        raise TrainError(f"{path}: {error}") from error
+    config = _stored_config(previous, folder)
     stored = dataclasses.asdict(config)
     options = with_absolute_paths(options)
     if "device" in options:
@@ -298,7 +311,7 @@ def _run(options: dict[str, Any], command: list[str]) -> int:
         previous = None
         if folder.file("results.json").exists() and not manner["overwrite"]:
             previous = folder.read_results()
-            stored = TrainConfig.from_json(previous["config"])
+            stored = _stored_config(previous, folder)
             # Defaults that the machine gives are those of the run's beginning.
             kept = {k: getattr(stored, k) for k in ("threads", "workers") if k not in options}
             config = dataclasses.replace(config, **kept)
@@ -365,7 +378,7 @@ def _report(folders: Sequence[str], out: str | None) -> int:
     text = "\n\n".join(format_experiment(e, markdown=True) for e in experiments) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "report.md", text.encode())
+        write_atomically(folder / "report.md", text.encode(errors="backslashreplace"))
         for number, experiment in enumerate(experiments, 1):
             name = "curves.png" if len(experiments) == 1 else f"curves-{number}.png"
             draw_curves(experiment["runs"], folder / name)

@@ -92,6 +92,8 @@ def _one_of(*names: str) -> _Kind:
 
 
 _COUNT = _Kind("N", "1 or more", lambda x: x >= 1)
+# More than any machine has; the operating system ends a process that asks for too many.
+_THREADS = _Kind("N", "an integer from 1 to 1024", lambda x: 1 <= x <= 1024)
 _SEED = _Kind("N", "an integer in [0, 2^63)", lambda x: 0 <= x < 2**63)
 _RATE = _Kind("RATE", "a finite number above 0", lambda x: math.isfinite(x) and x > 0)
 _START = _Kind("FRACTION", "a fraction of 0 or more", lambda x: math.isfinite(x) and x >= 0)
@@ -160,7 +162,7 @@ class TrainConfig:
     )
     fraction: float = _data("F", "share of every class that is used", 1.0)
     workers: int = _data(
-        _Kind("N", "0 or more", lambda x: x >= 0),
+        _Kind("N", "an integer from 0 to 1024", lambda x: 0 <= x <= 1024),
         "processes that decode images, for imagenet (default: as many as cores, 4 at most)",
     )
     model: str = _recipe(_one_of(*MODELS), f"one of {', '.join(MODELS)} (default: by dataset)")
@@ -248,7 +250,7 @@ class TrainConfig:
     channels_last: bool = _machine("", "memory format of images and weights", True)
     compile: bool = _machine("", "torch.compile the network's training step", False)
     sync_bn: bool = _machine("", "several processes: BatchNorm over all of them in training", False)
-    threads: int = _machine(_COUNT, "CPU threads (default: torch's choice)")
+    threads: int = _machine(_THREADS, "CPU threads (default: torch's choice)")
     eval_every: int = _output(
         _COUNT, "epochs between evaluations; those that are reported are always evaluated", 1
     )
@@ -303,8 +305,12 @@ class TrainConfig:
             raise TrainError(
                 f"expected the settings of this version; missing: {missing}; unknown: {unknown}"
             )
-        tuples = {name: tuple(values[name]) for name in ("methods", "budgets")}
-        return cls(**{**values, **tuples, "device": resolve_device(values["device"])})
+        try:
+            tuples = {name: tuple(values[name]) for name in ("methods", "budgets")}
+            return cls(**{**values, **tuples, "device": resolve_device(values["device"])})
+        # Conditions ask what only values of the right type can answer.
+        except (TypeError, AttributeError, ValueError, OverflowError) as error:
+            raise TrainError(f"a setting is of the wrong type ({error})") from error
 
     def to_json(self) -> dict[str, Any]:
         """Settings by name, as JSON values."""

@@ -10,9 +10,9 @@ from typing import Any
 
 from .config import METHODS, TrainConfig
 from .errors import import_extra
+from .files import write_atomically
 from .methods import plan
 from .results import Results
-from .run_folder import write_atomically
 
 __all__ = ["draw_curves"]
 

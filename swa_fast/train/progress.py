@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,11 @@ class Progress:
         """Prints a line on standard output."""
         if self._silent:
             return
-        if self._bar is not None:
-            self._bar.write(text)
-        else:
-            print(text, flush=True)
+        with suppress(OSError):  # the terminal may be gone
+            if self._bar is not None:
+                self._bar.write(text)
+            else:
+                print(text, flush=True)
         self._log(text)
 
     def _log(self, text: str) -> None:
@@ -152,7 +154,8 @@ class Board:
                     if value is not None:
                         self._writers[name].add_scalar(tag, value, record["epoch"])
                 self._writers[name].flush()
-        except (ImportError, OSError) as error:
+        # TensorBoard cannot write into a folder whose name is no text.
+        except (ImportError, OSError, UnicodeError) as error:
             remedy = '; pip install "swa_fast[train]" brings it' * isinstance(error, ImportError)
             self._say(f"note: no curves for TensorBoard ({error}{remedy})")
             self.close()

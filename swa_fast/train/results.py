@@ -28,18 +28,100 @@ Losses are mean cross-entropies in nats, accuracies percentages, times seconds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from .config import METHODS, TrainConfig
 from .methods import plan
 
-__all__ = ["Results", "overhead", "summarise"]
+__all__ = ["RESULTS_SCHEMA", "RESULTS_VERSION", "Results", "overhead", "problem_of", "summarise"]
 
 #: Content of results.json.
 Results = Mapping[str, Any]
 
+RESULTS_SCHEMA = "swa_fast.train.results"
+RESULTS_VERSION = 3
+
 _TRAINING = ("data", "forward_backward", "optimizer")
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _or_null(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or holds(value)
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_text, value))
+
+
+_SCORE = {"test_loss": _or_null(_number), "test_accuracy": _or_null(_number)}
+# What is read of it, besides what the settings' own class checks: a key's value by a condition, by
+# the keys of an object, by one form for all values of an object ("*") or for all items of a list.
+_FORM: Any = {
+    "status": lambda value: value in ("running", "complete"),
+    "preset": _or_null(_text),
+    "scale": _number,
+    "config": {
+        "dataset": _text, "model": _text, "width": _count, "methods": _texts, "seed": _count,
+        "epochs": _count, "budgets": lambda v: isinstance(v, list) and all(map(_number, v)),
+    },
+    "environment": {},
+    "data": {"sha256": _text},
+    "initial": _or_null(lambda value: _problem(value, _SCORE, "") is None),
+    "records": [
+        {
+            "trajectory": _text, "epoch": _count, "lr": _number, "train_loss": _number,
+            "train_accuracy": _number, **_SCORE, "averages": {"*": {"captures": _count, **_SCORE}},
+            "seconds": dict.fromkeys((*_TRAINING, "average", "bn", "eval"), _number),
+        }
+    ],
+    "summary": [
+        {
+            "name": _text, "method": _or_null(_text), "budget": _number, "epochs": _count,
+            "captures": _or_null(_count), "test_accuracy": _number, "test_loss": _number,
+            "iterate_accuracy": _number, "seconds": _number,
+        }
+    ],
+}  # fmt: skip
+
+
+def problem_of(results: Mapping[str, Any]) -> str | None:
+    """What of results.json is not as the layout says, or None."""
+    problem = _problem(results, _FORM, "")
+    if problem is None and results["status"] == "complete" and not results["summary"]:
+        return "no summary, though the run is complete"
+    return problem
+
+
+def _problem(value: Any, form: Any, name: str) -> str | None:
+    if callable(form):
+        return None if form(value) else f"{name} {repr(value)[:40]}"
+    if isinstance(form, list):
+        if not isinstance(value, list):
+            return f"no list {name}"
+        parts = [(item, form[0], f"{name}[{k}]") for k, item in enumerate(value)]
+    else:
+        if not isinstance(value, dict):
+            return f"no object {name}"
+        if "*" in form:
+            parts = [(item, form["*"], f"{name}.{key}") for key, item in value.items()]
+        elif missing := sorted(set(form) - set(value)):
+            return f"no {', '.join(missing)}" + (f" in {name}" if name else "")
+        else:
+            parts = [(value[k], f, f"{name}.{k}" if name else k) for k, f in form.items()]
+    return next((p for p in (_problem(*part) for part in parts) if p is not None), None)
 
 
 def summarise(results: Results) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -34,8 +34,9 @@ _AGREE_EVERY = 20
 
 @contextmanager
 def interrupts() -> Iterator[Callable[[], bool]]:
-    """Gives a function that tells whether SIGINT (Ctrl-C) or SIGTERM has come; within this context
-    they only ask for a stop, and the second one stops at once."""
+    """Gives a function that tells whether SIGINT (Ctrl-C), SIGTERM or SIGHUP (a lost terminal) has
+    come; within this context they only ask for a stop, and the second one stops at once. SIGHUP
+    stays ignored where it was, under nohup."""
     requested = False
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -43,14 +44,17 @@ def interrupts() -> Iterator[Callable[[], bool]]:
         if requested:
             raise KeyboardInterrupt
         requested = True
-        print(
-            "\nStopping after this step; again to stop at once, which loses what came after the "
-            "last checkpoint.",
-            file=sys.stderr,
-            flush=True,
-        )
+        with suppress(OSError):  # the terminal may be gone
+            print(
+                "\nStopping after this step; again to stop at once, which loses what came after "
+                "the last checkpoint.",
+                file=sys.stderr,
+                flush=True,
+            )
 
-    caught = (signal.SIGINT, signal.SIGTERM)
+    caught = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        caught.append(signal.SIGHUP)
     previous = [signal.signal(number, handle) for number in caught]
     try:
         yield lambda: requested
@@ -176,9 +180,10 @@ class _Session:
         if world.main:
             if previous is None:
                 self.folder.clear()
+            # First of all, because it says whose the other files are.
+            self._write(results)
             progress.write_log(self.folder.log)
         world.wait()
-        self._write(results)
 
         finished: list[Record] = []
         for trajectory in plan(config):

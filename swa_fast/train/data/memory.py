@@ -79,7 +79,7 @@ class MemoryDataset(Dataset):
     @cached_property
     def sha256(self) -> str:
         """Hash of all pixels, labels and class names."""
-        digest = hashlib.sha256("\n".join(self.classes).encode())
+        digest = hashlib.sha256("\n".join(self.classes).encode(errors="surrogateescape"))
         for tensor in (self.train_images, self.train_labels, self.test_images, self.test_labels):
             digest.update(str(tuple(tensor.shape)).encode())
             digest.update(np.ascontiguousarray(tensor.numpy()).data)

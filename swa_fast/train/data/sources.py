@@ -147,8 +147,9 @@ def load_images(
     """Reads ``folder/train/<class>/**`` and ``folder/test/<class>/**`` into memory as RGB.
 
     Files and folders whose name begins with a dot are ignored. Files are images if their extension
-    is one that Pillow reads; others are skipped and counted. Training images are cropped after
-    padding by 4 zero (black) pixels, and mirrored with probability one half.
+    is one of BMP, GIF, JPEG, PNG, PPM, TIFF or WebP; others are skipped and counted. Training
+    images are cropped after padding by 4 zero (black) pixels, and mirrored with probability one
+    half.
 
     Args:
         folder: the folder that holds train and test.

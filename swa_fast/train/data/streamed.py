@@ -71,13 +71,13 @@ class StreamedDataset(Dataset):
     @cached_property
     def sha256(self) -> str:
         """Hash of all class names, file names and labels; the files are not read."""
-        digest = hashlib.sha256("\n".join(self.classes).encode())
+        digest = hashlib.sha256("\n".join(self.classes).encode(errors="surrogateescape"))
         for files, labels in (
             (self.train_files, self.train_labels),
             (self.test_files, self.test_labels),
         ):
             digest.update(f"\n\n{len(files)}\n".encode())
-            digest.update("\n".join(files).encode())
+            digest.update("\n".join(files).encode(errors="surrogateescape"))
             digest.update(labels.numpy().data)
         return digest.hexdigest()
 
