@@ -161,25 +161,28 @@ def replaced(layer: Layer) -> bool:
 
 def changed(layers: Sequence[Layer]) -> Layer | None:
     """The first of ``layers`` whose lent buffers hold other values than they were given. Waits for
-    the device."""
-    differing = [
-        (plain != known).any()
-        for layer in layers
-        for plain, known in zip(layer.plain, layer.known, strict=True)
-    ]
-    # Layers may be on several devices.
-    by_device: dict[torch.device, list[int]] = {}
-    for place, flag in enumerate(differing):
-        by_device.setdefault(flag.device, []).append(place)
-    found = [
-        place
-        for places in by_device.values()
-        for place, flag in zip(
-            places, torch.stack([differing[p] for p in places]).tolist(), strict=True
-        )
-        if flag
-    ]
-    return layers[min(found) // 2] if found else None
+    each device once."""
+    by_device: dict[torch.device, list[Layer]] = {}
+    for layer in layers:
+        by_device.setdefault(layer.plain[0].device, []).append(layer)
+    for members in by_device.values():
+        # Each tensor by itself would take as long as a small kernel.
+        differences = [
+            torch.cat([layer.plain[k] for layer in members])
+            != (
+                value
+                if all(layer.known[k] is value for layer in members)
+                else torch.cat(
+                    [layer.plain[k].new_zeros(layer.channels) + layer.known[k] for layer in members]
+                )
+            )
+            for k, value in enumerate(_RESET)
+        ]
+        if torch.stack(differences).any():
+            sizes = [layer.channels for layer in members]
+            parts = torch.stack(differences).split(sizes, dim=1)
+            return next(x for x, part in zip(members, parts, strict=True) if part.any())
+    return None
 
 
 def written_by(layer: Layer) -> tuple[Tensor, Tensor]:

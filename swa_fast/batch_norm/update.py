@@ -57,10 +57,10 @@ def update_bn(
     **Cost.** A layer reads its input once for the statistics, and in an ``nn.Sequential`` it is
     fused with a ReLU behind it, of which alone it is certain there that nobody else uses its
     output. One launch per batch merges all layers. The device is never waited for during the pass,
-    and once at its end, to raise on values that are not finite. Every forward is run once and to
-    its end, so that what a model keeps by itself (a counter, a lock, random numbers that dropout
-    draws) is afterwards as after torch's pass. One exception: a model that cannot bear
-    channels-last memory has the batch on which it fails run again.
+    and twice at its end, to raise on values that are not finite and on updates that were not seen.
+    Every forward is run once and to its end, so that what a model keeps by itself (a counter, a
+    lock, random numbers that dropout draws) is afterwards as after torch's pass. One exception: a
+    model that cannot bear channels-last memory has the batch on which it fails run again.
 
     **The best setting** for the pass is the one of the training: call this inside the same
     ``torch.autocast``, where the device has the type in hardware. (A CPU without bf16 instructions
