@@ -267,7 +267,8 @@ bool all_finite(const void* data, int64_t begin, int64_t end) {
 void update_cpu(std::vector<Tensor> /*averages*/, std::vector<Tensor> /*sources*/,
                 Tensor n_averaged, std::optional<Tensor> counters, Tensor rules, Tensor table,
                 int64_t /*pairs*/, std::optional<int64_t> seed, bool skip_nonfinite,
-                int64_t /*short_segments*/) {
+                int64_t /*short_segments*/, std::optional<Tensor> found_inf,
+                std::optional<Tensor> steps, int64_t every, int64_t offset) {
   Update update{check_update_arguments(n_averaged, counters, rules, table), {}, {}, seed};
   STD_TORCH_CHECK(n_averaged.is_cpu() && (!counters || counters->is_cpu()),
                   "update_.cpu: n_averaged and counters must be on the CPU");
@@ -275,7 +276,12 @@ void update_cpu(std::vector<Tensor> /*averages*/, std::vector<Tensor> /*sources*
   const Table segments(table);
   int64_t* n = static_cast<int64_t*>(n_averaged.mutable_data_ptr());
   const WeightRule* rule = static_cast<const WeightRule*>(rules.const_data_ptr());
+  const Gate gate = make_gate(found_inf, steps, every, offset, counters, n_averaged);
 
+  if (gate.skipped()) return;
+  const bool due = gate.due();
+  if (gate.steps != nullptr) ++*gate.steps;
+  if (!due) return;
   if (skip_nonfinite) {
     std::atomic<bool> finite{true};
     segments.for_each([&](Segment segment, int64_t begin, int64_t end) {

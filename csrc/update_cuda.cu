@@ -38,6 +38,7 @@ struct Arguments {
   int long_segments, segments;
   int rows;
   bool skip_nonfinite;
+  Gate gate;
   WeightRule rules[kMaxAverages];
 };
 static_assert(sizeof(Arguments) <= 4096, "kernel arguments");
@@ -76,6 +77,8 @@ struct Shared {
   int64_t words[kWarps][kSegmentHeader + kMaxAverages];  // its segments' rows of the table
   double weight[kMaxAverages];
   int64_t n[kMaxAverages];
+  bool counts;     // the optimiser's step as one
+  bool nonfinite;  // the sources of an update that was due
   bool skip;
 };
 
@@ -327,7 +330,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     shared.weight[lane] = arguments.rules[lane].weight(n);
   }
   if (threadIdx.x == kThreads - 1) {
-    shared.skip = arguments.skip_nonfinite && arguments.counters[kNonFinite] != 0;
+    const bool counts = !arguments.gate.skipped();
+    const bool due = counts && arguments.gate.due();
+    const bool bad = due && arguments.skip_nonfinite && arguments.counters[kNonFinite] != 0;
+    shared.counts = counts;
+    shared.nonfinite = bad;
+    shared.skip = !due || bad;
   }
   __syncthreads();
 
@@ -364,8 +372,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     // the kernel would wait for anyway.
     __threadfence();
     arguments.counters[kTicket] = 0;
+    if (shared.counts && arguments.gate.steps != nullptr) *arguments.gate.steps += 1;
     if (shared.skip) {
-      arguments.counters[kSkipped] += 1;
+      if (shared.nonfinite) arguments.counters[kSkipped] += 1;
       arguments.counters[kNonFinite] = 0;
     } else {
       for (int row = 0; row < arguments.rows; ++row) arguments.n_averaged[row] += 1;
@@ -506,7 +515,8 @@ struct Launch {
 void update_cuda(std::vector<Tensor> /*averages*/, std::vector<Tensor> /*sources*/,
                  Tensor n_averaged, std::optional<Tensor> counters, Tensor rules, Tensor table,
                  int64_t /*pairs*/, std::optional<int64_t> seed, bool skip_nonfinite,
-                 int64_t short_segments) {
+                 int64_t short_segments, std::optional<Tensor> found_inf,
+                 std::optional<Tensor> steps, int64_t every, int64_t offset) {
   const int rows = check_update_arguments(n_averaged, counters, rules, table);
   const Launch launch(table, short_segments);
   STD_TORCH_CHECK(
@@ -524,6 +534,7 @@ void update_cuda(std::vector<Tensor> /*averages*/, std::vector<Tensor> /*sources
   arguments.segments = static_cast<int>(launch.segments);
   arguments.rows = rows;
   arguments.skip_nonfinite = skip_nonfinite;
+  arguments.gate = make_gate(found_inf, steps, every, offset, counters, n_averaged);
   std::copy_n(static_cast<const WeightRule*>(rules.const_data_ptr()), rows, arguments.rules);
   if (skip_nonfinite) {
     nonfinite_kernel<<<launch.blocks(), kThreads, 0, launch.stream>>>(

@@ -13,7 +13,7 @@ from .avg_fns import (
     get_swa_multi_avg_fn,
 )
 from .batch_norm import BNReport, update_bn
-from .rules import EMA, SWA, Warmup
+from .rules import EMA, SWA, Power, Warmup, Window
 from .schedules import SWALR
 
 __version__ = "0.1.0"
@@ -26,7 +26,9 @@ __all__ = [
     "Averager",
     "BNReport",
     "BackendError",
+    "Power",
     "Warmup",
+    "Window",
     "choose_backend",
     "get_ema_avg_fn",
     "get_ema_multi_avg_fn",

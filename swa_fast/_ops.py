@@ -73,7 +73,7 @@ def _in_kernels(module: str, name: str) -> Callable[..., Any]:
 
 # The reference, what it writes to, the fake kernel, and the file of the Triton kernels.
 _FAMILIES: tuple[tuple[Callable[..., Any], tuple[str, ...], Callable[..., Any], str], ...] = (
-    (reference.update_, ("averages", "n_averaged", "counters"), _update_fake, "update"),
+    (reference.update_, ("averages", "n_averaged", "counters", "steps"), _update_fake, "update"),
     (reference.swap_, ("averages", "sources"), _swap_fake, "update"),
     (reference.batch_norm_collect, ("batch", "tickets"), _collect_fake, "batch_norm"),
     (reference.batch_norm_merge_, ("accumulators", "batch"), _merge_fake, "batch_norm"),

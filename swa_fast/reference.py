@@ -25,17 +25,27 @@ def _weight(rule: list[float], n: Tensor) -> Tensor:
     """The source's weight as a float64 scalar on the counter's device."""
     kind, decay, min_decay, gamma, power, update_after_step = rule[:6]
     one = torch.ones((), dtype=torch.float64, device=n.device)
-    if kind == layout.SWA:
-        return one / (n + 1)
     if kind == layout.EXTERNAL:
         return torch.where(n == 0, one, 0 * one)
+    if kind == layout.RING:
+        return torch.where(n % int(gamma) == int(power), one, 0 * one)
+    if kind == layout.FILLED:
+        return torch.where(n > power, one / (power + 1), 0 * one)
     s = n - update_after_step
+    if kind == layout.SWA:
+        return one / (s.clamp(min=0) + 1)
+    positive = s.clamp(min=1).to(torch.float64)
     if kind == layout.CONSTANT:
         settled = one * (1.0 - decay)
+    elif kind == layout.POWER_LAW:
+        settled = -torch.expm1(power * torch.log1p(-1.0 / (positive + 1.0)))
+    elif kind == layout.DEBIASED:
+        settled = (1.0 - decay) / -torch.expm1(power * (positive + 1.0))
     else:
-        positive = s.clamp(min=1).to(torch.float64)
         if kind == layout.INVERSE_GAMMA:
             d = 1.0 - (1.0 + positive / gamma) ** -power
+        elif kind == layout.EXPONENTIAL:
+            d = -decay * torch.expm1(-positive / gamma)
         else:
             d = (1.0 + positive) / (10.0 + positive)
         settled = 1.0 - d.clamp(max=decay).clamp(min=min_decay)
@@ -112,6 +122,10 @@ def update_(
     seed: int | None,
     skip_nonfinite: bool,
     short_segments: int = 0,
+    found_inf: Tensor | None = None,
+    steps: Tensor | None = None,
+    every: int = 1,
+    offset: int = 0,
 ) -> None:
     r"""Every average of one device moves towards its sources, in one launch.
 
@@ -142,11 +156,25 @@ def update_(
             of skipped updates. Needs ``counters``.
         short_segments: how many segments at the end of the table are short enough for one warp to
             read at once; what cuda shares the work by. The result does not depend on it.
+        found_inf: float32 with one element on the averages' device; where it is not 0 nothing
+            happens, whatever the sources hold. Needs ``counters``.
+        steps: int64 with one element on the averages' device, calls that ``found_inf`` did not
+            skip; written. The update takes place when ``steps + offset`` is at least 0 and a
+            multiple of ``every``. None: always. Needs ``counters``.
+        every: at least 1.
+        offset: any integer.
     """
     rows, segments = n_averaged.numel(), table.tolist()
     assert len(sources) == len(segments) and len(averages) == rows * len(segments)
     counts = n_averaged.view(-1)
     proceed = torch.ones((), dtype=torch.bool, device=n_averaged.device)
+    if found_inf is not None:
+        proceed = found_inf.view(()) == 0
+    if steps is not None:
+        step = steps.view(()) + offset
+        steps += proceed
+        proceed = proceed & (step >= 0) & (step % every == 0)
+    due = proceed
     copied = [bool(segment[layout.PACKED] >> layout.COPIED & 1) for segment in segments]
     if skip_nonfinite:
         for source, always in zip(sources, copied, strict=True):
@@ -174,7 +202,7 @@ def update_(
             memory.copy_(torch.where(proceed, new.to(dtype), memory))
     if counters is not None:
         counts += proceed
-        counters[layout.SKIPPED] += ~proceed
+        counters[layout.SKIPPED] += due & ~proceed
 
 
 def swap_(
