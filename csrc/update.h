@@ -59,7 +59,7 @@ struct Exponent<Half> {
 // One average's rule, a row of the `rules` tensor. With n updates before this one and
 // s = n - update_after_step, the weight of the source is
 //
-//   SWA             1 / (max(s, 0) + 1)
+//   SWA             1 / (n + 1)
 //   external        1 at n = 0, else 0: the average belongs to a user's function
 //   ring            1 if n mod gamma = power, else 0: one of the last gamma sources
 //   filled          1 / (power + 1) if n > power, else 0: into the mean of a ring
@@ -76,13 +76,13 @@ struct WeightRule {
   C10_HOST_DEVICE double weight(int64_t n) const {
     const int k = static_cast<int>(kind);
     const double count = static_cast<double>(n);
+    if (k == kSwa) return 1.0 / (count + 1.0);
     if (k == kExternal) return n == 0 ? 1.0 : 0.0;
     if (k == kRing) {
       return n % static_cast<int64_t>(gamma) == static_cast<int64_t>(power) ? 1.0 : 0.0;
     }
     if (k == kFilled) return count > power ? 1.0 / (power + 1.0) : 0.0;
     const double s = count - update_after_step;
-    if (k == kSwa) return 1.0 / (fmax(s, 0.0) + 1.0);
     if (s <= 0.0) return 1.0;
     if (k == kConstant) return 1.0 - decay;
     double d;
@@ -208,6 +208,31 @@ inline int check_update_arguments(const Tensor& n_averaged, const std::optional<
                       table.size(1) == kSegmentHeader + k && table.is_contiguous(),
                   "update_: table must be int64 of shape [segments, ", kSegmentHeader + k, "]");
   return static_cast<int>(k);
+}
+
+// Rows of the averages in a table that serves swa_fast::swag_, and after these one for each of the
+// last deviations.
+constexpr int kSwagMean = 0;
+constexpr int kSwagSquares = 1;
+constexpr int kSwagDeviations = 2;
+
+inline void check_swag_arguments(const Tensor& n_averaged, const Tensor& counters,
+                                 const Tensor& table, int64_t pairs, int64_t columns) {
+  STD_TORCH_CHECK(n_averaged.scalar_type() == ScalarType::Long && n_averaged.numel() == 1,
+                  "swag_: n_averaged must hold one int64");
+  STD_TORCH_CHECK(counters.scalar_type() == ScalarType::Long && counters.numel() == kCounters &&
+                      counters.is_contiguous(),
+                  "swag_: counters must hold ", kCounters, " int64");
+  STD_TORCH_CHECK(columns >= 1, "swag_: expected 1 column or more, found ", columns);
+  STD_TORCH_CHECK(table.scalar_type() == ScalarType::Long && table.dim() == 2 &&
+                      table.size(1) >= kSegmentHeader + kSwagDeviations + columns &&
+                      table.is_contiguous(),
+                  "swag_: table must be int64 of shape [segments, ",
+                  kSegmentHeader + kSwagDeviations + columns, " or more]");
+  // Averages of fp32 from sources of fp32, bfloat16 and fp16, or both of fp64.
+  constexpr int64_t kAllowed = 1 << (4 * kFloat + kFloat) | 1 << (4 * kFloat + kBfloat16) |
+                               1 << (4 * kFloat + kHalf) | 1 << (4 * kDouble + kDouble);
+  STD_TORCH_CHECK((pairs & ~kAllowed) == 0, "swag_: expected averages of fp32 or fp64");
 }
 
 // The number of averages in a table that serves a swap with average `row`.

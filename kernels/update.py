@@ -19,7 +19,7 @@ from torch import Tensor
 
 from swa_fast import _layout as layout
 
-__all__ = ["swap_", "update_"]
+__all__ = ["on_device", "swap_", "update_"]
 
 BLOCK = layout.TRITON_SEGMENT
 NUM_WARPS = 4  # with BLOCK: 32 elements, or eight 16-byte fp32 packs, per thread
@@ -120,8 +120,10 @@ def _weight(rule_ptr, n):
     kind = _load_scalar(rule_ptr)
     one = tl.full([], 1.0, tl.float64)
     count = n.to(tl.float64)
-    weight = tl.where(n == 0, one, 0.0 * one)
-    if kind != EXTERNAL:
+    weight = one / (count + 1.0)
+    if kind == EXTERNAL:
+        weight = tl.where(n == 0, one, 0.0 * one)
+    elif kind > SWA:
         column = tl.arange(0, LANES)
         rule = tl.load(
             rule_ptr + column, mask=(column >= DECAY) & (column <= UPDATE_AFTER_STEP), other=0.0
@@ -140,9 +142,7 @@ def _weight(rule_ptr, n):
                 (decay, min_decay, gamma, power, after), 0, _add5
             )
         s = count - after
-        if kind == SWA:
-            weight = one / (tl.maximum(s, 0.0) + 1.0)
-        elif kind == RING:
+        if kind == RING:
             # Exact for counts below 2^48; a division of integers takes more registers.
             rest = count - gamma * tl.floor(count / gamma)
             weight = tl.where(rest == power, one, 0.0 * one)
@@ -436,7 +436,7 @@ def _swap_kernel(table_ptr, rows, row, BLOCK: tl.constexpr):
         tl.store(source_ptr + single, narrow, mask=mask)
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
@@ -458,7 +458,7 @@ def update_(
 ) -> None:
     """See :func:`swa_fast.reference.update_`."""
     rows = n_averaged.numel()
-    with _on(table.device):
+    with on_device(table.device):
         if skip_nonfinite:
             _nonfinite_kernel[(len(table),)](table, rows, counters, BLOCK, num_warps=NUM_WARPS)
         _update_kernel[(len(table),)](
@@ -490,5 +490,5 @@ def swap_(
 ) -> None:
     """See :func:`swa_fast.reference.swap_`."""
     rows = table.shape[1] - layout.SEGMENT_HEADER
-    with _on(table.device):
+    with on_device(table.device):
         _swap_kernel[(len(table),)](table, rows, row, BLOCK, num_warps=NUM_WARPS)

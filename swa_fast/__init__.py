@@ -15,12 +15,14 @@ from .avg_fns import (
 from .batch_norm import BNReport, update_bn
 from .rules import EMA, SWA, Power, Warmup, Window
 from .schedules import SWALR
+from .swag import SWAG
 
 __version__ = "0.1.0"
 
 __all__ = [
     "EMA",
     "SWA",
+    "SWAG",
     "SWALR",
     "AveragedModel",
     "Averager",

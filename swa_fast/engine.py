@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -450,27 +450,30 @@ class Engine:
             self._call(row, function, plan)
         for gapless, average in self._gapless:
             gapless.copy_(average)
-        table = plan.update
-        if len(table) > 0:
-            _ops.update_(
-                plan.backend,
-                table.averages,
-                table.sources,
-                self.n_averaged,
-                self.counters,
-                plan.rules,
-                table.words,
-                table.pairs,
-                self.seed,
-                self.skip_nonfinite,
-                table.short,
-                *(() if gate is None else gate.on(self.device)),
-            )
+        if len(plan.update) > 0:
+            self._launch(plan, () if gate is None else gate.on(self.device))
         elif self.counters is not None:
             self.n_averaged.add_(1)
         for gapless, average in self._gapless:
             average.copy_(gapless)
         self.settle()
+
+    def _launch(self, plan: Plan, gate: tuple[Any, ...]) -> None:
+        table = plan.update
+        _ops.update_(
+            plan.backend,
+            table.averages,
+            table.sources,
+            self.n_averaged,
+            self.counters,
+            plan.rules,
+            table.words,
+            table.pairs,
+            self.seed,
+            self.skip_nonfinite,
+            table.short,
+            *gate,
+        )
 
     def settle(self) -> None:
         """Forms the means of windows, which an update that was interrupted may have left undone."""

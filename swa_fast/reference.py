@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _layout as layout
 
-__all__ = ["batch_norm_collect", "batch_norm_merge_", "philox", "swap_", "update_"]
+__all__ = ["batch_norm_collect", "batch_norm_merge_", "philox", "swag_", "swap_", "update_"]
 
 
 def _math_dtype(average: Tensor, source: Tensor) -> torch.dtype:
@@ -25,6 +25,8 @@ def _weight(rule: list[float], n: Tensor) -> Tensor:
     """The source's weight as a float64 scalar on the counter's device."""
     kind, decay, min_decay, gamma, power, update_after_step = rule[:6]
     one = torch.ones((), dtype=torch.float64, device=n.device)
+    if kind == layout.SWA:
+        return one / (n + 1)
     if kind == layout.EXTERNAL:
         return torch.where(n == 0, one, 0 * one)
     if kind == layout.RING:
@@ -32,8 +34,6 @@ def _weight(rule: list[float], n: Tensor) -> Tensor:
     if kind == layout.FILLED:
         return torch.where(n > power, one / (power + 1), 0 * one)
     s = n - update_after_step
-    if kind == layout.SWA:
-        return one / (s.clamp(min=0) + 1)
     positive = s.clamp(min=1).to(torch.float64)
     if kind == layout.CONSTANT:
         settled = one * (1.0 - decay)
@@ -203,6 +203,70 @@ def update_(
     if counters is not None:
         counts += proceed
         counters[layout.SKIPPED] += due & ~proceed
+
+
+def swag_(
+    averages: list[Tensor],
+    sources: list[Tensor],
+    n_averaged: Tensor,
+    counters: Tensor,
+    table: Tensor,
+    pairs: int,
+    columns: int,
+    short_segments: int = 0,
+    found_inf: Tensor | None = None,
+    steps: Tensor | None = None,
+    every: int = 1,
+    offset: int = 0,
+) -> None:
+    r"""Mean, squared deviations and the last deviations of every source, in one launch.
+
+    With :math:`n` updates before this one and the old mean :math:`\mu_n` (Welford)
+
+    .. math::
+        \mu \leftarrow \mu_n + \frac{x - \mu_n}{n + 1} \qquad
+        M_2 \leftarrow M_2 + (x - \mu_n)(x - \mu) \qquad
+        D_{n \bmod K} \leftarrow x - \mu \qquad n \leftarrow n + 1
+
+    in float32 (float64 for float64 averages); :math:`\mu = x` and :math:`M_2 = 0` at :math:`n = 0`.
+
+    Args:
+        averages: as in :func:`update_`, of 2 + K rows or more: :math:`\mu`, :math:`M_2`,
+            :math:`D_0` to :math:`D_{K-1}`; float32, or float64 where the source is; written.
+        sources: as in :func:`update_`.
+        n_averaged: int64 with one element, :math:`n`; written.
+        counters: int64 [3]; written.
+        table: as in :func:`update_`.
+        pairs: as in :func:`update_`.
+        columns: :math:`K`, at least 1.
+        short_segments, found_inf, steps, every, offset: as in :func:`update_`.
+    """
+    proceed = torch.ones((), dtype=torch.bool, device=n_averaged.device)
+    if found_inf is not None:
+        proceed = found_inf.view(()) == 0
+    if steps is not None:
+        step = steps.view(()) + offset
+        steps += proceed
+        proceed = proceed & (step >= 0) & (step % every == 0)
+    n = n_averaged.view(()).clone()
+    weight = 1 / (n + 1).double()
+    segments = len(sources)
+    rows = [averages[row * segments : (row + 1) * segments] for row in range(2 + columns)]
+    for at, source in enumerate(sources):
+        mean, squares = rows[0][at], rows[1][at]
+        x = source.to(mean.dtype)
+        now = torch.where(n == 0, x, _blend(mean, x, weight.to(mean.dtype)))
+        old, deviation = x - mean, x - now
+        product = squares + old * deviation
+        if mean.dtype != torch.float64:
+            product = _fma(old, deviation, squares)
+        grown = torch.where(n == 0, torch.zeros_like(x), product)
+        for column in range(columns):
+            memory = rows[2 + column][at]
+            memory.copy_(torch.where(proceed & (n % columns == column), deviation, memory))
+        squares.copy_(torch.where(proceed, grown, squares))
+        mean.copy_(torch.where(proceed, now, mean))
+    n_averaged += proceed
 
 
 def swap_(

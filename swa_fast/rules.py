@@ -170,7 +170,9 @@ class SWA:
         return 1.0 / (max(n - self.start, 0) + 1)
 
     def _row(self) -> list[float]:
-        return _row(layout.SWA, 0.0, 0.0, 0.0, 0.0, self.start)
+        if self.start > 0:
+            return _row(layout.POWER_LAW, 0.0, 0.0, 0.0, 1.0, self.start)
+        return _row(layout.SWA)
 
 
 # The largest relative width that a power function has, at gamma = (sqrt(5) - 3) / 2.

@@ -107,6 +107,7 @@ class Storage:
         seed: for stochastic rounding; None rounds to nearest.
         skip_nonfinite: see :class:`~swa_fast.engine.Engine`.
         captured: what captured graphs of a predecessor read at replay.
+        engine: what updates the averages of a device.
 
     Attributes:
         averages: for each rule one tensor for each slot.
@@ -125,6 +126,7 @@ class Storage:
         seed: int | None = None,
         skip_nonfinite: bool = False,
         captured: list[object] | None = None,
+        engine: type[Engine] = Engine,
     ) -> None:
         self.slots = tuple(slots)
         self.memory = memory
@@ -136,7 +138,7 @@ class Storage:
         self.parts: list[_Part] = []
         devices = [average.device for average in self.averages[0]] if self.averages else []
         for device, members in _by_device(devices).items():
-            engine = Engine(
+            of_device = engine(
                 [self.slots[i] for i in members],
                 [[row[i] for i in members] for row in self.averages],
                 rules,
@@ -146,7 +148,7 @@ class Storage:
                 seed=seed,
                 skip_nonfinite=skip_nonfinite,
             )
-            self.parts.append(_Part(engine, tuple(members)))
+            self.parts.append(_Part(of_device, tuple(members)))
         self._plans: list[Plan] = []
         self._watch: Watch | None = None
         # Inference tensors have no version counters.
