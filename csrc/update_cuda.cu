@@ -489,8 +489,8 @@ struct SwagArguments {
 // moves, the squared deviations from it grow (Welford), and how far the source is from the new mean
 // is what a column holds. 4 + 8 + 8 + 4 bytes per fp32 element.
 template <typename Average, typename Source, int kPack>
-__device__ __forceinline__ void swag_part(Segment segment, int begin, int end, int64_t n,
-                                          int column_row, int part, int parts) {
+__device__ __forceinline__ void swag_part(Segment segment, int begin, int end, int64_t n, int part,
+                                          int parts) {
   using AveragePack = Pack<Average, kPack>;
   using SourcePack = Pack<Source, kPack>;
   constexpr int kUnroll = 2;
@@ -501,7 +501,7 @@ __device__ __forceinline__ void swag_part(Segment segment, int begin, int end, i
   const Source* source = to_global(static_cast<const Source*>(segment.source()));
   Average* mean = to_global(reinterpret_cast<Average*>(segment.average(kSwagMean)));
   Average* squares = to_global(reinterpret_cast<Average*>(segment.average(kSwagSquares)));
-  Average* column = to_global(reinterpret_cast<Average*>(segment.average(column_row)));
+  Average* column = to_global(reinterpret_cast<Average*>(segment.average(kSwagDeviations)));
 #pragma unroll 1
   for (int at = begin + part * kStride * kUnroll + lane_id() * kPack; at < end;
        at += parts * kStride * kUnroll) {
@@ -540,24 +540,33 @@ __device__ __forceinline__ void swag_part(Segment segment, int begin, int end, i
 }
 
 template <typename Average, typename Source>
-__device__ __forceinline__ void swag_segment(Segment segment, int64_t n, int column_row,
-                                             const Share& share) {
+__device__ __forceinline__ void swag_segment(Segment segment, int64_t n, const Share& share) {
   constexpr int kPack = kPackBytes / sizeof(Average);
   const int count = static_cast<int>(segment.count());
   int packed = 0;
   if (is_aligned_for<Pack<Source, kPack>>(segment.source()) && segment.alignment() == kPackBytes) {
     packed = count / kPack * kPack;
-    swag_part<Average, Source, kPack>(segment, 0, packed, n, column_row, share.part(),
-                                      share.parts());
+    swag_part<Average, Source, kPack>(segment, 0, packed, n, share.part(), share.parts());
   }
-  swag_part<Average, Source, 1>(segment, packed, count, n, column_row,
-                                share.parts() - 1 - share.part(), share.parts());
+  swag_part<Average, Source, 1>(segment, packed, count, n, share.parts() - 1 - share.part(),
+                                share.parts());
 }
 
 __global__ void __launch_bounds__(kThreads, kBlocks)
     swag_kernel(const __grid_constant__ SwagArguments arguments) {
+  // A segment's row as far as it is needed: of the columns the one whose turn it is.
+  constexpr int kWords = kSegmentHeader + kSwagDeviations + 1;
+  __shared__ int64_t words[kWarps][kWords];
   __shared__ int64_t n;
   __shared__ bool counts, due;
+  const Share share{arguments.long_segments, arguments.segments};
+  const int warp = thread_id() / kWarp, lane = lane_id();
+  if (warp < share.segments() && lane < kWords) {
+    int word = lane;
+    if (lane == kWords - 1) word += static_cast<int>(*arguments.n_averaged % arguments.columns);
+    const int64_t row = static_cast<int64_t>(share.first() + warp) * arguments.width;
+    words[warp][lane] = arguments.table[row + word];
+  }
   if (threadIdx.x == 0) {
     n = *arguments.n_averaged;
     counts = !arguments.gate.skipped();
@@ -566,17 +575,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   __syncthreads();
   unsigned drawn = ~0u;
   if (threadIdx.x == 0) drawn = draw_ticket(arguments.counters + kTicket);
-  const Share share{arguments.long_segments, arguments.segments};
   if (due && share.segment() < share.segments()) {
-    const Segment segment{arguments.table +
-                          static_cast<int64_t>(share.first() + share.segment()) * arguments.width};
-    const int column = kSwagDeviations + static_cast<int>(n % arguments.columns);
+    const Segment segment{words[share.segment()]};
     if (segment.average_type() == kDouble) {
-      swag_segment<double, double>(segment, n, column, share);
+      swag_segment<double, double>(segment, n, share);
     } else {
       dispatch_code(segment.source_type(), [&](auto source) {
         if constexpr (!std::is_same_v<decltype(source), double>) {
-          swag_segment<float, decltype(source)>(segment, n, column, share);
+          swag_segment<float, decltype(source)>(segment, n, share);
         }
       });
     }

@@ -108,12 +108,12 @@ def _swag_kernel(
     counted, due = _gate(found_inf_ptr, steps_ptr, every, offset)
     if due != 0:
         for candidate in tl.static_range(4):
-            AVERAGE: tl.constexpr = tl.float64 if candidate == DOUBLE else tl.float32
-            SOURCE: tl.constexpr = TYPES[candidate]
             # Averages of fp64 come from sources of fp64. Nested, because the outer condition is
             # decided at compile time.
             if (PAIRS >> (5 if candidate == DOUBLE else candidate)) & 1:  # noqa: SIM102
                 if code == candidate:
+                    AVERAGE: tl.constexpr = tl.float64 if candidate == DOUBLE else tl.float32
+                    SOURCE: tl.constexpr = TYPES[candidate]
                     if wide:
                         for start in range(0, count, BLOCK):
                             _part(
