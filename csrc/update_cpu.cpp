@@ -20,6 +20,8 @@ constexpr int64_t kGrain = 16384;     // elements below which a second thread do
 constexpr int64_t kSegmentCost = 64;  // of starting a segment, in elements
 constexpr int64_t kCutMultiple = 16;  // segments are cut at multiples of it: whole Philox groups
 constexpr int64_t kPiece = 2048;      // elements of the source that all averages use in turn
+constexpr int64_t kAhead = 4;         // segments whose first lines are on their way
+constexpr int64_t kPrefetched = 256;  // bytes of them
 
 // The segments of a table, and how to share them among threads.
 class Table {
@@ -41,6 +43,7 @@ class Table {
     torch::stable::parallel_for(0, start_[count_], kGrain, [&](int64_t begin, int64_t end) {
       const auto after = std::upper_bound(start_.begin(), start_.end(), begin);
       for (int64_t i = after - start_.begin() - 1; i < count_ && start_[i] < end; ++i) {
+        prefetch(i + kAhead);
         const int64_t from = cut(i, begin), to = cut(i, end);
         if (from < to) f(segment(i), from, to);
       }
@@ -49,6 +52,18 @@ class Table {
 
  private:
   Segment segment(int64_t i) const { return {words_ + i * width_}; }
+
+  // The first lines of a segment that follows soon: tensors that others allocated lie anywhere, and
+  // the processor fetches ahead only within one of them.
+  void prefetch(int64_t i) const {
+    if (i >= count_) return;
+    const char* source = static_cast<const char*>(segment(i).source());
+    const char* average = segment(i).average(0);
+    for (int64_t at = 0; at < std::min(segment(i).count(), kPrefetched); at += 64) {
+      __builtin_prefetch(source + at);
+      __builtin_prefetch(average + at, 1);
+    }
+  }
 
   // The element of segment `i` at a place of the axis; both neighbours of a cut compute the same.
   int64_t cut(int64_t i, int64_t place) const {
