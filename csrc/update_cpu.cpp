@@ -26,8 +26,11 @@ constexpr int64_t kPrefetched = 256;  // bytes of them
 // The segments of a table, and how to share them among threads.
 class Table {
  public:
-  explicit Table(const Tensor& table)
-      : words_(static_cast<const int64_t*>(table.const_data_ptr())),
+  // Of the averages, `rows` are used, from `first` on.
+  Table(const Tensor& table, int first, int rows)
+      : first_(first),
+        rows_(rows),
+        words_(static_cast<const int64_t*>(table.const_data_ptr())),
         width_(table.size(1)),
         count_(table.size(0)),
         start_(count_ + 1) {
@@ -57,11 +60,12 @@ class Table {
   // the processor fetches ahead only within one of them.
   void prefetch(int64_t i) const {
     if (i >= count_) return;
+    const int64_t bytes = std::min(segment(i).count(), kPrefetched);
     const char* source = static_cast<const char*>(segment(i).source());
-    const char* average = segment(i).average(0);
-    for (int64_t at = 0; at < std::min(segment(i).count(), kPrefetched); at += 64) {
-      __builtin_prefetch(source + at);
-      __builtin_prefetch(average + at, 1);
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(source + at);
+    for (int row = first_; row < first_ + rows_; ++row) {
+      const char* average = segment(i).average(row);
+      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(average + at, 1);
     }
   }
 
@@ -72,6 +76,7 @@ class Table {
     return element <= 0 ? 0 : element - element % kCutMultiple;
   }
 
+  int first_, rows_;
   const int64_t* words_;
   int64_t width_, count_;
   std::vector<int64_t> start_;  // of each segment on the axis of costs, and the axis' end
@@ -287,7 +292,7 @@ void update_cpu(std::vector<Tensor> /*averages*/, std::vector<Tensor> /*sources*
   STD_TORCH_CHECK(n_averaged.is_cpu() && (!counters || counters->is_cpu()),
                   "update_.cpu: n_averaged and counters must be on the CPU");
   STD_TORCH_CHECK(counters || !skip_nonfinite, "update_.cpu: skip_nonfinite needs counters");
-  const Table segments(table);
+  const Table segments(table, 0, update.rows);
   int64_t* n = static_cast<int64_t*>(n_averaged.mutable_data_ptr());
   const WeightRule* rule = static_cast<const WeightRule*>(rules.const_data_ptr());
 
@@ -316,7 +321,7 @@ void update_cpu(std::vector<Tensor> /*averages*/, std::vector<Tensor> /*sources*
 void swap_cpu(std::vector<Tensor> /*averages*/, std::vector<Tensor> /*sources*/, Tensor table,
               int64_t row, int64_t /*short_segments*/) {
   check_swap_arguments(table, row);
-  Table(table).for_each([&](Segment segment, int64_t begin, int64_t end) {
+  Table(table, static_cast<int>(row), 1).for_each([&](Segment segment, int64_t begin, int64_t end) {
     const int64_t size = element_bytes(segment.source_type());
     char* average = segment.average(static_cast<int>(row));
     char* source = static_cast<char*>(const_cast<void*>(segment.source()));

@@ -463,6 +463,17 @@ def test_report_compares_across_rounds_by_the_limit(bench: Any, tmp_path: Path) 
     assert "| theirs | 1.5 |" in text
 
 
+def test_report_shows_the_limits_speed_where_bytes_differ(bench: Any, tmp_path: Path) -> None:
+    """An average of bf16 weights moves 10 bytes a parameter, an fp32 lerp_ 12."""
+    limit = dataclasses.replace(row(bench, [1.2]), contender="lerp_flat", side="limit", bytes=1200)
+    ours = dataclasses.replace(row(bench, [1.5]), bytes=1000)
+    bench.rows.write(tmp_path / "rows_x.csv", [limit, ours])
+    text = bench.report.times(bench.report.Data(tmp_path), {"mode": ours.mode})
+    assert "as many bytes at lerp_flat's speed | 1,000 |" in text
+    bench.rows.write(tmp_path / "rows_x.csv", [limit, dataclasses.replace(ours, bytes=1200)])
+    assert "as many" not in bench.report.times(bench.report.Data(tmp_path), {"mode": ours.mode})
+
+
 def test_report_refuses_what_it_has_no_rows_for(bench: Any, results: Path) -> None:
     data = bench.report.Data(results)
     for place in ('bench:times op="swap"', "bench:nothing"):
