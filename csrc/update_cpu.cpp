@@ -20,12 +20,17 @@ constexpr int64_t kGrain = 16384;     // elements below which a second thread do
 constexpr int64_t kSegmentCost = 64;  // of starting a segment, in elements
 constexpr int64_t kCutMultiple = 16;  // segments are cut at multiples of it: whole Philox groups
 constexpr int64_t kPiece = 2048;      // elements of the source that all averages use in turn
+constexpr int64_t kAhead = 4;         // segments whose first lines are on their way
+constexpr int64_t kPrefetched = 256;  // bytes of them
 
 // The segments of a table, and how to share them among threads.
 class Table {
  public:
-  explicit Table(const Tensor& table)
-      : words_(static_cast<const int64_t*>(table.const_data_ptr())),
+  // Of the averages, `rows` are used, from `first` on.
+  Table(const Tensor& table, int first, int rows)
+      : first_(first),
+        rows_(rows),
+        words_(static_cast<const int64_t*>(table.const_data_ptr())),
         width_(table.size(1)),
         count_(table.size(0)),
         start_(count_ + 1) {
@@ -41,6 +46,7 @@ class Table {
     torch::stable::parallel_for(0, start_[count_], kGrain, [&](int64_t begin, int64_t end) {
       const auto after = std::upper_bound(start_.begin(), start_.end(), begin);
       for (int64_t i = after - start_.begin() - 1; i < count_ && start_[i] < end; ++i) {
+        prefetch(i + kAhead);
         const int64_t from = cut(i, begin), to = cut(i, end);
         if (from < to) f(segment(i), from, to);
       }
@@ -50,6 +56,19 @@ class Table {
  private:
   Segment segment(int64_t i) const { return {words_ + i * width_}; }
 
+  // The first lines of a segment that follows soon: tensors that others allocated lie anywhere, and
+  // the processor fetches ahead only within one of them.
+  void prefetch(int64_t i) const {
+    if (i >= count_) return;
+    const int64_t bytes = std::min(segment(i).count(), kPrefetched);
+    const char* source = static_cast<const char*>(segment(i).source());
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(source + at);
+    for (int row = first_; row < first_ + rows_; ++row) {
+      const char* average = segment(i).average(row);
+      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(average + at, 1);
+    }
+  }
+
   // The element of segment `i` at a place of the axis; both neighbours of a cut compute the same.
   int64_t cut(int64_t i, int64_t place) const {
     const int64_t element = place - start_[i] - kSegmentCost, count = segment(i).count();
@@ -57,6 +76,7 @@ class Table {
     return element <= 0 ? 0 : element - element % kCutMultiple;
   }
 
+  int first_, rows_;
   const int64_t* words_;
   int64_t width_, count_;
   std::vector<int64_t> start_;  // of each segment on the axis of costs, and the axis' end
@@ -273,7 +293,7 @@ void update_cpu(std::vector<Tensor> /*averages*/, std::vector<Tensor> /*sources*
   STD_TORCH_CHECK(n_averaged.is_cpu() && (!counters || counters->is_cpu()),
                   "update_.cpu: n_averaged and counters must be on the CPU");
   STD_TORCH_CHECK(counters || !skip_nonfinite, "update_.cpu: skip_nonfinite needs counters");
-  const Table segments(table);
+  const Table segments(table, 0, update.rows);
   int64_t* n = static_cast<int64_t*>(n_averaged.mutable_data_ptr());
   const WeightRule* rule = static_cast<const WeightRule*>(rules.const_data_ptr());
   const Gate gate = make_gate(found_inf, steps, every, offset, counters, n_averaged);
@@ -307,7 +327,7 @@ void update_cpu(std::vector<Tensor> /*averages*/, std::vector<Tensor> /*sources*
 void swap_cpu(std::vector<Tensor> /*averages*/, std::vector<Tensor> /*sources*/, Tensor table,
               int64_t row, int64_t /*short_segments*/) {
   check_swap_arguments(table, row);
-  Table(table).for_each([&](Segment segment, int64_t begin, int64_t end) {
+  Table(table, static_cast<int>(row), 1).for_each([&](Segment segment, int64_t begin, int64_t end) {
     const int64_t size = element_bytes(segment.source_type());
     char* average = segment.average(static_cast<int>(row));
     char* source = static_cast<char*>(const_cast<void*>(segment.source()));

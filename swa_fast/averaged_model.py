@@ -309,9 +309,8 @@ class AveragedModel(nn.Module):
     def _counter_seen(self) -> tuple[int, int] | None:
         """Which counter this is, and how often something other than an update's kernel has written
         it: after an update, what stays the same is not zero."""
-        if self.n_averaged.is_inference():
-            return None
-        return self.n_averaged.data_ptr(), self.n_averaged._version
+        counter = self.n_averaged
+        return None if counter.is_inference() else (counter.data_ptr(), counter._version)
 
     def _apply_user_function(self, model: nn.Module) -> None:
         # As torch does: the first update copies, and functions see every tensor, integers included.
