@@ -12,7 +12,7 @@ from .avg_fns import (
     get_swa_avg_fn,
     get_swa_multi_avg_fn,
 )
-from .batch_norm import BNReport, update_bn
+from .batch_norm import BNReport, RepairReport, repair, update_bn
 from .rules import EMA, SWA, Power, Warmup, Window
 from .schedules import SWALR
 from .swag import SWAG
@@ -29,6 +29,7 @@ __all__ = [
     "BNReport",
     "BackendError",
     "Power",
+    "RepairReport",
     "Warmup",
     "Window",
     "choose_backend",
@@ -36,5 +37,6 @@ __all__ = [
     "get_ema_multi_avg_fn",
     "get_swa_avg_fn",
     "get_swa_multi_avg_fn",
+    "repair",
     "update_bn",
 ]

@@ -269,9 +269,12 @@ class Injected(BaseException):
     pass
 
 
-def at_every_line(make: Callable[[], tuple[Callable[[], object], Callable[[], None]]]) -> int:
+def at_every_line(
+    make: Callable[[], tuple[Callable[[], object], Callable[[], None]]], file: str = ""
+) -> int:
     """Runs a call once for every line of this package that it executes, with an exception before
-    that line. ``make`` returns the call, and what checks the state after it failed."""
+    that line. ``make`` returns the call, and what checks the state after it failed; ``file`` leaves
+    out the lines of others."""
     at, finished = 0, False
     while not finished:
         call, check = make()
@@ -279,7 +282,8 @@ def at_every_line(make: Callable[[], tuple[Callable[[], object], Callable[[], No
 
         def trace(frame: Any, event: str, _: object) -> Any:
             nonlocal left
-            if "swa_fast" not in frame.f_code.co_filename or "tests" in frame.f_code.co_filename:
+            where = frame.f_code.co_filename
+            if "swa_fast" not in where or "tests" in where or not where.endswith(file):
                 return None
             if event == "line":
                 left -= 1
