@@ -420,7 +420,7 @@ void swag_cpu(std::vector<Tensor> /*averages*/, std::vector<Tensor> /*sources*/,
   check_swag_arguments(n_averaged, counters, table, pairs, columns);
   STD_TORCH_CHECK(n_averaged.is_cpu(), "swag_.cpu: n_averaged must be on the CPU");
   const Gate gate = make_gate(found_inf, steps, every, offset, counters, n_averaged);
-  const Table segments(table);
+  const Table segments(table, kSwagMean, 2);
   if (gate.skipped()) return;
   const bool due = gate.due();
   if (gate.steps != nullptr) ++*gate.steps;
