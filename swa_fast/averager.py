@@ -29,10 +29,11 @@ class Averager(Attachable):
         a_j \leftarrow a_j + w_j(n)\,(b - a_j) \quad\text{for each average } j, \qquad
         n \leftarrow n + 1
 
-    with the weight :math:`w_j` of the average's rule, and :math:`w_j(0) = 1`. One launch per device
-    updates all tensors of all averages, buffers and counters included, and reads every source once:
-    :math:`4 + 8k` bytes per fp32 parameter for :math:`k` averages. An update does not wait for the
-    device and can be captured in a CUDA graph or compiled by ``torch.compile(fullgraph=True)``.
+    with the weight :math:`w_j` of the average's rule, and :math:`w_j(0) = 1` but for ultralytics'
+    warm-up. One launch per device updates all tensors of all averages, buffers and counters
+    included, and reads every source once: :math:`4 + 8k` bytes per fp32 parameter for :math:`k`
+    averages. An update does not wait for the device and can be captured in a CUDA graph or compiled
+    by ``torch.compile(fullgraph=True)``.
 
     Sources are read where they are. A parameter that was moved, replaced or changed to another
     floating type is noticed at the next update.
