@@ -16,7 +16,7 @@ from ._modules import Filter, Selection, check_kind
 from ._watch import Watch
 from .engine import Engine, Slot, dense_strides
 from .hooks import Attachable, Gate
-from .rules import BUILT_IN, Rule, Window, describe_rule, why_it_stands_still, with_members
+from .rules import BUILT_IN, Rule, describe_rule, row_names, why_it_stands_still, with_members
 from .storage import FlatMemory, Storage
 
 __all__ = ["Averager"]
@@ -127,8 +127,11 @@ class Averager(Attachable):
             )
 
         self._rules = dict(averages)
-        if len(set(self._row_names())) < len(rows):
-            raise ValueError(f"averages: expected other names than a window's rows, {name!r}[0]...")
+        if len(set(row_names(self._rules))) < len(rows):
+            raise ValueError(
+                "averages: expected names other than those of a window's rows, such as NAME[0]; "
+                f"found {', '.join(row_names(self._rules))}"
+            )
         self._rounding = rounding
         self._seed = seed
         self._on_nonfinite = on_nonfinite
@@ -348,16 +351,9 @@ class Averager(Attachable):
             result[row] = {name: tensors[at] for name, at in self._aliases.items()}
         return result
 
-    def _row_names(self) -> list[str]:
-        """Of the averages, and after them of the sources that windows keep."""
-        windows = {name: rule for name, rule in self._rules.items() if isinstance(rule, Window)}
-        kept = [f"{name}[{at}]" for name, window in windows.items() for at in range(window.k)]
-        return [*self._rules, *kept]
-
     @property
     def n_averaged(self) -> dict[str, int]:
         """Updates that each average has seen. Waits for the device."""
-        # The sources that windows keep follow, counted alike.
         return dict(zip(self._rules, self._counts[0].tolist(), strict=False))
 
     @property
@@ -379,7 +375,7 @@ class Averager(Attachable):
             "rounding": self._rounding,
             "seed": self._seed,
             "skipped_updates": self.skipped_updates,
-            "averages": dict(self._by_name(self._row_names())),
+            "averages": dict(self._by_name(row_names(self._rules))),
         }
 
     @torch.no_grad()
@@ -405,7 +401,7 @@ class Averager(Attachable):
         for key, expected in expected_settings.items():
             if state_dict[key] != expected:
                 problems.append(f"{key}: expected {expected}, found {state_dict[key]}")
-        own = self._by_name(self._row_names())
+        own = self._by_name(row_names(self._rules))
         for average, tensors in own.items():
             theirs = state_dict["averages"].get(average, {})
             for name in tensors.keys() | theirs.keys():
@@ -427,10 +423,8 @@ class Averager(Attachable):
         for average, tensors in own.items():
             for name, tensor in tensors.items():
                 tensor.copy_(state_dict["averages"][average][name])
-        of_average = {**state_dict["n_averaged"]}
-        counters = torch.tensor(
-            [of_average.get(name, of_average.get(name.rsplit("[")[0])) for name in own]
-        )
+        count = state_dict["n_averaged"]
+        counters = torch.tensor([count.get(n, count.get(n.rpartition("[")[0])) for n in own])
         self._reported = int(state_dict["skipped_updates"])
         for part, seen in zip(self._storage.parts, self._seen, strict=True):
             part.engine.n_averaged.copy_(counters)

@@ -444,19 +444,9 @@ class Engine:
     def _launch(self, plan: Plan, gate: tuple[Any, ...]) -> None:
         table = plan.update
         _ops.update_(
-            plan.backend,
-            table.averages,
-            table.sources,
-            self.n_averaged,
-            self.counters,
-            plan.rules,
-            table.words,
-            table.pairs,
-            self.seed,
-            self.skip_nonfinite,
-            table.short,
-            *gate,
-        )
+            plan.backend, table.averages, table.sources, self.n_averaged, self.counters, plan.rules,
+            table.words, table.pairs, self.seed, self.skip_nonfinite, table.short, *gate,
+        )  # fmt: skip
 
     def settle(self) -> None:
         """Forms the means of windows, which an update that was interrupted may have left undone."""

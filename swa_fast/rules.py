@@ -4,7 +4,7 @@ without a warm-up, or the last few alone."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -366,6 +366,12 @@ def with_members(rules: Sequence[Rule]) -> list[Rule | Member]:
         for at in range(rule.k)
     ]
     return [*rules, *members]
+
+
+def row_names(rules: Mapping[str, Rule]) -> list[str]:
+    """Names of all rows, in the order of :func:`with_members`."""
+    windows = {name: rule for name, rule in rules.items() if isinstance(rule, Window)}
+    return [*rules, *(f"{name}[{at}]" for name, rule in windows.items() for at in range(rule.k))]
 
 
 def rule_row(rule: Rule | Member | Filled) -> list[float]:

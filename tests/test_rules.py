@@ -323,7 +323,7 @@ def test_rules_refuse() -> None:
             make()
     for rules, message in (
         ({"a": Window(16)}, r"1 to 16 rules, found 17 \(a Window counts as k \+ 1\)"),
-        ({"a": Window(2), "a[0]": SWA()}, "other names than a window's rows"),
+        ({"a": Window(2), "a[0]": SWA()}, "other than those of a window's rows"),
     ):
         with pytest.raises(ValueError, match=message):
             Averager([torch.zeros(2)], rules)
