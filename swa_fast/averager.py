@@ -15,13 +15,14 @@ from ._layout import MAX_AVERAGES
 from ._modules import Filter, Selection, check_kind
 from ._watch import Watch
 from .engine import Engine, Slot, dense_strides
-from .rules import EMA, SWA, Rule, describe_rule, why_it_stands_still
+from .hooks import Attachable, Gate
+from .rules import BUILT_IN, Rule, Window, describe_rule, why_it_stands_still, with_members
 from .storage import FlatMemory, Storage
 
 __all__ = ["Averager"]
 
 
-class Averager:
+class Averager(Attachable):
     r"""Running averages of a model's weights, several at once, without a copy of the model.
 
     .. math::
@@ -39,8 +40,9 @@ class Averager:
     Args:
         params_or_module: a module, whose averages are named like its ``state_dict``; or tensors; or
             pairs of name and tensor. A tensor that appears under several names is averaged once.
-        averages: rules by name, 1 to 16 of them: :class:`~swa_fast.SWA`, :class:`~swa_fast.EMA`, or
-            a function ``(averages, sources, n_averaged) -> None`` that changes lists of tensors in
+        averages: rules by name, 1 to 16 of them: :class:`~swa_fast.SWA`, :class:`~swa_fast.EMA`,
+            :class:`~swa_fast.Power`, :class:`~swa_fast.Window` (which counts as ``k + 1``), or a
+            function ``(averages, sources, n_averaged) -> None`` that changes lists of tensors in
             place, called for each device and dtype. The function is called at every update; the
             first update then copies the sources over its result.
         dtype: of the averages of floating-point tensors: float32, float64, bfloat16 or float16.
@@ -91,14 +93,18 @@ class Averager:
         seed: int = 0,
         on_nonfinite: str | None = None,
     ) -> None:
-        if not averages or len(averages) > MAX_AVERAGES:
-            raise ValueError(f"averages: expected 1 to {MAX_AVERAGES} rules, found {len(averages)}")
         for name, rule in averages.items():
-            if not isinstance(rule, SWA | EMA) and not callable(rule):
+            if not isinstance(rule, BUILT_IN) and not callable(rule):
                 raise TypeError(
-                    f"averages[{name!r}]: expected SWA, EMA or a function, found "
+                    f"averages[{name!r}]: expected SWA, EMA, Power, Window or a function, found "
                     f"{type(rule).__name__}"
                 )
+        rows = with_members(list(averages.values()))
+        if not rows or len(rows) > MAX_AVERAGES:
+            raise ValueError(
+                f"averages: expected 1 to {MAX_AVERAGES} rules, found {len(rows)}"
+                + (" (a Window counts as k + 1)" if len(rows) > len(averages) else "")
+            )
         if dtype is not None and dtype not in _ops.AVERAGE_DTYPES:
             raise TypeError(f"dtype: expected None or one of {_ops.AVERAGE_DTYPES}, found {dtype}")
         _backends.check_name(backend)
@@ -112,7 +118,7 @@ class Averager:
         if rounding == "stochastic" and dtype != torch.bfloat16:
             raise ValueError(f"rounding='stochastic': expected dtype torch.bfloat16, found {dtype}")
         if on_nonfinite is not None and any(
-            not isinstance(rule, SWA | EMA) for rule in averages.values()
+            not isinstance(rule, BUILT_IN) for rule in averages.values()
         ):
             raise ValueError(
                 "on_nonfinite: expected None beside a user's function, which runs before the "
@@ -120,6 +126,8 @@ class Averager:
             )
 
         self._rules = dict(averages)
+        if len(set(self._row_names())) < len(rows):
+            raise ValueError(f"averages: expected other names than a window's rows, {name!r}[0]...")
         self._rounding = rounding
         self._seed = seed
         self._on_nonfinite = on_nonfinite
@@ -163,8 +171,8 @@ class Averager:
         devices = [self._device or tensor.device for tensor in tensors]
         self._storage = Storage(
             slots,
-            FlatMemory(slots, devices, len(averages)),
-            list(averages.values()),
+            FlatMemory(slots, devices, len(rows)),
+            rows,
             backend=backend,
             seed=seed if rounding == "stochastic" else None,
             skip_nonfinite=on_nonfinite is not None,
@@ -278,6 +286,7 @@ class Averager:
             self._update()
 
     def _refresh(self) -> None:
+        self._storage.settle()
         if not self._storage.holds():
             self._bind(self._current())
 
@@ -287,14 +296,18 @@ class Averager:
         self._update((averages, counts, sources))
 
     @torch.no_grad()
-    def _update(self, given: tuple[list[Tensor], list[Tensor], list[Tensor]] | None = None) -> None:
+    def _update(
+        self,
+        given: tuple[list[Tensor], list[Tensor], list[Tensor]] | None = None,
+        gate: Gate | None = None,
+    ) -> None:
         """``given``: memory, counters and sources to use instead of the averager's own."""
         self._refuse_if_applied("update")
         if self._on_nonfinite == "raise":
             self._raise_if_nonfinite()
         if given is None:
             self._refresh()
-            self._storage.update()
+            self._storage.update(gate)
         else:
             self._storage.update_with(*given)
         if self._on_nonfinite == "raise":
@@ -325,15 +338,26 @@ class Averager:
     def averages(self) -> dict[str, dict[str, Tensor]]:
         """The averages by name; each maps tensor names to the averages themselves, not copies.
         Before the first update they hold the values at construction."""
+        return self._by_name(list(self._rules))
+
+    def _by_name(self, rows: list[str]) -> dict[str, dict[str, Tensor]]:
+        self._storage.settle()
         result: dict[str, dict[str, Tensor]] = _ByName()
-        for average, tensors in zip(self._rules, self._storage.averages, strict=True):
-            result[average] = {name: tensors[at] for name, at in self._aliases.items()}
+        for row, tensors in zip(rows, self._storage.averages, strict=False):
+            result[row] = {name: tensors[at] for name, at in self._aliases.items()}
         return result
+
+    def _row_names(self) -> list[str]:
+        """Of the averages, and after them of the sources that windows keep."""
+        windows = {name: rule for name, rule in self._rules.items() if isinstance(rule, Window)}
+        kept = [f"{name}[{at}]" for name, window in windows.items() for at in range(window.k)]
+        return [*self._rules, *kept]
 
     @property
     def n_averaged(self) -> dict[str, int]:
         """Updates that each average has seen. Waits for the device."""
-        return dict(zip(self._rules, self._counts[0].tolist(), strict=True))
+        # The sources that windows keep follow, counted alike.
+        return dict(zip(self._rules, self._counts[0].tolist(), strict=False))
 
     @property
     def skipped_updates(self) -> int:
@@ -354,7 +378,7 @@ class Averager:
             "rounding": self._rounding,
             "seed": self._seed,
             "skipped_updates": self.skipped_updates,
-            "averages": dict(self.averages),
+            "averages": dict(self._by_name(self._row_names())),
         }
 
     @torch.no_grad()
@@ -380,7 +404,7 @@ class Averager:
         for key, expected in expected_settings.items():
             if state_dict[key] != expected:
                 problems.append(f"{key}: expected {expected}, found {state_dict[key]}")
-        own = self.averages
+        own = self._by_name(self._row_names())
         for average, tensors in own.items():
             theirs = state_dict["averages"].get(average, {})
             for name in tensors.keys() | theirs.keys():
@@ -402,7 +426,10 @@ class Averager:
         for average, tensors in own.items():
             for name, tensor in tensors.items():
                 tensor.copy_(state_dict["averages"][average][name])
-        counters = torch.tensor([state_dict["n_averaged"][name] for name in self._rules])
+        of_average = {**state_dict["n_averaged"]}
+        counters = torch.tensor(
+            [of_average.get(name, of_average.get(name.rsplit("[")[0])) for name in own]
+        )
         self._reported = int(state_dict["skipped_updates"])
         for part, seen in zip(self._storage.parts, self._seen, strict=True):
             part.engine.n_averaged.copy_(counters)
