@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints import cli as checkpoints
 from .config import TrainConfig, option_name, with_absolute_paths
 from .curves import draw_curves
 from .distributed import World, resolve_device
@@ -147,6 +148,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder for report.md and curves.png, or curves-1.png, ... of several experiments "
         "(default: the first folder of runs)",
     )
+
+    checkpoints.add_parser(commands)
     return parser
 
 
@@ -198,6 +201,8 @@ def main(argv: Sequence[str] | None = None, *, command: Sequence[str] | None = N
     options = vars(build_parser().parse_args(arguments))
     name = options.pop("command")
     try:
+        if name == "average":
+            return checkpoints.run(options)
         if name == "train":
             return _train(options, list(command or ("swa-fast", name)))
         if name == "run":
