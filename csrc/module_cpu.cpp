@@ -161,11 +161,12 @@ PyObject* hold(PyObject*, PyObject* arguments) {
   return held < 0 ? nullptr : PyBool_FromLong(held);
 }
 
-// What dictionaries held, in the order in which a check reads it. The pointers are borrowed from
-// the tuple it was made of, which its owner keeps: Python's garbage collector sees through a tuple,
-// and not through a capsule.
+// What dictionaries held and where they were kept themselves, in the order in which a check reads
+// it. The pointers are borrowed from the tuple it was made of, which its owner keeps: Python's
+// garbage collector sees through a tuple, and not through a capsule.
 struct Contents {
   struct Dictionary {
+    PyObject *owner, *key;  // owner[key] is the dictionary
     PyObject* dictionary;
     Py_ssize_t size;
   };
@@ -176,6 +177,7 @@ struct Contents {
   bool hold() const {
     PyObject* const* expected = items.data();
     for (const Dictionary& each : dictionaries) {
+      if (PyDict_GetItem(each.owner, each.key) != each.dictionary) return false;
       if (PyDict_Size(each.dictionary) != each.size) return false;
       PyObject *key, *value;
       Py_ssize_t position = 0;
@@ -203,12 +205,12 @@ PyObject* contents(PyObject*, PyObject* dictionaries) {
   }
   auto result = std::make_unique<Contents>();
   for (Py_ssize_t i = 0; i < PyTuple_Size(dictionaries); ++i) {
-    PyObject *dictionary, *items;
-    if (!PyArg_ParseTuple(PyTuple_GetItem(dictionaries, i), "O!O!", &PyDict_Type, &dictionary,
-                          &PyTuple_Type, &items)) {
+    PyObject *owner, *key, *dictionary, *items;
+    if (!PyArg_ParseTuple(PyTuple_GetItem(dictionaries, i), "O!OO!O!", &PyDict_Type, &owner, &key,
+                          &PyDict_Type, &dictionary, &PyTuple_Type, &items)) {
       return nullptr;
     }
-    result->dictionaries.push_back({dictionary, PyTuple_Size(items) / 2});
+    result->dictionaries.push_back({owner, key, dictionary, PyTuple_Size(items) / 2});
     for (Py_ssize_t k = 0; k < PyTuple_Size(items); ++k) {
       result->items.push_back(PyTuple_GetItem(items, k));
     }
@@ -233,8 +235,9 @@ PyObject* unchanged(PyObject*, PyObject* arguments) {
 
 PyMethodDef functions[] = {
     {"contents", contents, METH_O,
-     "contents(dictionaries: tuple) -> capsule: of pairs of a dictionary and a tuple of its keys "
-     "and values in turn. The tuple must be kept as long as the capsule."},
+     "contents(dictionaries: tuple) -> capsule: of tuples (owner, key, dictionary, items) of a "
+     "dictionary that is owner[key] and a tuple of its keys and values in turn. The tuple must be "
+     "kept as long as the capsule."},
     {"start", start, METH_O,
      "start(capsule) -> None: hands over torch.Tensor.__dlpack_c_exchange_api__, without which no "
      "tensor can be asked."},
