@@ -19,7 +19,7 @@ from torch import Tensor
 
 from swa_fast import _layout as layout
 
-__all__ = ["swap_", "update_"]
+__all__ = ["on_device", "swap_", "update_"]
 
 BLOCK = layout.TRITON_SEGMENT
 NUM_WARPS = 4  # with BLOCK: 32 elements, or eight 16-byte fp32 packs, per thread
@@ -44,8 +44,12 @@ DECAY, MIN_DECAY = tl.constexpr(layout.DECAY), tl.constexpr(layout.MIN_DECAY)
 GAMMA, POWER = tl.constexpr(layout.GAMMA), tl.constexpr(layout.POWER)
 UPDATE_AFTER_STEP = tl.constexpr(layout.UPDATE_AFTER_STEP)
 RULE_COLUMNS = tl.constexpr(layout.RULE_COLUMNS)
+CONSTANT = tl.constexpr(layout.CONSTANT)
 SWA, INVERSE_GAMMA = tl.constexpr(layout.SWA), tl.constexpr(layout.INVERSE_GAMMA)
 RATIO, EXTERNAL = tl.constexpr(layout.RATIO), tl.constexpr(layout.EXTERNAL)
+POWER_LAW, DEBIASED = tl.constexpr(layout.POWER_LAW), tl.constexpr(layout.DEBIASED)
+EXPONENTIAL = tl.constexpr(layout.EXPONENTIAL)
+RING, FILLED = tl.constexpr(layout.RING), tl.constexpr(layout.FILLED)
 TICKET, NON_FINITE = tl.constexpr(layout.TICKET), tl.constexpr(layout.NON_FINITE)
 SKIPPED = tl.constexpr(layout.SKIPPED)
 
@@ -98,11 +102,25 @@ def _add5(a0, a1, a2, a3, a4, b0, b1, b2, b3, b4):
 
 
 @triton.jit
+def _expm1(x):
+    """exp(x) - 1 in fp64 for x < 0 without the error of the difference (Kahan)."""
+    power = tl.exp(x)
+    result = power - 1.0
+    # Where the difference is exact anyway the quotient would be one by an infinity or by zero.
+    if (power > 0.5) & (power < 1.0):
+        result *= x / tl.log(power)
+    elif power == 1.0:
+        result = x
+    return result
+
+
+@triton.jit
 def _weight(rule_ptr, n):
-    """The source's weight in fp64."""
+    """The source's weight in fp64, see WeightRule in csrc/update.h."""
     kind = _load_scalar(rule_ptr)
     one = tl.full([], 1.0, tl.float64)
-    weight = one / (n + 1).to(tl.float64)
+    count = n.to(tl.float64)
+    weight = one / (count + 1.0)
     if kind == EXTERNAL:
         weight = tl.where(n == 0, one, 0.0 * one)
     elif kind > SWA:
@@ -123,15 +141,39 @@ def _weight(rule_ptr, n):
             decay, min_decay, gamma, power, after = tl.reduce(
                 (decay, min_decay, gamma, power, after), 0, _add5
             )
-        s = n.to(tl.float64) - after
-        d = decay
-        if kind == INVERSE_GAMMA:
-            d = 1.0 - tl.exp(-power * tl.log(1.0 + tl.maximum(s, one) / gamma))
-        elif kind == RATIO:
+        s = count - after
+        if kind == RING:
+            # Exact for counts below 2^48; a division of integers takes more registers.
+            rest = count - gamma * tl.floor(count / gamma)
+            weight = tl.where(rest == power, one, 0.0 * one)
+        elif kind == FILLED:
+            weight = tl.where(count > power, one / (power + 1.0), 0.0 * one)
+        elif s <= 0.0:
+            weight = one
+        elif kind == CONSTANT:
+            weight = 1.0 - decay
+        else:
             d = (1.0 + s) / (10.0 + s)
-        if kind >= INVERSE_GAMMA:
-            d = tl.maximum(tl.minimum(d, decay), min_decay)
-        weight = tl.where(s <= 0.0, one, 1.0 - d)
+            if kind != RATIO:
+                x = power * (s + 1.0)
+                if kind == INVERSE_GAMMA:
+                    x = -power * tl.log(1.0 + s / gamma)
+                elif kind == POWER_LAW:
+                    # The logarithm's argument loses what 1 / (s + 1) rounds off at 1.
+                    below = -1.0 / (s + 1.0)
+                    u = 1.0 + below
+                    x = power * (tl.log(u) + (below - (u - 1.0)) / u)
+                elif kind == EXPONENTIAL:
+                    x = -s / gamma
+                d = -_expm1(x)
+            if kind == POWER_LAW:
+                weight = d
+            elif kind == DEBIASED:
+                weight = (1.0 - decay) / d
+            else:
+                if kind == EXPONENTIAL:
+                    d *= decay
+                weight = 1.0 - tl.maximum(tl.minimum(d, decay), min_decay)
     return weight
 
 
@@ -244,12 +286,28 @@ def _copy_bytes(target_address, source_address, count, wide, BLOCK: tl.constexpr
 
 
 @triton.jit
+def _gate(found_inf_ptr, steps_ptr, every, offset):
+    """1 or 0 each: what the optimiser's step counts for, and whether an update is due after it."""
+    counted, due = tl.full([], 1, tl.int64), tl.full([], 1, tl.int64)
+    if found_inf_ptr is not None:
+        counted = (_load_scalar(found_inf_ptr) == 0.0).to(tl.int64)
+    if steps_ptr is not None:
+        step = _load_scalar(steps_ptr) + offset
+        due = ((step >= 0) & (step % every == 0)).to(tl.int64)
+    return counted, due * counted
+
+
+@triton.jit
 def _update_kernel(
     rows,
     table_ptr,  # int64 [segments, HEADER + rows]
     n_averaged_ptr,  # int64 [rows]
     counters_ptr,  # int64 [3], or None: nothing is counted
     rules_ptr,  # float64 [rows, RULE_COLUMNS]
+    found_inf_ptr,  # float32, or None: the gradient scaler skipped no step
+    steps_ptr,  # int64, or None: every update is due
+    every,
+    offset,
     seed: tl.int64,
     PAIRS: tl.constexpr,  # bit 4 a + s: the table holds averages of type a with sources of type s
     STOCHASTIC: tl.constexpr,
@@ -265,8 +323,9 @@ def _update_kernel(
     skip = tl.full([], 0, tl.int64)
     if SKIP_NONFINITE:
         skip = _load_scalar(counters_ptr + NON_FINITE)
+    counted, due = _gate(found_inf_ptr, steps_ptr, every, offset)
 
-    if skip == 0:
+    if (skip == 0) & (due != 0):
         if pair == BYTES * 4 + BYTES:
             for row in range(rows):
                 _copy_bytes(average, source, count, wide, BLOCK)
@@ -307,10 +366,14 @@ def _update_kernel(
         drawn = tl.atomic_add(counters_ptr + TICKET, 1)
         if drawn == tl.num_programs(0) - 1:
             tl.store(counters_ptr + TICKET, 0)
+            # Again, because what is kept takes registers all the while.
+            counted, due = _gate(found_inf_ptr, steps_ptr, every, offset)
+            if steps_ptr is not None:
+                tl.store(steps_ptr, tl.load(steps_ptr) + counted)
             if skip != 0:
                 tl.store(counters_ptr + NON_FINITE, 0)
-                tl.store(counters_ptr + SKIPPED, tl.load(counters_ptr + SKIPPED) + 1)
-            else:
+                tl.store(counters_ptr + SKIPPED, tl.load(counters_ptr + SKIPPED) + due)
+            elif due != 0:
                 for row in range(rows):
                     tl.store(n_averaged_ptr + row, tl.load(n_averaged_ptr + row) + 1)
 
@@ -373,7 +436,7 @@ def _swap_kernel(table_ptr, rows, row, BLOCK: tl.constexpr):
         tl.store(source_ptr + single, narrow, mask=mask)
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
@@ -388,10 +451,14 @@ def update_(
     seed: int | None,
     skip_nonfinite: bool,
     short_segments: int = 0,
+    found_inf: Tensor | None = None,
+    steps: Tensor | None = None,
+    every: int = 1,
+    offset: int = 0,
 ) -> None:
     """See :func:`swa_fast.reference.update_`."""
     rows = n_averaged.numel()
-    with _on(table.device):
+    with on_device(table.device):
         if skip_nonfinite:
             _nonfinite_kernel[(len(table),)](table, rows, counters, BLOCK, num_warps=NUM_WARPS)
         _update_kernel[(len(table),)](
@@ -400,6 +467,10 @@ def update_(
             n_averaged,
             counters,
             rules,
+            found_inf,
+            steps,
+            every,
+            offset,
             0 if seed is None else seed,
             PAIRS=pairs,
             STOCHASTIC=seed is not None,
@@ -419,5 +490,5 @@ def swap_(
 ) -> None:
     """See :func:`swa_fast.reference.swap_`."""
     rows = table.shape[1] - layout.SEGMENT_HEADER
-    with _on(table.device):
+    with on_device(table.device):
         _swap_kernel[(len(table),)](table, rows, row, BLOCK, num_warps=NUM_WARPS)

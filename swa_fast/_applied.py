@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .engine import Plan
+from .engine import Plan, distinct
 from .storage import Part, Storage
 
 __all__ = ["Exchange", "applied"]
@@ -94,11 +94,7 @@ def put(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         strided = target.layout == torch.strided and not target.is_nested
         if strided and not target.is_quantized and not target.is_inference():
             if 0 in target.stride():
-                for dim, (step, size) in enumerate(
-                    zip(target.stride(), target.shape, strict=True)
-                ):
-                    if step == 0 and size > 1:
-                        target, value = target.narrow(dim, 0, 1), value.narrow(dim, 0, 1)
+                target, value = distinct(target, value)
             plain[0].append(target)
             plain[1].append(value)
         else:
@@ -127,6 +123,7 @@ class Exchange:
         self._kept = self._loose_kept = _Kept(())
         self._left_out: dict[str, tuple[Tensor, int, Tensor]] = {}
         self._versions: list[int] = []
+        self._copies: list[tuple[Tensor, int]] = []
         # Of the way back.
         self._looked = self._written = self._held = False
         self._live: tuple[list[Tensor], list[Tensor]] | None = None
@@ -163,7 +160,9 @@ class Exchange:
                 name: (tensor, _version(tensor), tensor.detach().clone())
                 for name, tensor in self._find_left_out().items()
             }
-            self._trades = [_Trade(*pair) for pair, swaps in zip(pairs, whole, strict=True) if swaps]
+            self._trades = [
+                _Trade(*pair) for pair, swaps in zip(pairs, whole, strict=True) if swaps
+            ]
 
             average = storage.averages[self.row]
             for trade in self._trades:
@@ -176,6 +175,19 @@ class Exchange:
             self._versions = storage.versions() if self._trades else []
 
     @torch.no_grad()
+    def values(self) -> dict[int, Tensor]:
+        """Copies of what lies in the live tensors' memory and is the average's, by slot. A write to
+        one of them is found when the average goes back."""
+        copies = {
+            i: trade.plan.sources[at].clone()
+            for trade in self._trades
+            if trade.done()
+            for at, i in trade.slots
+        }
+        self._copies += [(copy, copy._version) for copy in copies.values()]
+        return copies
+
+    @torch.no_grad()
     def leave(self) -> None:
         """Puts everything back."""
         storage = self._storage
@@ -184,6 +196,7 @@ class Exchange:
         with storage.lock:
             if not self._looked:
                 self._written = bool(self._versions) and self._versions != storage.versions()
+                self._written |= any(_version(copy) != was for copy, was in self._copies)
                 self._held = storage.holds()
                 self._looked = True
             if self._held:

@@ -146,7 +146,10 @@ def cpu_library() -> Any:
     if _load_library("_C"):
         return None
     library = importlib.import_module("swa_fast._C")
-    library.start(torch.Tensor.__dlpack_c_exchange_api__)
+    # The layout of tensors was read in these releases; others are asked through DLPack alone.
+    known = (2, 11) <= _release(torch.__version__) < (2, 15)
+    sample = torch.empty(3, 5, 7, device="cpu") if known else None
+    library.start(torch.Tensor.__dlpack_c_exchange_api__, sample)
     return library
 
 

@@ -24,7 +24,9 @@ def inner(model: nn.Module) -> nn.Module:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
         elif _is_compiled(model):
-            model = model._modules["_orig_mod"]
+            compiled = model._modules["_orig_mod"]
+            assert compiled is not None
+            model = compiled
         else:
             return model
 
@@ -125,13 +127,15 @@ class Selection:
             return False
         return self._keeps is None or bool(self._keeps(name, tensor))
 
-    def left_out_buffers(self) -> list[tuple[str, Tensor]]:
-        """The buffers of the model that are not averaged."""
-        return [
-            (name, tensor)
+    def left_out_buffers(self) -> dict[str, Tensor]:
+        """The buffers of the model that are not averaged, by name."""
+        if all(self._decided.values()):
+            return {}
+        return {
+            name: tensor
             for name, tensor, parameter in self._all()
             if not parameter and not self._decided.get(name)
-        ]
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         # A predicate may be local to a function; what it has chosen stays chosen.

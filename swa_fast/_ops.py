@@ -28,6 +28,7 @@ __all__ = [
     "batch_norm_tickets",
     "refresh_averager",
     "same_dense_layout",
+    "swag_",
     "swap_",
     "update_",
     "update_averager",
@@ -73,7 +74,8 @@ def _in_kernels(module: str, name: str) -> Callable[..., Any]:
 
 # The reference, what it writes to, the fake kernel, and the file of the Triton kernels.
 _FAMILIES: tuple[tuple[Callable[..., Any], tuple[str, ...], Callable[..., Any], str], ...] = (
-    (reference.update_, ("averages", "n_averaged", "counters"), _update_fake, "update"),
+    (reference.update_, ("averages", "n_averaged", "counters", "steps"), _update_fake, "update"),
+    (reference.swag_, ("averages", "n_averaged", "counters", "steps"), _update_fake, "swag"),
     (reference.swap_, ("averages", "sources"), _swap_fake, "update"),
     (reference.batch_norm_collect, ("batch", "tickets"), _collect_fake, "batch_norm"),
     (reference.batch_norm_merge_, ("accumulators", "batch"), _merge_fake, "batch_norm"),
@@ -140,6 +142,11 @@ _swaps = {b: getattr(torch.ops.swa_fast.swap_, b) for b in _backends.BACKENDS}
 def update_(backend: str, *arguments: Any) -> None:
     """:func:`swa_fast.reference.update_` by one backend."""
     _updates[backend](*arguments)
+
+
+def swag_(backend: str, *arguments: Any) -> None:
+    """:func:`swa_fast.reference.swag_` by one backend."""
+    getattr(torch.ops.swa_fast.swag_, backend)(*arguments)
 
 
 def swap_(backend: str, *arguments: Any) -> None:

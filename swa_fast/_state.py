@@ -129,13 +129,14 @@ def read_state(
     for average, tensors in own.items():
         if average in differences.missing:
             continue
-        if not _is_count(counts.get(average)):
+        # The sources that a window keeps are counted as it is.
+        count = counts.get(average if average in settings["rules"] else average.rsplit("[", 1)[0])
+        if not _is_count(count):
             problems.append(
-                f"n_averaged[{average!r}]: expected an integer of 0 or more, found "
-                f"{counts.get(average)!r}"
+                f"n_averaged[{average!r}]: expected an integer of 0 or more, found {count!r}"
             )
         else:
-            loaded.counts[average] = counts[average]
+            loaded.counts[average] = count
         theirs = averages[average]
         where = f"averages[{average!r}]"
         if not isinstance(theirs, Mapping):

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import _backends
@@ -34,14 +35,10 @@ class Watch:
     """
 
     def __init__(self, tensors: Sequence[Tensor], places: Iterable[Place]) -> None:
-        self._dictionaries = []
+        found = [(owner, key, owner[key], _flat_items(owner[key])) for owner, key in places]
+        self._dictionaries = tuple(each for each in found if isinstance(each[2], dict))
         # A scripted module's are no dictionaries, but look like ones.
-        self._others = []
-        for owner, key in places:
-            found = owner[key]
-            into = self._dictionaries if isinstance(found, dict) else self._others
-            into.append((owner, key, found, _flat_items(found)))
-        self._dictionaries = tuple(self._dictionaries)
+        self._others = [each for each in found if not isinstance(each[2], dict)]
         self._tensors = tuple(tensors)
         # Those whose values may come to be lazily conjugated or negated where they lie.
         self._lazy = [tensor for tensor in tensors if _may_be_lazy(tensor)]
@@ -55,7 +52,9 @@ class Watch:
 
     @staticmethod
     def _look(tensor: Tensor) -> tuple[object, ...]:
-        return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+        if tensor.layout != torch.strided:
+            return type(tensor), tensor.layout  # it has no address
+        return type(tensor), tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
     def holds(self) -> bool:
         """True while nothing has changed."""

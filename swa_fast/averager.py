@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -18,7 +18,16 @@ from ._modules import Filter, Selection, check_kind, is_loose
 from ._state import FORMAT, Differences, read_state, read_weights
 from ._watch import Watch
 from .engine import Engine, Slot, dense_strides
-from .rules import EMA, SWA, Rule, check_decay, describe_rule, why_it_stands_still
+from .hooks import Attachable, Gate
+from .rules import (
+    BUILT_IN,
+    EMA,
+    Rule,
+    Window,
+    describe_rule,
+    why_it_stands_still,
+    with_members,
+)
 from .storage import FlatMemory, SeparateMemory, Storage
 
 __all__ = ["Averager"]
@@ -26,7 +35,7 @@ __all__ = ["Averager"]
 _log = logging.getLogger("swa_fast")
 
 
-class Averager:
+class Averager(Attachable):
     r"""Running averages of a model's weights, several at once, without a copy of the model.
 
     .. math::
@@ -44,8 +53,9 @@ class Averager:
     Args:
         params_or_module: a module, whose averages are named like its ``state_dict``; or tensors; or
             pairs of name and tensor. A tensor that appears under several names is averaged once.
-        averages: rules by name, 1 to 16 of them: :class:`~swa_fast.SWA`, :class:`~swa_fast.EMA`, or
-            a function ``(averages, sources, n_averaged) -> None`` that changes lists of tensors in
+        averages: rules by name, 1 to 16 of them: :class:`~swa_fast.SWA`, :class:`~swa_fast.EMA`,
+            :class:`~swa_fast.Power`, :class:`~swa_fast.Window` (which counts as ``k + 1``), or a
+            function ``(averages, sources, n_averaged) -> None`` that changes lists of tensors in
             place, called for each device and dtype. The function is called at every update; the
             first update then copies the sources over its result.
         dtype: of the averages of floating-point tensors: float32, float64, bfloat16 or float16.
@@ -96,14 +106,18 @@ class Averager:
         seed: int = 0,
         on_nonfinite: str | None = None,
     ) -> None:
-        if not averages or len(averages) > MAX_AVERAGES:
-            raise ValueError(f"averages: expected 1 to {MAX_AVERAGES} rules, found {len(averages)}")
         for name, rule in averages.items():
-            if not isinstance(rule, SWA | EMA) and not callable(rule):
+            if not isinstance(rule, BUILT_IN) and not callable(rule):
                 raise TypeError(
-                    f"averages[{name!r}]: expected SWA, EMA or a function, found "
+                    f"averages[{name!r}]: expected SWA, EMA, Power, Window or a function, found "
                     f"{type(rule).__name__}"
                 )
+        rows = with_members(list(averages.values()))
+        if not rows or len(rows) > MAX_AVERAGES:
+            raise ValueError(
+                f"averages: expected 1 to {MAX_AVERAGES} rules, found {len(rows)}"
+                + (" (a Window counts as k + 1)" if len(rows) > len(averages) else "")
+            )
         if dtype is not None and dtype not in _ops.AVERAGE_DTYPES:
             raise TypeError(f"dtype: expected None or one of {_ops.AVERAGE_DTYPES}, found {dtype}")
         _backends.check_name(backend)
@@ -117,7 +131,7 @@ class Averager:
         if rounding == "stochastic" and dtype != torch.bfloat16:
             raise ValueError(f"rounding='stochastic': expected dtype torch.bfloat16, found {dtype}")
         if on_nonfinite is not None and any(
-            not isinstance(rule, SWA | EMA) for rule in averages.values()
+            not isinstance(rule, BUILT_IN) for rule in averages.values()
         ):
             raise ValueError(
                 "on_nonfinite: expected None beside a user's function, which runs before the "
@@ -125,6 +139,8 @@ class Averager:
             )
 
         self._rules = dict(averages)
+        if len(set(self._row_names())) < len(rows):
+            raise ValueError(f"averages: expected other names than a window's rows, {name!r}[0]...")
         self._rounding = rounding
         self._seed = seed
         self._on_nonfinite = on_nonfinite
@@ -147,10 +163,14 @@ class Averager:
             i for i, t in enumerate(tensors) if isinstance(t, Tensor) and is_loose(t)
             and not is_parameter[i]
         ]  # fmt: skip
-        plain = [i for i in range(len(tensors)) if i not in set(loose)]
+        place_of_loose = {at: i for i, at in enumerate(loose)}
+        plain = [i for i in range(len(tensors)) if i not in place_of_loose]
+        place_of = {at: i for i, at in enumerate(plain)}
         # Names, and which slot or which of the loose tensors has each of them.
-        self._aliases = {name: plain.index(at) for name, at in names.items() if at not in loose}
-        self._loose = {name: loose.index(at) for name, at in names.items() if at in loose}
+        self._aliases = {name: place_of[at] for name, at in names.items() if at in place_of}
+        self._loose = {
+            name: place_of_loose[at] for name, at in names.items() if at in place_of_loose
+        }
         slots = []
         for i in plain:
             name, tensor = first_names[i], tensors[i]
@@ -172,8 +192,8 @@ class Averager:
         devices = [self._device or tensor.device for tensor in sources]
         # Also where this is called in inference mode, whose tensors could not be changed later.
         with torch.inference_mode(False), torch.no_grad():
-            memory = FlatMemory(slots, devices, len(averages))
-            copies = [[tensors[i].detach().clone() for i in loose] for _ in averages]
+            memory = FlatMemory(slots, devices, len(rows))
+            copies = [[tensors[i].detach().clone() for i in loose] for _ in rows]
             self._build(slots, memory, copies)
             for row in self._storage.averages:
                 for own, tensor in zip(row, sources, strict=True):
@@ -186,7 +206,7 @@ class Averager:
         self._storage = Storage(
             slots,
             memory,
-            list(self._rules.values()),
+            with_members(list(self._rules.values())),
             backend=self._backend,
             seed=self._seed if self._rounding == "stochastic" else None,
             skip_nonfinite=self._on_nonfinite is not None,
@@ -194,6 +214,7 @@ class Averager:
         )
         # Updates done or tried, which schedules of the decay go by; None: to be asked for.
         self._calls: int | None = 0
+        self._find_schedules()
         self._known_updated: set[str] = set()
         self._reported = 0
         self._seen = [self._mirror(part.engine) for part in self._storage.parts]
@@ -205,6 +226,12 @@ class Averager:
         # What a traced update reads and writes.
         self._memory, self._counts = self._storage.memory.tensors, self._storage.counts
 
+    def _find_schedules(self) -> None:
+        rules = enumerate(self._rules.values())
+        self._scheduled = [
+            row for row, rule in rules if isinstance(rule, EMA) and rule.schedule is not None
+        ]
+
     def _check_that_it_moves(self, rules: Mapping[str, Rule], dtype: torch.dtype) -> None:
         for name, rule in rules.items() if self._rounding == "nearest" else ():
             reason = why_it_stands_still(rule, dtype)
@@ -214,7 +241,7 @@ class Averager:
                 f"averages[{name!r}]: {reason}; use dtype=torch.float32 or, for bfloat16, "
                 "rounding='stochastic'"
             )
-            if not isinstance(rule, SWA) or dtype == torch.bfloat16:
+            if isinstance(rule, EMA) or dtype != torch.float16:
                 raise ValueError(message)
             _log.warning("%s", message)
 
@@ -228,11 +255,9 @@ class Averager:
         return {
             **{key: value for key, value in self.__dict__.items() if key not in left_out},
             "slots": storage.slots,
-            "averages": [storage.values_of(row) for row in range(len(self._rules))],
+            "averages": [storage.values_of(row) for row in range(len(storage.averages))],
             "loose": storage.loose,
-            "counters": [
-                (part.engine.n_averaged, part.engine.counters) for part in storage.parts
-            ],
+            "counters": [(part.engine.n_averaged, part.engine.counters) for part in storage.parts],
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -270,7 +295,7 @@ class Averager:
         problems += [f"{n}: in the model, not in the average" for n in names if n not in ours]
         slots, averages = self._storage.slots, self._storage.averages[0]
         sources, loose = list(averages), list(self._storage.loose[0])
-        chosen: dict[tuple[bool, int], tuple[str, Tensor]] = {}
+        chosen: dict[int, tuple[str, Tensor]] = {}
         for name, at in names.items():
             tensor = tensors[at]
             if name in self._loose:
@@ -287,7 +312,7 @@ class Averager:
             if i < 0:
                 continue
             slot = slots[i]
-            first = chosen.setdefault((True, i), (name, tensor))
+            first = chosen.setdefault(i, (name, tensor))
             if first[1] is not tensor:
                 problems.append(f"{name}: tied to {first[0]} in the average, not in the model")
                 continue
@@ -361,6 +386,7 @@ class Averager:
             _ops.update_averager(self._memory, self._counts, self._storage.live, self._handle)
 
     def _refresh(self) -> None:
+        self._storage.settle()
         if not self._storage.holds():
             self._bind(*self._current())
 
@@ -373,6 +399,7 @@ class Averager:
     def _update(
         self,
         given: tuple[list[Tensor], list[Tensor], list[Tensor]] | None = None,
+        gate: Gate | None = None,
         decay: float | Mapping[str, float] | None = None,
     ) -> None:
         """``given``: memory, counters and sources to use instead of the averager's own."""
@@ -383,45 +410,38 @@ class Averager:
             if given is not None and self._storage.is_own(*given):
                 given = None
             self._refresh()
-            decays = self._decays(decay) if decay is not None or self._scheduled else {}
-            try:
-                for row, value in decays.items():
-                    self._storage.set_decay(row, value)
-                if given is None:
-                    self._storage.update()
-                else:
-                    self._storage.update_with(*given)
-            except BaseException:
-                self._calls = None
-                raise
-            finally:
-                for row in decays:
-                    self._storage.set_decay(row, self._decay_of(row))
-            if self._calls is not None:
-                self._calls += 1
+            if decay is None and not self._scheduled:
+                self._take(given, gate)
+            else:
+                rules = self._rules_now(decay)
+                try:
+                    for row, rule in rules.items():
+                        self._storage.set_rule(row, rule)
+                    self._take(given, gate)
+                finally:
+                    for row in rules:
+                        self._storage.set_rule(row, list(self._rules.values())[row])
             if self._on_nonfinite == "raise":
                 for part, seen in zip(self._storage.parts, self._seen, strict=True):
                     if seen.is_pinned():
                         seen.copy_(part.engine.skipped, non_blocking=True)
                 if all(not seen.is_pinned() for seen in self._seen):
                     self._raise_if_nonfinite()
-    @property
-    def _scheduled(self) -> list[int]:
-        return [
-            row
-            for row, rule in enumerate(self._rules.values())
-            if isinstance(rule, EMA) and rule.schedule is not None
-        ]
 
-    def _decay_of(self, row: int) -> float:
-        rule = list(self._rules.values())[row]
-        assert isinstance(rule, EMA)
-        return rule.decay
+    def _take(
+        self, given: tuple[list[Tensor], list[Tensor], list[Tensor]] | None, gate: Gate | None
+    ) -> None:
+        calls, self._calls = self._calls, None  # not known while it is on the way
+        if given is None:
+            self._storage.update(gate)
+        else:
+            self._storage.update_with(*given)
+        if calls is not None and gate is None:
+            self._calls = calls + 1
 
-    def _decays(self, given: float | Mapping[str, float] | None) -> dict[int, float]:
-        """The decays of this update by row, where they are not the rules' own."""
-        names = list(self._rules)
-        result = {}
+    def _rules_now(self, decay: float | Mapping[str, float] | None) -> dict[int, Rule]:
+        """The rules of this update by row, where they are not the averager's own."""
+        rules = list(self._rules.values())
         if self._scheduled:
             if self._storage.capturing():
                 raise RuntimeError(
@@ -429,21 +449,23 @@ class Averager:
                     "replays do not call it"
                 )
             if self._calls is None:
-                self._calls = self.n_averaged[names[0]] + self.skipped_updates
+                self._calls = max(self.n_averaged.values()) + self.skipped_updates
+        result: dict[int, Rule] = {}
         for row in self._scheduled:
-            rule = self._rules[names[row]]
+            rule = rules[row]
             assert isinstance(rule, EMA) and rule.schedule is not None
-            result[row] = float(rule.schedule(self._calls or 0))
-        if isinstance(given, Mapping):
-            for name, value in given.items():
-                result[self._exponential(name, "decay")] = float(value)
-        elif given is not None:
-            rows = [row for row, rule in enumerate(self._rules.values()) if isinstance(rule, EMA)]
-            if not rows:
-                raise ValueError(f"decay: expected None, as no average is an EMA, found {given}")
-            result.update(dict.fromkeys(rows, float(given)))
-        for value in result.values():
-            check_decay(value)
+            result[row] = rule.with_decay(rule.schedule(self._calls or 0))
+        if decay is None:
+            return result
+        if not isinstance(decay, Mapping):
+            decay = {name: decay for name, rule in self._rules.items() if isinstance(rule, EMA)}
+        if not decay:
+            raise ValueError("decay: expected None, because no average is an EMA")
+        for name, value in decay.items():
+            row = self._exponential(name, "decay")
+            rule = rules[row]
+            assert isinstance(rule, EMA)
+            result[row] = rule.with_decay(value)
         return result
 
     def _exponential(self, name: str, argument: str) -> int:
@@ -483,6 +505,7 @@ class Averager:
             for each, rule in new.items():
                 self._rules[each] = rule
                 self._storage.set_rule(list(self._rules).index(each), rule)
+            self._find_schedules()
 
     def _refuse_if_applied(self, what: str) -> None:
         if self._storage.applied is not None:
@@ -642,8 +665,7 @@ class Averager:
         for count in counters[: len(parts)]:
             values = count.tolist()
             for row, name in enumerate(self._row_names()):
-                # A window's sources are counted as it is.
-                values[row] = counts.get(name, counts.get(name.rsplit("[")[0], values[row]))
+                values[row] = counts.get(name, values[row])
             new.append(torch.tensor(values, dtype=torch.int64, device="cpu"))
         self._known_updated.clear()
         self._calls = None

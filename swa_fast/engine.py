@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,10 +19,11 @@ from torch import Tensor
 
 from . import _backends, _ops
 from . import _layout as layout
-from .rules import AveragingFunction, Rule, rule_row
+from .rules import AveragingFunction, Filled, Member, Rule, rule_row
 
 if TYPE_CHECKING:
     from ._gather import Gather
+    from .hooks import Gate
 
 __all__ = [
     "Engine",
@@ -32,6 +33,7 @@ __all__ = [
     "averages_in",
     "bytes_of",
     "dense_strides",
+    "distinct",
     "tensors_in",
 ]
 
@@ -181,6 +183,14 @@ def _overlapping(tensors: Sequence[Tensor]) -> set[int]:
     return found
 
 
+def distinct(target: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Both without what is repeated in the memory of ``target`` because it was expanded."""
+    for dim, (step, size) in enumerate(zip(target.stride(), target.shape, strict=True)):
+        if step == 0 and size > 1:
+            target, value = target.narrow(dim, 0, 1), value.narrow(dim, 0, 1)
+    return target, value
+
+
 def _is_plain(tensor: Tensor) -> bool:
     """Gapless, and holding the values that its memory holds."""
     plain = tensor.is_contiguous() or _ops.same_dense_layout(tensor, tensor)
@@ -224,6 +234,7 @@ class Plan:
     staged: list[tuple[Tensor, Tensor]]
     gathers: list[Gather]
     direct: bool  # nothing but the table is needed for an update
+    means: list[tuple[Engine, Plan]]  # what forms the means of windows after it
 
 
 class Engine:
@@ -246,7 +257,7 @@ class Engine:
         self,
         slots: Sequence[Slot],
         averages: Sequence[Sequence[Tensor]],
-        rules: Sequence[Rule],
+        rules: Sequence[Rule | Member | Filled],
         device: torch.device,
         *,
         n_averaged: Tensor | None = None,
@@ -268,12 +279,14 @@ class Engine:
             [rule_row(rule) for rule in rules], dtype=torch.float64, device="cpu"
         )
         self._rules = self.rules.numpy()  # the same memory, written faster
+        self._members = [(row, m) for row, m in enumerate(rules) if isinstance(m, Member)]
         if n_averaged is None:
             n_averaged = torch.zeros(len(rules), dtype=torch.int64, device=device)
         self.n_averaged = n_averaged
         self.counters = (
             torch.zeros(layout.COUNTERS, dtype=torch.int64, device=device) if counted else None
         )
+        self._unsettled: Plan | None = None
         self._places, _ = _places(self.slots)
         self.put(averages)
 
@@ -405,7 +418,27 @@ class Engine:
             staged,
             gathers,
             not (staged or gathers or self._gapless or backend == "reference"),
+            self._means(),
         )
+
+    def _means(self) -> list[tuple[Engine, Plan]]:
+        """Takes each source that a window keeps into its mean."""
+        averaged = [i for i, slot in enumerate(self.slots) if slot.averaged]
+        slots = [self.slots[i] for i in averaged]
+        means = []
+        for row, member in self._members:
+            mean = [self.averages[member.window][i] for i in averaged]
+            engine = Engine(
+                slots,
+                [mean],
+                [Filled(member.at)],
+                self.device,
+                n_averaged=self.n_averaged[member.window : member.window + 1],
+                counted=False,
+                backend=self._requested,
+            )
+            means.append((engine, engine.plan([self.averages[row][i] for i in averaged])))
+        return means
 
     def _table(
         self,
@@ -495,46 +528,57 @@ class Engine:
         """True while a CUDA graph is captured on this engine's device."""
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
-    def set_decay(self, row: int, decay: float) -> None:
-        """Average ``row``, an exponential one, decays so from now on."""
-        self._rules[row, layout.DECAY] = decay
+    def set_rule(self, row: int, rule: Rule) -> None:
+        """Average ``row`` follows this rule, which is of the same kind, from now on."""
+        self._rules[row] = rule_row(rule)
 
-    def update(self, plan: Plan) -> None:
-        """Takes the plan's sources into every average: into all of them or, where it raises or is
-        interrupted, into none, but for an interruption after the launch."""
+    def update(self, plan: Plan, gate: Gate | None = None) -> None:
+        """Takes the plan's sources into every average, if the gate lets it: into all of them or,
+        where it raises or is interrupted before the launch, into none."""
+        self._unsettled = plan if plan.means else None
         for gather in plan.gathers:
             gather()
         for staging, source in plan.staged:
             staging.copy_(source)
         if self._gapless or self.functions:
-            self._update_in_steps(plan)
+            self._update_in_steps(plan, gate)
         else:
-            self._launch(plan)
+            self._start(plan, gate)
+        self.settle()
 
-    def _launch(self, plan: Plan) -> None:
-        table = plan.update
-        if len(table) > 0:
-            _ops.update_(
-                plan.backend,
-                table.averages,
-                table.sources,
-                self.n_averaged,
-                self.counters,
-                plan.rules,
-                table.words,
-                table.pairs,
-                self.seed,
-                self.skip_nonfinite,
-                table.short,
-            )
+    def _start(self, plan: Plan, gate: Gate | None) -> None:
+        if len(plan.update) > 0:
+            self._launch(plan, () if gate is None else gate.on(self.device))
         elif self.counters is not None:
             self.n_averaged.add_(1)
 
-    def _update_in_steps(self, plan: Plan) -> None:
+    def _launch(self, plan: Plan, gate: tuple[Any, ...]) -> None:
+        table = plan.update
+        _ops.update_(
+            plan.backend,
+            table.averages,
+            table.sources,
+            self.n_averaged,
+            self.counters,
+            plan.rules,
+            table.words,
+            table.pairs,
+            self.seed,
+            self.skip_nonfinite,
+            table.short,
+            *gate,
+        )
+
+    def settle(self) -> None:
+        """Forms the means of windows, which an update that was interrupted may have left undone."""
+        if self._unsettled is not None:
+            for engine, members in self._unsettled.means:
+                engine.update(members)
+            self._unsettled = None
+
+    def _update_in_steps(self, plan: Plan, gate: Gate | None) -> None:
         # What functions return is kept apart: nothing is written if one of them raises.
-        results = {
-            row: self._call(row, function, plan) for row, function in self.functions.items()
-        }
+        results = {row: self._call(row, function, plan) for row, function in self.functions.items()}
         for gapless, average in self._gapless:
             gapless.copy_(average)
         before = self.n_averaged.clone()
@@ -546,10 +590,11 @@ class Engine:
                 for average, result in pairs:
                     average.copy_(torch.where(first, average, result))
             for gapless, average in self._gapless:
-                average.copy_(gapless)
+                target, value = distinct(average, gapless)
+                target.copy_(value)
 
         try:
-            self._launch(plan)
+            self._start(plan, gate)
             finish()
         except BaseException:
             if not torch.equal(before, self.n_averaged):

@@ -14,7 +14,8 @@ from torch import Tensor
 from ._modules import check_kind
 from ._watch import Place, Watch
 from .engine import Engine, Plan, Slot, allocate, averages_in, tensors_in
-from .rules import Rule
+from .hooks import Gate
+from .rules import Member, Rule
 
 if TYPE_CHECKING:
     from ._applied import Exchange
@@ -74,7 +75,9 @@ class FlatMemory:
 
     def _collect(self, tensors: Sequence[Tensor], cut: Any) -> list[list[Tensor]]:
         rest = iter(tensors)
-        result: list[list[Tensor]] = [[torch.empty(0)] * len(self._slots) for _ in range(self._rows)]
+        result: list[list[Tensor]] = [
+            [torch.empty(0)] * len(self._slots) for _ in range(self._rows)
+        ]
         for members, count in zip(self._members.values(), self._parts, strict=True):
             memory = [next(rest) for _ in range(count)]
             rows = cut([self._slots[i] for i in members], memory)
@@ -119,6 +122,8 @@ class Storage:
         skip_nonfinite: see :class:`~swa_fast.engine.Engine`.
         loose: for each average, tensors that are copied by torch at every update, because they have
             no memory that could be read by address: sparse, quantised and nested ones.
+        lock: held while averages or live tensors are written; None makes one.
+        engine: what updates the averages of a device.
 
     Attributes:
         averages: for each rule one tensor for each slot.
@@ -133,7 +138,7 @@ class Storage:
         self,
         slots: Sequence[Slot],
         memory: Averages,
-        rules: Sequence[Rule],
+        rules: Sequence[Rule | Member],
         *,
         counter: Tensor | None = None,
         backend: str | None = None,
@@ -141,6 +146,7 @@ class Storage:
         skip_nonfinite: bool = False,
         loose: Sequence[Sequence[Tensor]] = (),
         lock: threading.RLock | None = None,
+        engine: type[Engine] = Engine,
     ) -> None:
         self.slots = tuple(slots)
         self.memory = memory
@@ -156,7 +162,7 @@ class Storage:
         self.parts: list[Part] = []
         devices = [average.device for average in self.averages[0]] if self.averages else []
         for device, members in _by_device(devices).items():
-            engine = Engine(
+            of_device = engine(
                 [self.slots[i] for i in members],
                 [[row[i] for i in members] for row in self.averages],
                 rules,
@@ -166,7 +172,7 @@ class Storage:
                 seed=seed,
                 skip_nonfinite=skip_nonfinite,
             )
-            self.parts.append(Part(engine, tuple(members)))
+            self.parts.append(Part(of_device, tuple(members)))
         self.plans: list[Plan] = []
         self._watch: Watch | None = None
         self._note_memory()
@@ -189,6 +195,29 @@ class Storage:
     def backends(self) -> list[str]:
         """Which backends serve the tensors bound last."""
         return sorted({plan.backend for plan in self.plans})
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """Where averages live."""
+        return [part.engine.device for part in self.parts]
+
+    @property
+    def decides_on_device(self) -> bool:
+        """Whether an update may be left undone for what only the devices know."""
+        counted = self.counter is None or any(self._counts(device) for device in self.devices)
+        return counted and all(
+            not part.engine.functions and len(plan.update) > 0
+            for part, plan in zip(self.parts, self.plans, strict=False)
+        )
+
+    def settle(self) -> None:
+        """See :meth:`Engine.settle`."""
+        for part in self.parts:
+            part.engine.settle()
+
+    def capturing(self) -> bool:
+        """True while a CUDA graph is captured on one of the devices."""
+        return any(part.engine.capturing() for part in self.parts)
 
     def bind(
         self, live: list[Tensor], places: Iterable[Place], loose: Sequence[Tensor] = ()
@@ -257,16 +286,25 @@ class Storage:
         """True while everything is where it was when it was bound."""
         return self._watch is not None and self._watch.holds()
 
-    def set_decay(self, row: int, decay: float) -> None:
-        """Average ``row``, an exponential one, decays so from now on."""
+    def set_rule(self, row: int, rule: Rule) -> None:
+        """Average ``row`` follows this rule, which is of the same kind, from now on."""
         for part in self.parts:
-            part.engine.set_decay(row, decay)
+            part.engine.set_rule(row, rule)
         for part, plan in zip(self.parts, self.plans, strict=False):
             if plan.rules is not part.engine.rules:
                 plan.rules.copy_(part.engine.rules)
 
-    def update(self) -> None:
-        """Takes the live tensors into every average."""
+    def values_of(self, row: int) -> list[Tensor]:
+        """Average ``row``: the tensors themselves or, where it is applied and the live values lie
+        there, copies of what it is."""
+        tensors = list(self.averages[row])
+        if self.applied is not None and self.applied.row == row:
+            for i, value in self.applied.values().items():
+                tensors[i] = value
+        return tensors
+
+    def update(self, gate: Gate | None = None) -> None:
+        """Takes the live tensors into every average, if the gate lets it."""
         for part, plan in zip(self.parts, self.plans, strict=True):
             if part.engine.capturing():
                 _captured.append((part.engine, plan, self.memory))
@@ -274,7 +312,7 @@ class Storage:
         for row in self.loose:
             for own, live in zip(row, self.loose_live, strict=True):
                 own.copy_(live)
-        self._update(self.parts, self.plans)
+        self._update(self.parts, self.plans, gate=gate)
         self.note_written()
 
     def note_written(self) -> None:
@@ -287,7 +325,11 @@ class Storage:
         return [tensor._version for tensor in self._versioned]
 
     def _update(
-        self, parts: Sequence[Part], plans: Sequence[Plan], counter: Tensor | None = None
+        self,
+        parts: Sequence[Part],
+        plans: Sequence[Plan],
+        counter: Tensor | None = None,
+        gate: Gate | None = None,
     ) -> None:
         counter = self.counter if counter is None else counter
         if counter is not None:
@@ -296,24 +338,24 @@ class Storage:
                     part.engine.n_averaged.copy_(counter, non_blocking=True)
         apart = counter is not None and not any(self._counts(p.engine.device) for p in parts)
         if len(parts) == 1 and not apart:
-            parts[0].engine.update(plans[0])
+            parts[0].engine.update(plans[0], gate)
             return
         before = [part.engine.progress() for part in parts]
         try:
             for part, plan in zip(parts, plans, strict=True):
-                part.engine.update(plan)
+                part.engine.update(plan, gate)
         except BaseException:
             # All devices or none: what the first one has taken in, the others take in too.
-            undone = [torch.equal(p.engine.progress(), b) for p, b in zip(parts, before, strict=True)]
-            if not all(undone):
-                for part, plan, missing in zip(parts, plans, undone, strict=True):
+            left = [torch.equal(p.engine.progress(), b) for p, b in zip(parts, before, strict=True)]
+            if not all(left):
+                for part, plan, missing in zip(parts, plans, left, strict=True):
                     if missing:
-                        part.engine.update(plan)
-                if apart:
-                    counter += 1
+                        part.engine.update(plan, gate)
+                if apart and counter is not None:
+                    counter.add_(1)
             raise
-        if apart:
-            counter += 1
+        if apart and counter is not None:
+            counter.add_(1)
 
     def update_with(
         self, memory: list[Tensor], counts: list[Tensor], live: Sequence[Tensor]
