@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 import logging
+import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import _backends, _ops
-from ._modules import check_kind, inner, match
+from ._applied import applied
+from ._modules import check_kind, inner, is_loose, match
 from ._watch import Watch
 from .avg_fns import AvgFn, MultiAvgFn, by_device_and_dtype, rule_of
 from .engine import Slot, dense_strides
-from .rules import SWA, why_it_stands_still
+from .hooks import Attachment, Gate, attach
+from .rules import EMA, SWA, Power, Rule, why_it_stands_still
 from .storage import SeparateMemory, Storage
 
 __all__ = ["AveragedModel"]
@@ -72,10 +75,12 @@ class AveragedModel(nn.Module):
         backend: ``cuda``, ``triton``, ``cpu`` or ``reference``; None chooses by device. Not saved.
         unwrap: copy the model inside DataParallel, DistributedDataParallel or torch.compile
             instead of the wrapper.
+        rule: instead of a function, :class:`~swa_fast.SWA`, :class:`~swa_fast.EMA` or
+            :class:`~swa_fast.Power` with any of their options. Not saved.
 
     Raises:
-        AssertionError: both functions are given (as torch does).
-        TypeError: ``dtype`` is none of the four.
+        AssertionError: both functions are given (as torch does), or one and ``rule``.
+        TypeError: ``dtype`` is none of the four, or ``rule`` no such rule.
         ValueError: no such backend.
 
     Source: Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization",
@@ -95,38 +100,53 @@ class AveragedModel(nn.Module):
         dtype: torch.dtype | None = None,
         backend: str | None = None,
         unwrap: bool = False,
+        rule: SWA | EMA | Power | None = None,
     ) -> None:
         super().__init__()
-        if avg_fn is not None and multi_avg_fn is not None:
-            raise AssertionError("avg_fn, multi_avg_fn: expected at most one of the two")
+        if (avg_fn is not None) + (multi_avg_fn is not None) + (rule is not None) > 1:
+            raise AssertionError("avg_fn, multi_avg_fn, rule: expected at most one of them")
+        if rule is not None and not isinstance(rule, SWA | EMA | Power):
+            raise TypeError(f"rule: expected SWA, EMA or Power, found {type(rule).__name__}")
         if dtype is not None and dtype not in _ops.AVERAGE_DTYPES:
             raise TypeError(f"dtype: expected one of {_ops.AVERAGE_DTYPES}, found {dtype}")
         _backends.check_name(backend)
-        self.module = copy.deepcopy(inner(model) if unwrap else model)
-        if device is not None:
-            self.module = self.module.to(device)
-        if dtype is not None:
-            # Not Module.to(dtype): that would drop the imaginary part of complex tensors.
-            self.module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
-        if device is None:
-            first = next(self.module.parameters(), None)
-            device = None if first is None else first.device
-        self.register_buffer("n_averaged", torch.zeros((), dtype=torch.int64, device=device))
+        if rule is not None and getattr(rule, "schedule", None) is not None:
+            raise TypeError("rule: a decay that is a function is called by Averager alone")
+        # Also where this is called in inference mode, whose tensors could not be changed later.
+        with torch.inference_mode(False), torch.no_grad():
+            self.module = copy.deepcopy(inner(model) if unwrap else model)
+            if device is not None:
+                self.module = self.module.to(device)
+            if dtype is not None:
+                # Not Module.to(dtype): that would drop the imaginary part of complex tensors.
+                self.module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
+            if device is None:
+                first = next(self.module.parameters(), None)
+                device = None if first is None else first.device
+            self.register_buffer("n_averaged", torch.zeros((), dtype=torch.int64, device=device))
         self.avg_fn = avg_fn
         self.multi_avg_fn = multi_avg_fn
+        self.rule = rule
         self.use_buffers = use_buffers
         self.backend = backend
         # Made for a model at its first update, and again whenever something moved.
         self._storage: Storage | None = None
         self._key: tuple[object, ...] = ()
+        self._followed: Rule | None = None  # what the storage goes by
         self._model: Callable[[], nn.Module | None] = _no_model
+        self._origin: Callable[[], nn.Module | None] = weakref.ref(model)
         # The counter that an update has left behind.
         self._counted: tuple[int, int] | None = None
         self._handle = ""
+        self._lock = threading.RLock()
         self._warn_of_stagnation()
 
+    def _built_in(self) -> Rule | None:
+        """The rule, or None for a user's function."""
+        return self.rule or rule_of(self.multi_avg_fn or self.avg_fn)
+
     def _warn_of_stagnation(self) -> None:
-        rule = rule_of(self.multi_avg_fn or self.avg_fn)
+        rule = self._built_in()
         for dtype in {p.dtype for p in self.module.parameters()}:
             if rule is not None and (reason := why_it_stands_still(rule, dtype)):
                 _log.warning("AveragedModel: %s; use dtype=torch.float32", reason)
@@ -142,9 +162,14 @@ class AveragedModel(nn.Module):
             "_storage": None,
             "_key": (),
             "_model": _no_model,
+            "_origin": _no_model,
             "_counted": None,
             "_handle": "",
+            "_lock": None,
         }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_lock": threading.RLock()})  # type: ignore[no-untyped-call]
 
     def _own(self) -> list[tuple[str, Tensor, bool]]:
         """Name and tensor of each part of the average, and whether it is a parameter."""
@@ -180,8 +205,16 @@ class AveragedModel(nn.Module):
         Raises:
             ValueError, TypeError: the model does not fit; nothing has changed then.
         """
-        live = self._match(model)
-        own = self._own()
+        found, every = self._match(model), self._own()
+        loose = [not parameter and is_loose(tensor) for _, tensor, parameter in every]
+        live, loose_live = self._apart(found, loose)
+        own, loose_own = self._apart(every, loose)
+        for (name, tensor, _), source in zip(loose_own, loose_live, strict=True):
+            if (tensor.layout, tensor.dtype) != (source.layout, source.dtype):
+                raise ValueError(
+                    f"buffer {name}: {tensor.layout}, {tensor.dtype} in the average, "
+                    f"{source.layout}, {source.dtype} in the model"
+                )
         slots = []
         for name, tensor, parameter in own:
             check_kind(name, tensor)
@@ -190,28 +223,41 @@ class AveragedModel(nn.Module):
             slots.append(
                 Slot(name, averaged, tensor.dtype, tuple(tensor.shape), dense_strides(tensor))
             )
-        rule = rule_of(self.multi_avg_fn or self.avg_fn)
+        rule = self._built_in()
         storage = Storage(
             slots,
-            SeparateMemory([tensor for _, tensor, _ in own]),
+            SeparateMemory([[tensor for _, tensor, _ in own]]),
             [SWA() if rule is None else rule],
             counter=self.n_averaged,
             backend=self.backend,
-            captured=None if self._storage is None else self._storage.captured,
+            loose=[[tensor for _, tensor, _ in loose_own]],
+            lock=self._lock,
         )
-        modules = itertools.chain(
-            [self._buffers], Watch.dictionaries_of(self.module), Watch.dictionaries_of(model)
+        places = itertools.chain(
+            [(self.__dict__, "_buffers"), (self.__dict__, "_modules")],
+            Watch.places_of(self.module),
+            Watch.places_of(model),
         )
-        storage.bind(live, modules)
+        storage.bind(live, places, loose_live)
         # The model's tensors are held no longer than the model itself.
         self._model = weakref.ref(model, lambda _: storage.unbind())
-        self._storage, self._key = storage, self._options()
+        self._storage, self._key, self._followed = storage, self._options(), rule
         self._handle = str(id(self))
         _ops.averagers[self._handle] = self
         return storage
 
+    @staticmethod
+    def _apart(items: Sequence[Any], loose: Sequence[bool]) -> tuple[list[Any], list[Any]]:
+        pairs = list(zip(items, loose, strict=True))
+        return [item for item, is_it in pairs if not is_it], [
+            item for item, is_it in pairs if is_it
+        ]
+
     def _options(self) -> tuple[object, ...]:
-        return self.backend, self.use_buffers, self.multi_avg_fn or self.avg_fn
+        rule = self._built_in()
+        # Another decay needs no other table.
+        kind = EMA if isinstance(rule, EMA) else rule or self.multi_avg_fn or self.avg_fn
+        return self.backend, self.use_buffers, kind
 
     def _bound(self, model: nn.Module) -> Storage:
         storage = self._storage
@@ -222,13 +268,17 @@ class AveragedModel(nn.Module):
             or not storage.holds()
         ):
             return self._bind(model)
+        rule = self._built_in()
+        if rule is not None and rule != self._followed:
+            storage.set_rule(0, rule)
+            self._followed = rule
         return storage
 
     def _refuse_if_applied(self, what: str) -> None:
-        if self._storage is not None and self._storage.swapped is not None:
+        if self._storage is not None and self._storage.applied is not None:
             raise RuntimeError(
-                f"{what}: the average is applied, so live weights are in its place; leave "
-                "applied() first"
+                f"{what}: the average is applied, so it is in the model's place; leave applied() "
+                "first"
             )
 
     def update_parameters(self, model: nn.Module) -> None:
@@ -258,7 +308,7 @@ class AveragedModel(nn.Module):
             raise RuntimeError(
                 "update_parameters: run one update of this model before compiling it"
             )
-        if rule_of(self.multi_avg_fn or self.avg_fn) is None:
+        if self._built_in() is None:
             raise RuntimeError(
                 "update_parameters: a user's averaging function cannot be compiled; call this "
                 "outside of the compiled function"
@@ -277,26 +327,32 @@ class AveragedModel(nn.Module):
     def _update_with(
         self, averages: list[Tensor], counts: list[Tensor], sources: list[Tensor]
     ) -> None:
-        self._refuse_if_applied("update_parameters")
-        assert self._storage is not None
-        self._storage.update_with(averages, counts, sources)
+        with self._lock:
+            self._refuse_if_applied("update_parameters")
+            assert self._storage is not None
+            if self._storage.is_own(averages, counts, sources):
+                self._refresh()
+                self._storage.update()
+            else:
+                self._storage.update_with(averages, counts, sources)
 
     @torch.no_grad()
-    def _update(self, model: nn.Module) -> None:
-        self._refuse_if_applied("update_parameters")
-        if rule_of(self.multi_avg_fn or self.avg_fn) is None:
-            self._apply_user_function(model)
-            self.n_averaged += 1
-            return
-        self._bound(model).update()
-        self._counted = self._counter_seen()
+    def _update(self, model: nn.Module, gate: Gate | None = None) -> None:
+        with self._lock:
+            self._refuse_if_applied("update_parameters")
+            if self._built_in() is None:
+                self._apply_user_function(model)
+                return
+            self._bound(model).update(gate)
+            # Whether a gate let it through only the device knows.
+            if gate is None:
+                self._counted = self._counter_seen()
 
     def _counter_seen(self) -> tuple[int, int] | None:
         """Which counter this is, and how often something other than an update's kernel has written
         it: after an update, what stays the same is not zero."""
-        if self.n_averaged.is_inference():
-            return None
-        return self.n_averaged.data_ptr(), self.n_averaged._version
+        counter = self.n_averaged
+        return None if counter.is_inference() else (counter.data_ptr(), counter._version)
 
     def _apply_user_function(self, model: nn.Module) -> None:
         # As torch does: the first update copies, and functions see every tensor, integers included.
@@ -309,43 +365,93 @@ class AveragedModel(nn.Module):
             s if s.device == a.device else s.to(a.device)
             for a, s in zip(averages, sources[:averaged], strict=True)
         ]
+        # What functions return, or change in copies, is kept apart until all have run: nothing is
+        # written if one raises.
         if self.n_averaged == 0:
-            _copy_all_(averages, current)
+            results = current
         elif self.multi_avg_fn is not None:
-            for (device, _), group in by_device_and_dtype(averages, current):
+            results = [average.clone() for average in averages]
+            for (device, _), group in by_device_and_dtype(results, current):
                 self.multi_avg_fn(*group, self.n_averaged.to(device))
         else:
             assert self.avg_fn is not None
-            for average, source in zip(averages, current, strict=True):
-                n_averaged = self.n_averaged.to(average.device)
-                average.copy_(self.avg_fn(average, source, n_averaged))
-        _copy_all_(tensors[averaged:], sources[averaged:])
+            results = [
+                self.avg_fn(average.clone(), source, self.n_averaged.to(average.device))
+                for average, source in zip(averages, current, strict=True)
+            ]
+        before = [tensor.clone() for tensor in (*tensors, self.n_averaged)]
+        try:
+            _copy_all_(averages, results)
+            _copy_all_(tensors[averaged:], sources[averaged:])
+            self.n_averaged += 1
+        except BaseException:
+            _copy_all_((*tensors, self.n_averaged), before)
+            raise
 
-    @contextlib.contextmanager
-    def applied(self, model: nn.Module) -> Iterator[None]:
+    def attach(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module | None = None,
+        *,
+        every: int = 1,
+        start: int = 0,
+    ) -> Attachment:
+        """Updates after an optimiser's steps, as :meth:`swa_fast.Averager.attach` does.
+
+        Args:
+            optimizer: as there.
+            model: as for :meth:`update_parameters`; None takes the one given to the constructor,
+                which must still exist.
+            every: as there.
+            start: as there.
+
+        Raises:
+            TypeError, ValueError: as there.
+            RuntimeError: there is no model.
+        """
+        followed = self._origin() if model is None else model
+        if followed is None:
+            raise RuntimeError("attach: give the model; the one of the constructor is not there")
+        return attach(
+            optimizer,
+            lambda gate: self._update(followed, gate),
+            lambda: self._storage,
+            every,
+            start,
+        )
+
+    def applied(self, model: nn.Module) -> AbstractContextManager[None]:
         """Puts the average into ``model`` for the time of a ``with`` block.
 
-        The model's tensors and the average's are swapped in place, without a third copy, where
-        their dtypes and devices agree; where they do not, the model's are kept in a copy. Inside
-        the block this AveragedModel holds the model's weights. The swap is undone when the block
-        ends, also by an exception.
+        The model's values are kept in a copy meanwhile, and this AveragedModel stays what it is, so
+        that it may be saved and copied inside the block. Everything is undone when the block ends,
+        also by an exception or Ctrl-C, at whatever moment. (:meth:`swa_fast.Averager.applied`
+        needs no third copy.)
 
         Args:
             model: as for :meth:`update_parameters`.
 
         Raises:
-            RuntimeError: the average has not been updated yet, is already applied, or was written
-                inside the block.
+            RuntimeError: the average has not been updated yet, or is already applied.
             ValueError, TypeError: as :meth:`update_parameters`.
         """
-        if self._storage is not None and self._storage.swapped is not None:
-            raise RuntimeError("applied: the average is already applied")
-        # Else the device has to be waited for.
-        known = self._counted is not None and self._counted == self._counter_seen()
-        if not known and self.n_averaged == 0:
-            raise RuntimeError("applied: the average has not been updated yet")
-        with self._bound(model).applied(0, lambda: self._match(model)):
-            yield
+
+        def prepare() -> tuple[Storage, int]:
+            if self._storage is not None and self._storage.applied is not None:
+                raise RuntimeError("applied: the average is already applied")
+            # Else the device has to be waited for.
+            known = self._counted is not None and self._counted == self._counter_seen()
+            if not known and self.n_averaged == 0:
+                raise RuntimeError("applied: the average has not been updated yet")
+            return self._bound(model), 0
+
+        def find() -> tuple[list[Tensor], list[Tensor]]:
+            tensors = self._match(model)
+            loose = [not parameter and is_loose(tensor) for _, tensor, parameter in self._own()]
+            live, loose_live = self._apart(tensors, loose)
+            return live, loose_live
+
+        return applied(self._lock, prepare, find, dict, False)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False

@@ -181,6 +181,8 @@ def test_a_folder_without_a_run_is_not_overwritten(
 def test_an_emptied_folder_of_a_run_keeps_nothing(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
+    for name in ("model_merged.pt", "model_capture-swa-0003.pt", "model_swa-0.5.pt"):
+        (folder / name).touch()
     RunFolder(folder).clear()
     assert list(folder.iterdir()) == []
 

@@ -67,9 +67,12 @@ class Dependence:
         self.total = zeros
         self.series = [_Series(zeros[1:])]
         sizes = torch.tensor([layer.channels for layer in statistics.layers])
-        self.layer_of = torch.arange(len(sizes)).repeat_interleave(sizes).to(device)
-        self.sizes = sizes.to(device)
-        self.starts = torch.tensor([layer.start for layer in statistics.layers]).to(device)
+        self.layer_of = (
+            torch.arange(len(sizes)).repeat_interleave(sizes).to(device, non_blocking=True)
+        )
+        self.sizes = sizes.to(device, non_blocking=True)
+        starts = torch.tensor([layer.start for layer in statistics.layers])
+        self.starts = starts.to(device, non_blocking=True)
 
     def update(self) -> None:
         """Takes in the batch that has just been merged: what it has added to the accumulators. A

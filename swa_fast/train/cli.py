@@ -10,16 +10,18 @@ import dataclasses
 import io
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .config import PARSERS, TrainConfig, option_name, with_absolute_paths
+from ..checkpoints import cli as checkpoints
+from .config import TrainConfig, option_name, with_absolute_paths
 from .curves import draw_curves
 from .distributed import World, resolve_device
 from .errors import Stopped, TrainError
 from .files import write_atomically
+from .merge import merge_captures
 from .presets import PRESETS, flop, measure_speed, scaled
 from .progress import Progress
 from .report import (
@@ -33,7 +35,29 @@ from .report import (
 from .run_folder import RunFolder
 from .session import run
 
-__all__ = ["build_parser", "main"]
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        message = f"expected numbers separated by commas, found {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
+
+
+# How the text of an option is read, by the type of the field. Other fields are switches.
+_PARSERS: dict[Any, Callable[[str], Any]] = {
+    "str": str,
+    "str | None": str,
+    "int": int,
+    "int | None": int,
+    "float": float,
+    "tuple[str, ...]": _names,
+    "tuple[float, ...]": _numbers,
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -97,6 +121,22 @@ def build_parser() -> argparse.ArgumentParser:
         "--scale", type=float, default=1.0, help="as for run (default: 1)", metavar="S"
     )
 
+    merge = commands.add_parser(
+        "merge",
+        help="average the captures of finished runs anew, by other weights",
+        description="Averages the captures that runs with --keep-captures have left, estimates the "
+        "BatchNorm statistics and the accuracy of each run's result, and leaves it as "
+        "model_merged.pt.",
+    )
+    merge.add_argument("folders", nargs="+", metavar="RUN", help="folder of a run")
+    merge.add_argument(
+        "--weights",
+        default="uniform",
+        help="uniform, minus-sqrt, power:G, ema:D (default: uniform)",
+    )
+    merge.add_argument("--last", type=int, metavar="N", help="the last N captures (default: all)")
+    merge.add_argument("--device", help="as for train (default: the run's)")
+
     report = commands.add_parser(
         "report",
         help="compare finished runs with each other and with the paper",
@@ -111,6 +151,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder for report.md and curves.png, or curves-1.png, ... of several experiments "
         "(default: the first folder of runs)",
     )
+
+    checkpoints.add_parser(commands)
     return parser
 
 
@@ -121,7 +163,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> Any:
         meta = field.metadata
         group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
         name = option_name(field.name)
-        if (parse := PARSERS.get(field.type)) is None:
+        if (parse := _PARSERS.get(field.type)) is None:
             group.add_argument(name, action=argparse.BooleanOptionalAction, help=meta["help"])
         else:
             group.add_argument(name, type=parse, metavar=meta["kind"].metavar, help=meta["help"])
@@ -166,10 +208,14 @@ def main(argv: Sequence[str] | None = None, *, command: Sequence[str] | None = N
     options = vars(build_parser().parse_args(arguments))
     name = options.pop("command")
     try:
+        if name == "average":
+            return checkpoints.run(options)
         if name == "train":
             return _train(options, list(command or ("swa-fast", name)))
         if name == "run":
             return _run(options, ["swa-fast", *arguments])
+        if name == "merge":
+            return _merge(**options)
         return _presets(**options) if name == "presets" else _report(**options)
     except TrainError as error:
         print(f"swa-fast {name}: error: {error}", file=sys.stderr)
@@ -358,6 +404,17 @@ def _duration(seconds: float) -> str:
         if seconds >= 2 * length:
             return f"{seconds / length:.1f} {unit}"
     return f"{seconds:.1f} s"
+
+
+def _merge(folders: Sequence[str], weights: str, last: int | None, device: str | None) -> int:
+    rows = []
+    for folder in folders:
+        merged = merge_captures(RunFolder(folder), weights, last, device)
+        accuracy = f"{merged.accuracy:.2f}"
+        rows.append((folder, str(len(merged.epochs)), accuracy, f"{merged.loss:.4f}"))
+        print(f"{merged.path}: epochs {', '.join(map(str, merged.epochs))}")
+    print("\n" + format_rows(("run", "captures", "accuracy %", "loss"), rows, "plain"))
+    return 0
 
 
 def _report(folders: Sequence[str], out: str | None) -> int:

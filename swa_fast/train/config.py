@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 import os
@@ -20,15 +19,6 @@ from .distributed import resolve_device
 from .errors import TrainError
 from .models import MODELS
 
-__all__ = [
-    "DEFAULTS",
-    "METHODS",
-    "PARSERS",
-    "TrainConfig",
-    "option_name",
-    "with_absolute_paths",
-]
-
 #: Training methods by name, with the titles that tables give their results.
 METHODS: dict[str, str] = {
     "sgd": "SGD",
@@ -37,7 +27,13 @@ METHODS: dict[str, str] = {
     "swa": "SWA",
     "swa-cyclic": "SWA, cyclic",
     "swa-fixed": "SWA, fixed rate",
+    "swa-power": "SWA, power",
+    "lawa": "LAWA",
+    "swag": "SWAG",
 }
+
+#: Those that average along one trajectory, at the constant rate of SWA.
+ALONG_SWA = ("swa", "swa-power", "lawa", "swag")
 
 _SMALL: dict[str, Any] = {"width": 8, "lr": 0.1, "swa_lr": 0.05, "weight_decay": 5e-4}
 _PAPER: dict[str, Any] = {
@@ -74,6 +70,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "budgets": (0.5, 1.0),
     },
 }
+
+# Settings that came later than files of runs that can still be read, with what those runs did.
+_LATER: dict[str, Any] = {"power_gamma": -0.5, "lawa_last": 5, "keep_captures": False}
 
 #: The default of a setting that depends on others or on the machine; its help tells how.
 _RESOLVED = object()
@@ -234,6 +233,17 @@ class TrainConfig:
     fixed_start: float = _averaging(
         _START, "swa-fixed: fraction of the epochs after which averaging begins", 0.7
     )
+    power_gamma: float = _averaging(
+        _Kind("G", "a finite number above -1", lambda x: math.isfinite(x) and x > -1),
+        "swa-power: weights grow with the number of captures to this power; -0.5 stands for a rate "
+        "that decays as 1 - sqrt(x)",
+        -0.5,
+    )
+    lawa_last: int = _averaging(
+        _Kind("N", "a number from 1 to 15", lambda x: 1 <= x <= 15),
+        "lawa: captures that are averaged, the last ones",
+        5,
+    )
     bn_estimator: str = _averaging(
         _one_of("weighted", "torch", "pooled"),
         "BatchNorm statistics of averages: weighted (the authors' rule), torch or pooled, see "
@@ -253,6 +263,9 @@ class TrainConfig:
     threads: int = _machine(_THREADS, "CPU threads (default: torch's choice)")
     eval_every: int = _output(
         _COUNT, "epochs between evaluations; those that are reported are always evaluated", 1
+    )
+    keep_captures: bool = _output(
+        "", "leave the weights of every capture of the swa run, for swa-fast merge", False
     )
 
     @classmethod
@@ -298,7 +311,7 @@ class TrainConfig:
         Raises:
             TrainError: settings are missing or unknown, or as the class.
         """
-        expected = {field.name for field in dataclasses.fields(cls)}
+        expected, values = {field.name for field in dataclasses.fields(cls)}, {**_LATER, **values}
         if set(values) != expected:
             missing = ", ".join(sorted(expected - set(values))) or "none"
             unknown = ", ".join(sorted(set(values) - expected)) or "none"
@@ -370,7 +383,11 @@ def _check_methods(config: TrainConfig) -> None:
         )
     for method in methods:
         _expect("methods", method, _one_of(*METHODS))
-    if "swa" in methods and config.swa_from == "scratch" and config.lr_schedule != "paper":
+    if (
+        any(method in ALONG_SWA for method in methods)
+        and config.swa_from == "scratch"
+        and config.lr_schedule != "paper"
+    ):
         # The authors' schedule of a run of its own belongs to their conventional one.
         raise TrainError(
             f"--swa-from: expected sgd with --lr-schedule {config.lr_schedule}, found scratch"
@@ -382,7 +399,7 @@ def _check_methods(config: TrainConfig) -> None:
         )
     _expect("budgets", budgets, "rising numbers", list(budgets) == sorted(set(budgets)))
     for field, method in (
-        ("swa_start", "swa"),
+        *(("swa_start", method) for method in ALONG_SWA),
         ("swa_start", "swa-cyclic"),
         ("fge_start", "fge"),
         ("fixed_start", "swa-fixed"),
@@ -413,7 +430,7 @@ def _check_start(config: TrainConfig, field: str, method: str) -> None:
             f"{start}, i.e. a first average after epoch {first} of {end} ({method})"
         )
     # These go on from the conventional run, which has `epochs` epochs.
-    if method in ("swa-cyclic", "fge") or (method == "swa" and config.swa_from == "sgd"):
+    if method in ("swa-cyclic", "fge") or (method in ALONG_SWA and config.swa_from == "sgd"):
         limit = f"1 at most for {method}, which continues the SGD run"
         _expect(field, start, limit, start <= 1)
 
@@ -456,27 +473,3 @@ def with_absolute_paths(options: Mapping[str, Any]) -> dict[str, Any]:
         if found.get(field) not in (None, "torchvision"):
             found[field] = str(Path(found[field]).absolute())
     return found
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        message = f"expected numbers separated by commas, found {text!r}"
-        raise argparse.ArgumentTypeError(message) from None
-
-
-#: How the text of an option is read, by the type of the field. Other fields are switches.
-PARSERS: dict[Any, Callable[[str], Any]] = {
-    "str": str,
-    "str | None": str,
-    "int": int,
-    "int | None": int,
-    "float": float,
-    "tuple[str, ...]": _names,
-    "tuple[float, ...]": _numbers,
-}

@@ -23,6 +23,9 @@ _COLORS = {
     "swa-cyclic": "#9467bd",
     "fge": "#2ca02c",
     "swa-fixed": "#ff7f0e",
+    "swa-power": "#e377c2",
+    "lawa": "#8c564b",
+    "swag": "#7f7f7f",
 }
 
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.utils.benchmark import Timer
 
 from .config import DEFAULTS, TrainConfig
 from .distributed import resolve_device
@@ -276,6 +275,9 @@ def measure_speed(device: str = "auto", amp: str = "none") -> float:
         with torch.autocast(target.type, dtype, enabled=amp != "none"):
             logits = model(images)
         F.cross_entropy(logits.float(), labels).backward()
+
+    # Here, because it loads what builds C++ extensions.
+    from torch.utils.benchmark import Timer
 
     timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
     best = min(timer.timeit(1).mean for _ in range(2))

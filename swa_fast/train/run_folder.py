@@ -30,7 +30,8 @@ _CHECKPOINT_VERSION = 2
 #: Names of the files that a run writes: below its folder, in checkpoints, and in the folders of
 #: tensorboard. What is called otherwise is somebody else's.
 _TRAJECTORY = "|".join(METHODS)
-_FILE = rf"results\.json|curves\.png|log\.txt|model_({_TRAJECTORY})(-[0-9.e+-]+)?\.pt"
+_MODEL = rf"model_(merged|(capture-)?({_TRAJECTORY})(-[0-9.e+-]+)?)\.pt"
+_FILE = rf"results\.json|curves\.png|log\.txt|{_MODEL}"
 _STATE = rf"({_TRAJECTORY})-([0-9]{{5,}}-[0-9]{{7,}}|branch-[0-9]{{5,}}(-copy)?)\.pt"
 _EVENTS = r"events\.out\.tfevents\..*"
 _OWN = {

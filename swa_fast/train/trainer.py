@@ -183,7 +183,7 @@ class Trainer:
         averages: dict[str, Record] = {}
         for method, average in run.averages.items():
             found: Score | tuple[None, None] = (None, None)
-            fresh = average.every_step or average.due(epoch)
+            fresh = (average.every_step or average.due(epoch)) and not average.costly
             if average.captures and looked_at and (fresh or reported):
                 found = average.score(epoch, self.evaluation, run.clock)
             averages[method] = {
