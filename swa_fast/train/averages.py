@@ -15,8 +15,6 @@ from .config import TrainConfig
 from .evaluation import Evaluation, Score
 from .methods import Captured
 
-__all__ = ["Average", "Ensemble", "WeightAverage", "make_average"]
-
 Networks = dict[str, nn.Module]
 
 

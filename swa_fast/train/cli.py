@@ -30,8 +30,6 @@ from .report import (
 from .run_folder import RunFolder, write_atomically
 from .session import run
 
-__all__ = ["build_parser", "main"]
-
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of ``swa-fast``. Options that are not given leave no trace in the result."""

@@ -20,15 +20,6 @@ from .distributed import resolve_device
 from .errors import TrainError
 from .models import MODELS
 
-__all__ = [
-    "DEFAULTS",
-    "METHODS",
-    "PARSERS",
-    "TrainConfig",
-    "option_name",
-    "with_absolute_paths",
-]
-
 #: Training methods by name, with the titles that tables give their results.
 METHODS: dict[str, str] = {
     "sgd": "SGD",

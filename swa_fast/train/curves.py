@@ -14,8 +14,6 @@ from .methods import plan
 from .results import Results
 from .run_folder import write_atomically
 
-__all__ = ["draw_curves"]
-
 _COLORS = {
     "sgd": "#1f77b4",
     "ema": "#17becf",

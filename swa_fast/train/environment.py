@@ -14,8 +14,6 @@ import swa_fast
 
 from .config import TrainConfig
 
-__all__ = ["environment"]
-
 
 def environment(config: TrainConfig, processes: int) -> dict[str, Any]:
     """Versions and hardware of a run, as JSON values."""

@@ -19,8 +19,6 @@ from .distributed import World
 from .errors import Stopped
 from .randomness import derive_seed
 
-__all__ = ["Evaluation", "Score", "autocast"]
-
 _BATCH = 512
 
 #: Mean cross-entropy in nats, and accuracy in percent.

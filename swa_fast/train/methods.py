@@ -29,8 +29,6 @@ from dataclasses import dataclass
 from .. import schedules
 from .config import TrainConfig
 
-__all__ = ["Captured", "Rate", "Trajectory", "plan"]
-
 #: Learning rate of a step, given the finished epochs, the finished steps of the present one and the
 #: steps per epoch.
 Rate = Callable[[int, int, int], float]

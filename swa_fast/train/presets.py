@@ -24,8 +24,6 @@ from .errors import TrainError
 from .methods import plan
 from .models import MODELS, build_model, forward_macs
 
-__all__ = ["PRESETS", "Preset", "flop", "measure_speed", "scaled"]
-
 #: Accuracy and its standard deviation, by method (None for a pretrained network) and budget.
 Published = Mapping[tuple[str | None, float], tuple[float, float | None]]
 

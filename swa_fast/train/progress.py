@@ -10,8 +10,6 @@ from typing import Any
 
 from .errors import import_extra
 
-__all__ = ["Board", "Progress"]
-
 
 class Progress:
     """A bar over the steps of each run on a terminal; otherwise a line per epoch.

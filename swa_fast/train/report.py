@@ -15,15 +15,6 @@ from .presets import Preset, scaled
 from .results import Results, overhead
 from .run_folder import RunFolder
 
-__all__ = [
-    "compare_runs",
-    "find_runs",
-    "format_experiment",
-    "format_phases",
-    "format_rows",
-    "format_table",
-]
-
 
 def format_rows(header: Sequence[str], rows: Sequence[Sequence[str]], style: str = "simple") -> str:
     """Cells as a table of tabulate's style, the first column to the left."""

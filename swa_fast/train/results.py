@@ -34,8 +34,6 @@ from typing import Any
 from .config import METHODS, TrainConfig
 from .methods import plan
 
-__all__ = ["Results", "overhead", "summarise"]
-
 #: Content of results.json.
 Results = Mapping[str, Any]
 

@@ -19,8 +19,6 @@ import torch
 
 from .errors import TrainError, first_line
 
-__all__ = ["RunFolder", "write_atomically"]
-
 _CHECKPOINT = "swa_fast.train.checkpoint"
 _CHECKPOINT_VERSION = 2
 

@@ -26,8 +26,6 @@ from .results import summarise
 from .run_folder import RunFolder
 from .trainer import Record, Run, Trainer
 
-__all__ = ["run"]
-
 # Several processes have to agree before one of them saves or stops, which makes them wait.
 _AGREE_EVERY = 20
 

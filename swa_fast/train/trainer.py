@@ -29,8 +29,6 @@ from .methods import Trajectory
 from .models import build_model, load_pretrained
 from .randomness import derive_seed, set_random_state
 
-__all__ = ["Record", "Run", "Trainer"]
-
 Record = dict[str, Any]
 
 

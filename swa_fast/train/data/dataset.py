@@ -14,19 +14,6 @@ from torch import Tensor
 
 from ..errors import TrainError
 
-__all__ = [
-    "NORMALISATIONS",
-    "Batch",
-    "Batches",
-    "Dataset",
-    "Normalise",
-    "Placement",
-    "Statistics",
-    "balanced_share",
-    "check_fraction",
-    "check_normalise",
-]
-
 #: Normalised images and their labels: float32 [B, C, H, W], int64 [B].
 Batch = tuple[Tensor, Tensor]
 

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from ..errors import TrainError, import_extra
 
-__all__ = ["Listing", "list_images", "read_rgb"]
-
 
 @dataclass
 class Listing:

@@ -24,8 +24,6 @@ from .dataset import (
     balanced_share,
 )
 
-__all__ = ["MemoryDataset", "channel_statistics"]
-
 
 @dataclass(eq=False)
 class MemoryDataset(Dataset):

@@ -25,8 +25,6 @@ from ..errors import TrainError, import_extra
 from .dataset import Batch, Batches, Dataset, Normalise, Placement, balanced_share, check_normalise
 from .image_files import Listing, list_images, read_rgb
 
-__all__ = ["StreamedBatches", "StreamedDataset", "load_stream"]
-
 # What a worker is asked for: a file, its label, and the seed of its crop; None is a test image.
 _Request = tuple[str, int, int | None]
 
