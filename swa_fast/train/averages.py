@@ -43,8 +43,9 @@ class Average(ABC):
         """Takes the weights of the network in training."""
 
     @abstractmethod
-    def score(self, epoch: int, evaluation: Evaluation, clock: Clock) -> Score:
-        """Loss and accuracy after ``epoch`` epochs."""
+    def score(self, epoch: int, evaluation: Evaluation, clock: Clock, share: float = 1.0) -> Score:
+        """Loss and accuracy after ``epoch`` epochs, with BatchNorm statistics of a ``share`` of the
+        training batches where they have to be computed."""
 
     @abstractmethod
     def networks(self, epoch: int, reported: Sequence[str], model: nn.Module) -> Networks:
@@ -83,9 +84,9 @@ class WeightAverage(Average):
             self.averaged.update_parameters(model)
         self.captures += 1
 
-    def score(self, epoch: int, evaluation: Evaluation, clock: Clock) -> Score:
+    def score(self, epoch: int, evaluation: Evaluation, clock: Clock, share: float = 1.0) -> Score:
         with clock("bn"):
-            evaluation.renew_statistics(self.averaged, epoch)
+            evaluation.renew_statistics(self.averaged, epoch, share)
         with clock("eval"):
             return evaluation.score(self.averaged)
 
@@ -113,15 +114,17 @@ class Ensemble(Average):
     def __init__(self, captured: Captured) -> None:
         super().__init__(captured)
         self._sum: Tensor | None = None
+        self._labels: Tensor | None = None
 
     def capture(self, model: nn.Module, evaluation: Evaluation, clock: Clock) -> None:
         evaluation.world.share_buffers(model)
         with clock("eval"):
             found = evaluation.probabilities(model)
         self._sum = found if self._sum is None else self._sum + found
+        self._labels = evaluation.test_labels
         self.captures += 1
 
-    def score(self, epoch: int, evaluation: Evaluation, clock: Clock) -> Score:
+    def score(self, epoch: int, evaluation: Evaluation, clock: Clock, share: float = 1.0) -> Score:
         assert self._sum is not None
         with clock("eval"):
             return evaluation.score_probabilities(self._sum / self.captures)
@@ -131,13 +134,14 @@ class Ensemble(Average):
         return {f"fge-{self.captures:02d}": model} if self.due(epoch) else {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"captures": self.captures, "sum": self._sum}
+        # The labels are for reports, which join the ensembles of several runs.
+        return {"captures": self.captures, "sum": self._sum, "labels": self._labels}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         captures, total = int(state["captures"]), state["sum"]
         if (captures > 0) != isinstance(total, Tensor):
             raise ValueError(f"expected the sum of {captures} members, found {type(total)}")
-        self._sum, self.captures = total, captures
+        self._sum, self.captures, self._labels = total, captures, state.get("labels")
 
 
 def make_average(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 import os
@@ -29,6 +28,9 @@ METHODS: dict[str, str] = {
     "swa-cyclic": "SWA, cyclic",
     "swa-fixed": "SWA, fixed rate",
 }
+
+#: The titles of all results: fge also leaves the average of its members.
+TITLES = {**METHODS, "fge-average": "FGE, average of members"}
 
 _SMALL: dict[str, Any] = {"width": 8, "lr": 0.1, "swa_lr": 0.05, "weight_decay": 5e-4}
 _PAPER: dict[str, Any] = {
@@ -63,8 +65,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "cycle_lr_max": 1e-3,
         "cycle_lr_min": 1e-5,
         "budgets": (0.5, 1.0),
+        # The share that the SWAG authors' code takes for ImageNet.
+        "curve_data": 0.1,
     },
 }
+
+# Settings that came later than files of runs that can still be read, with what those runs did.
+_LATER: dict[str, Any] = {"validation": False, "bn_gamma": "ones", "curve_data": 1.0}
 
 #: The default of a setting that depends on others or on the machine; its help tells how.
 _RESOLVED = object()
@@ -150,6 +157,12 @@ class TrainConfig:
         "(default: the paper's for the model on cifar10, cifar100 and imagenet, else dataset)",
     )
     fraction: float = _data("F", "share of every class that is used", 1.0)
+    validation: bool = _data(
+        "",
+        "measure on the last tenth of the training images (5,000 of CIFAR's; of folders, the last "
+        "of every class), which is held out, and never look at the test set: to choose settings by",
+        False,
+    )
     workers: int = _data(
         _Kind("N", "0 or more", lambda x: x >= 0),
         "processes that decode images, for imagenet (default: as many as cores, 4 at most)",
@@ -163,6 +176,12 @@ class TrainConfig:
         "initial weights: torchvision, or a file with a state_dict (default: random; imagenet: "
         "torchvision)",
         None,
+    )
+    bn_gamma: str = _recipe(
+        _one_of("ones", "uniform"),
+        "initial scales of BatchNorm: ones, or uniform in [0, 1), PyTorch's default when the "
+        "authors ran WRN-28-10 and VGG16 with BatchNorm",
+        "ones",
     )
     methods: tuple[str, ...] = _recipe(
         "NAMES", f"what to compare, separated by commas: {', '.join(METHODS)}", ("sgd", "swa")
@@ -241,7 +260,15 @@ class TrainConfig:
     sync_bn: bool = _machine("", "several processes: BatchNorm over all of them in training", False)
     threads: int = _machine(_COUNT, "CPU threads (default: torch's choice)")
     eval_every: int = _output(
-        _COUNT, "epochs between evaluations; those that are reported are always evaluated", 1
+        _COUNT,
+        "epochs between evaluations; the first and those that are reported are always evaluated",
+        1,
+    )
+    curve_data: float = _output(
+        _Kind("F", "a number in [0, 1]", lambda x: 0 <= x <= 1),
+        "share of the training batches in BatchNorm passes that only curves need; 0 leaves these "
+        "points of the averages out. Reported results have the whole pass",
+        1.0,
     )
 
     @classmethod
@@ -287,7 +314,7 @@ class TrainConfig:
         Raises:
             TrainError: settings are missing or unknown, or as the class.
         """
-        expected = {field.name for field in dataclasses.fields(cls)}
+        expected, values = {field.name for field in dataclasses.fields(cls)}, {**_LATER, **values}
         if set(values) != expected:
             missing = ", ".join(sorted(expected - set(values))) or "none"
             unknown = ", ".join(sorted(set(values) - expected)) or "none"
@@ -335,6 +362,10 @@ class TrainConfig:
                 f"--pretrained: torchvision has weights of resnet50, resnet152 and densenet161, "
                 f"found --model {self.model}"
             )
+        limit = "ones with --pretrained, whose scales are trained"
+        _expect(
+            "bn_gamma", self.bn_gamma, limit, self.pretrained is None or self.bn_gamma == "ones"
+        )
 
 
 def _expect(field: str, found: Any, expected: _Kind | str, holds: bool = True) -> None:
@@ -441,27 +472,3 @@ def with_absolute_paths(options: Mapping[str, Any]) -> dict[str, Any]:
         if found.get(field) not in (None, "torchvision"):
             found[field] = str(Path(found[field]).absolute())
     return found
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        message = f"expected numbers separated by commas, found {text!r}"
-        raise argparse.ArgumentTypeError(message) from None
-
-
-#: How the text of an option is read, by the type of the field. Other fields are switches.
-PARSERS: dict[Any, Callable[[str], Any]] = {
-    "str": str,
-    "str | None": str,
-    "int": int,
-    "int | None": int,
-    "float": float,
-    "tuple[str, ...]": _names,
-    "tuple[float, ...]": _numbers,
-}
