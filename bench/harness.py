@@ -5,9 +5,9 @@ the same work, and one of them is the limit: the least that this machine's memor
 in the same rounds. A contender is checked against fp64 before it is timed; a wrong one is reported
 as wrong and not timed.
 
-Times come from rounds in which all contenders take one turn each, so that a machine that drifts
-favours none; every round begins with another contender. On a CUDA device they are those of its
-events.
+Times come from rounds in which the contenders take turns in an order drawn anew, so that neither a
+machine that drifts nor the caches that another contender leaves favour one; those that are slower
+than most take part in fewer rounds. On a CUDA device times are those of its events.
 
 * ``warm``: a turn begins with a run that is not timed (unless it takes more than 0.1 s).
 * ``cold``: before the timed run the caches are filled with other memory, as by a training step.
@@ -26,6 +26,7 @@ import importlib.util
 import math
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -60,6 +61,7 @@ __all__ = [
 
 LONG = 0.1  # s: a run that takes longer is not preceded by one that is not timed
 TURN_BYTES = 4e9  # contenders of more memory than this take turns in groups, each with the limit
+SPARED = 8  # a slow contender takes a turn in one of so many rounds at least
 BUSY = 0.05  # share of the CPU's time from which on other work is mentioned
 MODES = {"cpu": ("warm", "cold"), "cuda": ("warm", "cold", "graph", "graph cold")}
 CHECKED_RUNS = 3  # calls of ``run`` in a check
@@ -141,15 +143,25 @@ def simulated() -> bool:
     return bool(importlib.import_module("gpusim").active())
 
 
-def _cpu_name() -> str:
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    # Many virtual machines hide the model; the family tells the generation.
-    return f"{name}, {os.cpu_count()} cores"
+def _cpu_name(info: str | None = None) -> str:
+    """Name, family and model, instruction set that torch's kernels use, cores. Many virtual
+    machines hide the name's number: the family and the model tell the generation.
+
+    Args:
+        info: the text of Linux' ``/proc/cpuinfo``; None reads it.
+    """
+    if info is None:
+        info = ""
+        with contextlib.suppress(OSError):
+            info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    found: dict[str, str] = {}
+    for line in info.splitlines():
+        key, _, value = line.partition(":")
+        found.setdefault(key.strip(), value.strip())
+    name = found.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in found and "model" in found:
+        name += f" (family {found['cpu family']}, model {found['model']})"
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"
 
 
 def device_name(device: torch.device) -> str:
@@ -264,18 +276,28 @@ def _no_collection() -> Iterator[None]:
 def interleaved(
     runs: Mapping[str, Run], timer: Callable[[Run], float], flush: Run | None, *, seconds: float,
     least: int, most: int,
-) -> dict[str, list[float]]:  # fmt: skip
-    """Seconds of each run in every round: as many rounds as fit into ``seconds``, at least
-    ``least``, or three where that would take five times as long, and at most ``most``. ``flush``
+) -> dict[str, list[float | None]]:  # fmt: skip
+    """Seconds of each run in every round; None where it had no turn, as those have that take
+    longer than the average run: one in as many rounds, up to SPARED, as they are times slower.
+
+    As many rounds as fit into ``seconds``, at most ``most`` turns, and for each run at least
+    ``least``, or three where that would take five times as long. The order of a round is drawn
+    anew, or each run would always find the caches as the same other one leaves them. ``flush``
     fills the caches before each timed run."""
     once = {name: timer(run) for name, run in runs.items()}
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    order = list(runs)
+    average = statistics.fmean(once.values()) or 1.0
+    every = {name: min(SPARED, max(1, round(t / average))) for name, t in once.items()}
+    times: dict[str, list[float | None]] = {name: [] for name in runs}
+    draw = random.Random(0)
     with _no_collection():
         start = time.perf_counter()
-        for number in range(most):
-            first = number % len(order)
-            for name in order[first:] + order[:first]:
+        for number in range(most * max(every.values())):
+            order = list(runs)
+            draw.shuffle(order)
+            for name in order:
+                if number % every[name]:
+                    times[name].append(None)
+                    continue
                 run = runs[name]
                 if once[name] < LONG:
                     run()
@@ -283,13 +305,16 @@ def interleaved(
                     flush()
                 times[name].append(timer(run))
             passed = time.perf_counter() - start
-            if passed > (seconds if number + 1 >= least else 5 * seconds) and number + 1 >= 3:
+            turns = min(number // each + 1 for each in every.values())
+            if number + 1 >= most and turns >= least:
+                break
+            if passed > (seconds if turns >= least else 5 * seconds) and turns >= 3:
                 break
     return times
 
 
 def summarise(
-    times: Mapping[str, Sequence[float]], limit: str | None, moved: Mapping[str, int | None]
+    times: Mapping[str, Sequence[float | None]], limit: str | None, moved: Mapping[str, int | None]
 ) -> dict[str, dict[str, Any]]:
     """The columns of each contender's row that come from its times.
 
@@ -297,7 +322,8 @@ def summarise(
     of the same round, so that both met the same machine.
     """
     columns = {}
-    for name, values in times.items():
+    for name, of_rounds in times.items():
+        values = [t for t in of_rounds if t is not None]
         low, median, high = quartiles(values)
         found: dict[str, Any] = {
             "rounds": len(values), "q1": low, "median": median, "q3": high, "bytes": moved[name],
@@ -307,7 +333,8 @@ def summarise(
             ours, least = moved[name], moved[limit]
             if ours is not None and least is not None:
                 scale = least / ours
-            ratios = [scale * t / base for t, base in zip(values, times[limit], strict=True)]
+            pairs = zip(of_rounds, times[limit], strict=True)
+            ratios = [scale * t / base for t, base in pairs if t is not None and base is not None]
             keys = ("limit_q1", "limit_median", "limit_q3")
             found |= zip(keys, quartiles(ratios), strict=True)
         columns[name] = found

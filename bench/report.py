@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import math
 import re
 import statistics
@@ -127,7 +128,25 @@ def times(data: Data, options: dict[str, str]) -> str:
     def cell(row: Row) -> str:
         return significant(1e3 * (row.median or 0))
 
-    return _by_model(rows, cell, _unique(r.contender for r in rows))
+    names = _unique(r.contender for r in rows)
+    scaled = _at_the_limits_speed(rows)
+    if scaled:
+        names.insert(1, scaled[0].contender)
+    return _by_model([*rows, *scaled], cell, names)
+
+
+def _at_the_limits_speed(rows: Sequence[Row]) -> list[Row]:
+    """What the operation's bytes would take at the speed of the limit; nothing where the limit
+    moves as many."""
+    ours = {(r.model, r.dtype): r.bytes for r in rows if r.side == OURS and r.bytes}
+    found = []
+    for r in rows:
+        least = ours.get((r.model, r.dtype))
+        if r.side == "limit" and r.median and r.bytes and least and least != r.bytes:
+            name = f"as many bytes at {r.contender}'s speed"
+            median = r.median * least / r.bytes
+            found.append(dataclasses.replace(r, contender=name, median=median))
+    return found
 
 
 def limit(data: Data, options: dict[str, str]) -> str:

@@ -32,6 +32,11 @@ constexpr int kConstant = 1;
 constexpr int kInverseGamma = 2;
 constexpr int kRatio = 3;
 constexpr int kExternal = 4;
+constexpr int kPowerLaw = 5;
+constexpr int kExponential = 6;
+constexpr int kDebiased = 7;
+constexpr int kRing = 8;
+constexpr int kFilled = 9;
 
 // Counters.
 constexpr int kTicket = 0;

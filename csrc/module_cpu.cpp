@@ -1,93 +1,20 @@
 // The Python module swa_fast._C: importing it loads the library, whose operators register
 // themselves, and it holds the functions that look at Python objects: whether tensors and module
 // dictionaries are still what they were, before an address of theirs is used.
-//
-// A tensor is asked through the DLPack exchange API of its class, a table of C functions that torch
-// gives since 2.11 at the latest: one call fills a struct with the tensor's address, type, sizes
-// and strides, takes no reference to the tensor and took 71 nanoseconds with the comparison where a
-// core was measured.
 #include <Python.h>
 
-#include <algorithm>
-#include <cstdint>
 #include <memory>
-#include <vector>
+
+#include "watch.h"
 
 namespace {
 
-// The part of DLPack 1 that is used, https://dmlc.github.io/dlpack/latest/c_api.html.
-struct DLTensor {
-  void* data;
-  int32_t device_type, device_id;
-  int32_t dim;
-  uint8_t type_code, type_bits;
-  uint16_t type_lanes;
-  const int64_t* sizes;
-  const int64_t* strides;
-  uint64_t byte_offset;
-};
+using swa_fast::Contents;
+using swa_fast::DLPackExchangeAPI;
+using swa_fast::Facts;
+using swa_fast::kDLPackMajor;
 
-struct DLPackExchangeAPI {
-  struct Header {
-    uint32_t major, minor;
-    Header* previous;
-  } header;
-  void* allocate;
-  void* from_object;
-  void* to_object;
-  int (*look)(void* object, DLTensor* out);  // sets a Python error and returns -1 where it fails
-  void* current_stream;
-};
-
-constexpr uint32_t kDLPackMajor = 1;
-const DLPackExchangeAPI* exchange = nullptr;
-
-// What tensors were, in the order in which a check reads it: where thousands of small tensors are
-// watched, most of its time is waiting for memory.
-class Facts {
- public:
-  // False with a Python error where an object has no address.
-  bool add(PyObject* tensor) {
-    DLTensor now;
-    if (exchange->look(tensor, &now) != 0) return false;
-    facts_.push_back({now.data, type_of(now), now.dim, geometry_.size()});
-    geometry_.insert(geometry_.end(), now.sizes, now.sizes + now.dim);
-    geometry_.insert(geometry_.end(), now.strides, now.strides + now.dim);
-    return true;
-  }
-
-  size_t count() const { return facts_.size(); }
-
-  // True if `tensor` is what the one added as number `i` was.
-  bool hold(size_t i, PyObject* tensor) const {
-    DLTensor now;
-    if (exchange->look(tensor, &now) != 0) {
-      PyErr_Clear();  // such as one that has become sparse
-      return false;
-    }
-    const Fact& was = facts_[i];
-    const int64_t* geometry = geometry_.data() + was.geometry;
-    return now.data == was.data && type_of(now) == was.type && now.dim == was.dim &&
-           std::equal(now.sizes, now.sizes + now.dim, geometry) &&
-           std::equal(now.strides, now.strides + now.dim, geometry + now.dim);
-  }
-
- private:
-  struct Fact {
-    const void* data;
-    uint64_t type;
-    int64_t dim;
-    size_t geometry;  // place of the sizes, which the strides follow
-  };
-
-  static uint64_t type_of(const DLTensor& tensor) {
-    return uint64_t{tensor.type_code} << 32 | uint64_t{tensor.type_bits} << 16 | tensor.type_lanes;
-  }
-
-  std::vector<Fact> facts_;
-  std::vector<int64_t> geometry_;  // sizes, then strides, of one tensor after the other
-};
-
+constexpr size_t kAhead = 16;  // tensors whose memory is on its way
 constexpr char kFacts[] = "swa_fast.facts";
 
 Facts* facts_of(PyObject* capsule) {
@@ -117,7 +44,9 @@ bool are_sequences(PyObject* first, PyObject* second) {
   return true;
 }
 
-PyObject* start(PyObject*, PyObject* capsule) {
+PyObject* start(PyObject*, PyObject* arguments) {
+  PyObject *capsule, *sample;
+  if (!PyArg_ParseTuple(arguments, "OO", &capsule, &sample)) return nullptr;
   const auto* found =
       static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
   if (found == nullptr) return nullptr;
@@ -126,8 +55,10 @@ PyObject* start(PyObject*, PyObject* capsule) {
                  kDLPackMajor, found->header.major, found->header.minor);
     return nullptr;
   }
-  exchange = found;
-  Py_RETURN_NONE;
+  Facts::exchange = found;
+  Facts::layout = {};
+  if (sample != Py_None) Facts::layout.find(sample);
+  return PyBool_FromLong(Facts::layout.shape != 0);
 }
 
 PyObject* facts(PyObject*, PyObject* arguments) {
@@ -144,11 +75,13 @@ PyObject* facts(PyObject*, PyObject* arguments) {
 
 // Whether the tensors of two sequences are what they were; -1 with a Python error.
 int tensors_hold(PyObject* capsule, PyObject* first, PyObject* second) {
-  const Facts* expected = facts_of(capsule);
+  Facts* expected = facts_of(capsule);
   if (expected == nullptr || !are_sequences(first, second)) return -1;
+  for (size_t i = 0; i < kAhead; ++i) expected->prefetch(i);
   size_t i = 0;
   return for_each(first, second,
                   [&](PyObject* tensor) {
+                    expected->prefetch(i + kAhead);
                     return i < expected->count() && expected->hold(i++, tensor);
                   }) &&
          i == expected->count();
@@ -160,35 +93,6 @@ PyObject* hold(PyObject*, PyObject* arguments) {
   const int held = tensors_hold(capsule, first, second);
   return held < 0 ? nullptr : PyBool_FromLong(held);
 }
-
-// What dictionaries held, in the order in which a check reads it. The pointers are borrowed from
-// the tuple it was made of, which its owner keeps: Python's garbage collector sees through a tuple,
-// and not through a capsule.
-struct Contents {
-  struct Dictionary {
-    PyObject* dictionary;
-    Py_ssize_t size;
-  };
-  std::vector<Dictionary> dictionaries;
-  std::vector<PyObject*> items;  // key, value, key, value, ... of one after the other
-
-  // Same objects, same order, nothing more.
-  bool hold() const {
-    PyObject* const* expected = items.data();
-    for (const Dictionary& each : dictionaries) {
-      if (PyDict_Size(each.dictionary) != each.size) return false;
-      PyObject *key, *value;
-      Py_ssize_t position = 0;
-      for (Py_ssize_t i = 0; i < each.size; ++i, expected += 2) {
-        if (!PyDict_Next(each.dictionary, &position, &key, &value) || key != expected[0] ||
-            value != expected[1]) {
-          return false;
-        }
-      }
-    }
-    return true;
-  }
-};
 
 constexpr char kContents[] = "swa_fast.contents";
 
@@ -235,9 +139,10 @@ PyMethodDef functions[] = {
     {"contents", contents, METH_O,
      "contents(dictionaries: tuple) -> capsule: of pairs of a dictionary and a tuple of its keys "
      "and values in turn. The tuple must be kept as long as the capsule."},
-    {"start", start, METH_O,
-     "start(capsule) -> None: hands over torch.Tensor.__dlpack_c_exchange_api__, without which no "
-     "tensor can be asked."},
+    {"start", start, METH_VARARGS,
+     "start(capsule, sample) -> bool: hands over torch.Tensor.__dlpack_c_exchange_api__, without "
+     "which no tensor can be asked, and an fp32 tensor of shape [3, 5, 7] or, where torch's layout "
+     "of tensors is not known, None. Whether the bytes of tensors are compared before asking."},
     {"facts", facts, METH_VARARGS,
      "facts(first, second) -> capsule: what the tensors of two lists or tuples are: addresses, "
      "types, sizes and strides. The tensors are not kept."},

@@ -60,24 +60,47 @@ struct Exponent<Half> {
 // s = n - update_after_step, the weight of the source is
 //
 //   SWA             1 / (n + 1)
-//   constant        1                                                      if s <= 0
-//                   1 - decay                                              else
-//   inverse gamma   the same with decay' = clamp(1 - (1 + s / gamma)^-power, min_decay, decay)
-//   ratio           the same with decay' = clamp((1 + s) / (10 + s), min_decay, decay)
 //   external        1 at n = 0, else 0: the average belongs to a user's function
+//   ring            1 if n mod gamma = power, else 0: one of the last gamma sources
+//   filled          1 / (power + 1) if n > power, else 0: into the mean of a ring
+//   all others      1                                                      if s <= 0, else
+//   constant        1 - decay
+//   inverse gamma   1 - clamp(1 - (1 + s / gamma)^-power, min_decay, decay)
+//   ratio           1 - clamp((1 + s) / (10 + s), min_decay, decay)
+//   exponential     1 - clamp(decay (1 - exp(-s / gamma)), min_decay, decay)
+//   power law       1 - (s / (s + 1))^power
+//   debiased        (1 - decay) / (1 - exp((s + 1) power)), power = log decay
 struct WeightRule {
   double kind, decay, min_decay, gamma, power, update_after_step, unused[2];
 
   C10_HOST_DEVICE double weight(int64_t n) const {
     const int k = static_cast<int>(kind);
-    if (k == kSwa) return 1.0 / static_cast<double>(n + 1);
+    const double count = static_cast<double>(n);
+    if (k == kSwa) return 1.0 / (count + 1.0);
     if (k == kExternal) return n == 0 ? 1.0 : 0.0;
-    const double s = static_cast<double>(n) - update_after_step;
+    if (k == kRing) {
+      return n % static_cast<int64_t>(gamma) == static_cast<int64_t>(power) ? 1.0 : 0.0;
+    }
+    if (k == kFilled) return count > power ? 1.0 / (power + 1.0) : 0.0;
+    const double s = count - update_after_step;
     if (s <= 0.0) return 1.0;
     if (k == kConstant) return 1.0 - decay;
-    // exp and log1p are inlined on the GPU; pow is a call that needs a stack.
-    const double d =
-        k == kInverseGamma ? 1.0 - exp(-power * log1p(s / gamma)) : (1.0 + s) / (10.0 + s);
+    double d;
+    if (k == kRatio) {
+      d = (1.0 + s) / (10.0 + s);
+    } else {
+      // One logarithm and one exponential for all: they are inlined on the GPU, and pow would be a
+      // call that needs a stack.
+      const bool logarithmic = k == kInverseGamma || k == kPowerLaw;
+      const double x = logarithmic ? log1p(k == kPowerLaw ? -1.0 / (s + 1.0) : s / gamma) : 0.0;
+      const double rest = -expm1(k == kPowerLaw       ? power * x
+                                 : k == kInverseGamma ? -power * x
+                                 : k == kDebiased     ? power * (s + 1.0)
+                                                      : -s / gamma);
+      if (k == kPowerLaw) return rest;
+      if (k == kDebiased) return (1.0 - decay) / rest;
+      d = k == kExponential ? decay * rest : rest;
+    }
     return 1.0 - fmax(fmin(d, decay), min_decay);
   }
 };
@@ -132,6 +155,41 @@ C10_HOST_DEVICE inline BFloat16 round_stochastically(float x, uint32_t random16)
   return BFloat16(static_cast<uint16_t>((bits + random16) >> 16), BFloat16::from_bits());
 }
 
+// Decides on the device whether an update takes place at all: after every `every`-th optimiser step
+// that the gradient scaler did not skip, which it has if *found_inf is not zero. `offset` is added
+// to the steps that `steps` has counted; before step 0 nothing is due.
+struct Gate {
+  const float* found_inf;
+  int64_t* steps;  // null: every update is due
+  int64_t every, offset;
+
+  C10_HOST_DEVICE bool skipped() const { return found_inf != nullptr && *found_inf != 0.0f; }
+  C10_HOST_DEVICE bool due() const {
+    if (steps == nullptr) return true;
+    const int64_t step = *steps + offset;
+    return step >= 0 && step % every == 0;
+  }
+};
+
+inline Gate make_gate(const std::optional<Tensor>& found_inf, const std::optional<Tensor>& steps,
+                      int64_t every, int64_t offset, const std::optional<Tensor>& counters,
+                      const Tensor& n_averaged) {
+  const auto beside = [&](const Tensor& tensor) {
+    return tensor.is_cuda() == n_averaged.is_cuda() &&
+           (!tensor.is_cuda() || tensor.get_device_index() == n_averaged.get_device_index());
+  };
+  STD_TORCH_CHECK(!found_inf || (found_inf->scalar_type() == ScalarType::Float &&
+                                 found_inf->numel() == 1 && beside(*found_inf)),
+                  "update_: found_inf must hold one fp32 on the device of n_averaged");
+  STD_TORCH_CHECK(
+      !steps || (steps->scalar_type() == ScalarType::Long && steps->numel() == 1 && beside(*steps)),
+      "update_: steps must hold one int64 on the device of n_averaged");
+  STD_TORCH_CHECK(every >= 1, "update_: every must be 1 or more, found ", every);
+  STD_TORCH_CHECK(counters || !(found_inf || steps), "update_: found_inf and steps need counters");
+  return {found_inf ? static_cast<const float*>(found_inf->const_data_ptr()) : nullptr,
+          steps ? static_cast<int64_t*>(steps->mutable_data_ptr()) : nullptr, every, offset};
+}
+
 // Checks what the table's addresses do not tell; returns the number of averages.
 inline int check_update_arguments(const Tensor& n_averaged, const std::optional<Tensor>& counters,
                                   const Tensor& rules, const Tensor& table) {
@@ -150,6 +208,31 @@ inline int check_update_arguments(const Tensor& n_averaged, const std::optional<
                       table.size(1) == kSegmentHeader + k && table.is_contiguous(),
                   "update_: table must be int64 of shape [segments, ", kSegmentHeader + k, "]");
   return static_cast<int>(k);
+}
+
+// Rows of the averages in a table that serves swa_fast::swag_, and after these one for each of the
+// last deviations.
+constexpr int kSwagMean = 0;
+constexpr int kSwagSquares = 1;
+constexpr int kSwagDeviations = 2;
+
+inline void check_swag_arguments(const Tensor& n_averaged, const Tensor& counters,
+                                 const Tensor& table, int64_t pairs, int64_t columns) {
+  STD_TORCH_CHECK(n_averaged.scalar_type() == ScalarType::Long && n_averaged.numel() == 1,
+                  "swag_: n_averaged must hold one int64");
+  STD_TORCH_CHECK(counters.scalar_type() == ScalarType::Long && counters.numel() == kCounters &&
+                      counters.is_contiguous(),
+                  "swag_: counters must hold ", kCounters, " int64");
+  STD_TORCH_CHECK(columns >= 1, "swag_: expected 1 column or more, found ", columns);
+  STD_TORCH_CHECK(table.scalar_type() == ScalarType::Long && table.dim() == 2 &&
+                      table.size(1) >= kSegmentHeader + kSwagDeviations + columns &&
+                      table.is_contiguous(),
+                  "swag_: table must be int64 of shape [segments, ",
+                  kSegmentHeader + kSwagDeviations + columns, " or more]");
+  // Averages of fp32 from sources of fp32, bfloat16 and fp16, or both of fp64.
+  constexpr int64_t kAllowed = 1 << (4 * kFloat + kFloat) | 1 << (4 * kFloat + kBfloat16) |
+                               1 << (4 * kFloat + kHalf) | 1 << (4 * kDouble + kDouble);
+  STD_TORCH_CHECK((pairs & ~kAllowed) == 0, "swag_: expected averages of fp32 or fp64");
 }
 
 // The number of averages in a table that serves a swap with average `row`.

@@ -1,4 +1,4 @@
-// CPU kernels of swa_fast::update_ and swa_fast::swap_.
+// CPU kernels of swa_fast::update_, swa_fast::swap_ and swa_fast::swag_.
 //
 // Formula: update.h. Layout: every segment is consecutive in the source and in each average. Bytes
 // per element: sizeof(source) + 2 k sizeof(average), 4 + 8 k for k averages in fp32: a piece of the
@@ -20,12 +20,17 @@ constexpr int64_t kGrain = 16384;     // elements below which a second thread do
 constexpr int64_t kSegmentCost = 64;  // of starting a segment, in elements
 constexpr int64_t kCutMultiple = 16;  // segments are cut at multiples of it: whole Philox groups
 constexpr int64_t kPiece = 2048;      // elements of the source that all averages use in turn
+constexpr int64_t kAhead = 4;         // segments whose first lines are on their way
+constexpr int64_t kPrefetched = 256;  // bytes of them
 
 // The segments of a table, and how to share them among threads.
 class Table {
  public:
-  explicit Table(const Tensor& table)
-      : words_(static_cast<const int64_t*>(table.const_data_ptr())),
+  // Of the averages, `rows` are used, from `first` on.
+  Table(const Tensor& table, int first, int rows)
+      : first_(first),
+        rows_(rows),
+        words_(static_cast<const int64_t*>(table.const_data_ptr())),
         width_(table.size(1)),
         count_(table.size(0)),
         start_(count_ + 1) {
@@ -41,6 +46,7 @@ class Table {
     torch::stable::parallel_for(0, start_[count_], kGrain, [&](int64_t begin, int64_t end) {
       const auto after = std::upper_bound(start_.begin(), start_.end(), begin);
       for (int64_t i = after - start_.begin() - 1; i < count_ && start_[i] < end; ++i) {
+        prefetch(i + kAhead);
         const int64_t from = cut(i, begin), to = cut(i, end);
         if (from < to) f(segment(i), from, to);
       }
@@ -50,6 +56,19 @@ class Table {
  private:
   Segment segment(int64_t i) const { return {words_ + i * width_}; }
 
+  // The first lines of a segment that follows soon: tensors that others allocated lie anywhere, and
+  // the processor fetches ahead only within one of them.
+  void prefetch(int64_t i) const {
+    if (i >= count_) return;
+    const int64_t bytes = std::min(segment(i).count(), kPrefetched);
+    const char* source = static_cast<const char*>(segment(i).source());
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(source + at);
+    for (int row = first_; row < first_ + rows_; ++row) {
+      const char* average = segment(i).average(row);
+      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(average + at, 1);
+    }
+  }
+
   // The element of segment `i` at a place of the axis; both neighbours of a cut compute the same.
   int64_t cut(int64_t i, int64_t place) const {
     const int64_t element = place - start_[i] - kSegmentCost, count = segment(i).count();
@@ -57,6 +76,7 @@ class Table {
     return element <= 0 ? 0 : element - element % kCutMultiple;
   }
 
+  int first_, rows_;
   const int64_t* words_;
   int64_t width_, count_;
   std::vector<int64_t> start_;  // of each segment on the axis of costs, and the axis' end
@@ -267,15 +287,21 @@ bool all_finite(const void* data, int64_t begin, int64_t end) {
 void update_cpu(std::vector<Tensor> /*averages*/, std::vector<Tensor> /*sources*/,
                 Tensor n_averaged, std::optional<Tensor> counters, Tensor rules, Tensor table,
                 int64_t /*pairs*/, std::optional<int64_t> seed, bool skip_nonfinite,
-                int64_t /*short_segments*/) {
+                int64_t /*short_segments*/, std::optional<Tensor> found_inf,
+                std::optional<Tensor> steps, int64_t every, int64_t offset) {
   Update update{check_update_arguments(n_averaged, counters, rules, table), {}, {}, seed};
   STD_TORCH_CHECK(n_averaged.is_cpu() && (!counters || counters->is_cpu()),
                   "update_.cpu: n_averaged and counters must be on the CPU");
   STD_TORCH_CHECK(counters || !skip_nonfinite, "update_.cpu: skip_nonfinite needs counters");
-  const Table segments(table);
+  const Table segments(table, 0, update.rows);
   int64_t* n = static_cast<int64_t*>(n_averaged.mutable_data_ptr());
   const WeightRule* rule = static_cast<const WeightRule*>(rules.const_data_ptr());
+  const Gate gate = make_gate(found_inf, steps, every, offset, counters, n_averaged);
 
+  if (gate.skipped()) return;
+  const bool due = gate.due();
+  if (gate.steps != nullptr) ++*gate.steps;
+  if (!due) return;
   if (skip_nonfinite) {
     std::atomic<bool> finite{true};
     segments.for_each([&](Segment segment, int64_t begin, int64_t end) {
@@ -301,12 +327,118 @@ void update_cpu(std::vector<Tensor> /*averages*/, std::vector<Tensor> /*sources*
 void swap_cpu(std::vector<Tensor> /*averages*/, std::vector<Tensor> /*sources*/, Tensor table,
               int64_t row, int64_t /*short_segments*/) {
   check_swap_arguments(table, row);
-  Table(table).for_each([&](Segment segment, int64_t begin, int64_t end) {
+  Table(table, static_cast<int>(row), 1).for_each([&](Segment segment, int64_t begin, int64_t end) {
     const int64_t size = element_bytes(segment.source_type());
     char* average = segment.average(static_cast<int>(row));
     char* source = static_cast<char*>(const_cast<void*>(segment.source()));
     std::swap_ranges(average + begin * size, average + end * size, source + begin * size);
   });
+}
+
+// One element: the mean moves, the squared deviations from it grow (Welford), and how far the
+// source is from the new mean is what a column holds.
+template <typename Average, typename Source>
+void swag_portable(Average* mean, Average* squares, Average* column, const Source* source,
+                   int64_t count, Blend rule) {
+  for (int64_t i = 0; i < count; ++i) {
+    const Average x = static_cast<Average>(source[i]), old = mean[i];
+    mean[i] = rule.apply(old, x);
+    column[i] = x - mean[i];
+    squares[i] = rule.mode == Mode::kCopy ? Average(0) : std::fma(x - old, column[i], squares[i]);
+  }
+}
+
+#if SWA_FAST_HAS_AVX2_PATH
+
+template <Mode kMode, typename Average, typename Source>
+SWA_FAST_AVX2 inline void swag_vector(Average* mean, Average* squares, Average* column,
+                                      const Source* source, typename Lanes<Average>::Register c) {
+  using L = Lanes<Average>;
+  const auto x = L::load(source);
+  const auto old = L::load(mean);
+  const auto now =
+      kMode == Mode::kCopy ? x : L::blend(kMode == Mode::kFromAverage ? old : x, c, old, x);
+  L::store(mean, now);
+  L::store(column, x - now);
+  L::store(squares,
+           kMode == Mode::kCopy ? L::broadcast(0) : L::blend(L::load(squares), x - old, now, x));
+}
+
+template <Mode kMode, typename Average, typename Source>
+SWA_FAST_AVX2 void swag_avx2(Average* mean, Average* squares, Average* column, const Source* source,
+                             int64_t count, double coefficient) {
+  using L = Lanes<Average>;
+  const auto c = L::broadcast(static_cast<Average>(coefficient));
+  int64_t i = 0;
+  for (; i + L::kCount <= count; i += L::kCount) {
+    swag_vector<kMode>(mean + i, squares + i, column + i, source + i, c);
+  }
+  if (i < count) {
+    Average rows[3][L::kCount] = {};
+    Source b[L::kCount] = {};
+    Average* const memory[] = {mean + i, squares + i, column + i};
+    for (int row = 0; row < 3; ++row) {
+      std::memcpy(rows[row], memory[row], (count - i) * sizeof(Average));
+    }
+    std::memcpy(b, source + i, (count - i) * sizeof(Source));
+    swag_vector<kMode>(rows[0], rows[1], rows[2], b, c);
+    for (int row = 0; row < 3; ++row) {
+      std::memcpy(memory[row], rows[row], (count - i) * sizeof(Average));
+    }
+  }
+}
+
+#endif  // SWA_FAST_HAS_AVX2_PATH
+
+template <typename Average, typename Source>
+void swag_range(Segment segment, int64_t begin, int64_t end, double weight, int column_row) {
+  const auto row = [&](int index) {
+    return reinterpret_cast<Average*>(segment.average(index)) + begin;
+  };
+  Average* mean = row(kSwagMean);
+  Average* squares = row(kSwagSquares);
+  Average* column = row(column_row);
+  const Source* source = static_cast<const Source*>(segment.source()) + begin;
+  const Blend rule = make_blend<Average>(static_cast<Average>(weight), weight == 1.0);
+#if SWA_FAST_HAS_AVX2_PATH
+  if (cpu_has_avx2()) {
+    const auto vectorised = rule.mode == Mode::kCopy ? swag_avx2<Mode::kCopy, Average, Source>
+                            : rule.mode == Mode::kFromAverage
+                                ? swag_avx2<Mode::kFromAverage, Average, Source>
+                                : swag_avx2<Mode::kFromSource, Average, Source>;
+    return vectorised(mean, squares, column, source, end - begin, rule.coefficient);
+  }
+#endif
+  swag_portable(mean, squares, column, source, end - begin, rule);
+}
+
+// 4 + 8 + 8 + 4 bytes per fp32 element.
+void swag_cpu(std::vector<Tensor> /*averages*/, std::vector<Tensor> /*sources*/, Tensor n_averaged,
+              Tensor counters, Tensor table, int64_t pairs, int64_t columns,
+              int64_t /*short_segments*/, std::optional<Tensor> found_inf,
+              std::optional<Tensor> steps, int64_t every, int64_t offset) {
+  check_swag_arguments(n_averaged, counters, table, pairs, columns);
+  STD_TORCH_CHECK(n_averaged.is_cpu(), "swag_.cpu: n_averaged must be on the CPU");
+  const Gate gate = make_gate(found_inf, steps, every, offset, counters, n_averaged);
+  const Table segments(table, kSwagMean, 2);
+  if (gate.skipped()) return;
+  const bool due = gate.due();
+  if (gate.steps != nullptr) ++*gate.steps;
+  if (!due) return;
+  int64_t& n = *static_cast<int64_t*>(n_averaged.mutable_data_ptr());
+  const double weight = 1.0 / static_cast<double>(n + 1);
+  const int column = kSwagDeviations + static_cast<int>(n % columns);
+  segments.for_each([&](Segment segment, int64_t begin, int64_t end) {
+    if (segment.average_type() == kDouble) {
+      return swag_range<double, double>(segment, begin, end, weight, column);
+    }
+    dispatch_code(segment.source_type(), [&](auto source) {
+      if constexpr (!std::is_same_v<decltype(source), double>) {
+        swag_range<float, decltype(source)>(segment, begin, end, weight, column);
+      }
+    });
+  });
+  ++n;
 }
 
 }  // namespace
@@ -315,4 +447,5 @@ void swap_cpu(std::vector<Tensor> /*averages*/, std::vector<Tensor> /*sources*/,
 STABLE_TORCH_LIBRARY_IMPL(swa_fast, CPU, m) {
   m.impl("update_.cpu", TORCH_BOX(&swa_fast::update_cpu));
   m.impl("swap_.cpu", TORCH_BOX(&swa_fast::swap_cpu));
+  m.impl("swag_.cpu", TORCH_BOX(&swa_fast::swag_cpu));
 }

@@ -1,4 +1,4 @@
-// CUDA kernels of swa_fast::update_ and swa_fast::swap_.
+// CUDA kernels of swa_fast::update_, swa_fast::swap_ and swa_fast::swag_.
 //
 // Formula: update.h. Layout: every segment is consecutive in the source and in each average, and
 // has less than 2^31 elements. Bytes per element: sizeof(source) + 2 k sizeof(average), 4 + 8 k for
@@ -38,6 +38,7 @@ struct Arguments {
   int long_segments, segments;
   int rows;
   bool skip_nonfinite;
+  Gate gate;
   WeightRule rules[kMaxAverages];
 };
 static_assert(sizeof(Arguments) <= 4096, "kernel arguments");
@@ -76,6 +77,8 @@ struct Shared {
   int64_t words[kWarps][kSegmentHeader + kMaxAverages];  // its segments' rows of the table
   double weight[kMaxAverages];
   int64_t n[kMaxAverages];
+  bool counts;     // the optimiser's step as one
+  bool nonfinite;  // the sources of an update that was due
   bool skip;
 };
 
@@ -327,7 +330,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     shared.weight[lane] = arguments.rules[lane].weight(n);
   }
   if (threadIdx.x == kThreads - 1) {
-    shared.skip = arguments.skip_nonfinite && arguments.counters[kNonFinite] != 0;
+    const bool counts = !arguments.gate.skipped();
+    const bool due = counts && arguments.gate.due();
+    const bool bad = due && arguments.skip_nonfinite && arguments.counters[kNonFinite] != 0;
+    shared.counts = counts;
+    shared.nonfinite = bad;
+    shared.skip = !due || bad;
   }
   __syncthreads();
 
@@ -364,8 +372,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     // the kernel would wait for anyway.
     __threadfence();
     arguments.counters[kTicket] = 0;
+    if (shared.counts && arguments.gate.steps != nullptr) *arguments.gate.steps += 1;
     if (shared.skip) {
-      arguments.counters[kSkipped] += 1;
+      if (shared.nonfinite) arguments.counters[kSkipped] += 1;
       arguments.counters[kNonFinite] = 0;
     } else {
       for (int row = 0; row < arguments.rows; ++row) arguments.n_averaged[row] += 1;
@@ -467,6 +476,125 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
+struct SwagArguments {
+  const int64_t* table;
+  int64_t* n_averaged;
+  int64_t* counters;
+  int width, long_segments, segments;
+  int columns;
+  Gate gate;
+};
+
+// Elements [begin, end) of a segment, whole packs, or of them what is this warp's part: the mean
+// moves, the squared deviations from it grow (Welford), and how far the source is from the new mean
+// is what a column holds. 4 + 8 + 8 + 4 bytes per fp32 element.
+template <typename Average, typename Source, int kPack>
+__device__ __forceinline__ void swag_part(Segment segment, int begin, int end, int64_t n, int part,
+                                          int parts) {
+  using AveragePack = Pack<Average, kPack>;
+  using SourcePack = Pack<Source, kPack>;
+  constexpr int kUnroll = 2;
+  constexpr int kStride = kWarp * kPack;
+  const Average weight = static_cast<Average>(1.0 / static_cast<double>(n + 1));
+  const bool copy = n == 0, near = weight < Average(0.5);
+  const Average factor = near ? weight : weight - Average(1);
+  const Source* source = to_global(static_cast<const Source*>(segment.source()));
+  Average* mean = to_global(reinterpret_cast<Average*>(segment.average(kSwagMean)));
+  Average* squares = to_global(reinterpret_cast<Average*>(segment.average(kSwagSquares)));
+  Average* column = to_global(reinterpret_cast<Average*>(segment.average(kSwagDeviations)));
+#pragma unroll 1
+  for (int at = begin + part * kStride * kUnroll + lane_id() * kPack; at < end;
+       at += parts * kStride * kUnroll) {
+    SourcePack b[kUnroll] = {};
+    AveragePack m[kUnroll] = {}, s[kUnroll] = {};
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int i = at + u * kStride;
+      if (i < end) {
+        b[u] = *reinterpret_cast<const SourcePack*>(source + i);
+        if (!copy) {
+          m[u] = *reinterpret_cast<const AveragePack*>(mean + i);
+          s[u] = *reinterpret_cast<const AveragePack*>(squares + i);
+        }
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int i = at + u * kStride;
+      if (i < end) {
+        AveragePack d;
+#pragma unroll
+        for (int k = 0; k < kPack; ++k) {
+          const Average x = static_cast<Average>(b[u].element[k]), old = m[u].element[k];
+          const Average now = copy ? x : fma(factor, x - old, near ? old : x);
+          d.element[k] = x - now;
+          s[u].element[k] = copy ? Average(0) : fma(x - old, x - now, s[u].element[k]);
+          m[u].element[k] = now;
+        }
+        *reinterpret_cast<AveragePack*>(mean + i) = m[u];
+        *reinterpret_cast<AveragePack*>(squares + i) = s[u];
+        *reinterpret_cast<AveragePack*>(column + i) = d;
+      }
+    }
+  }
+}
+
+template <typename Average, typename Source>
+__device__ __forceinline__ void swag_segment(Segment segment, int64_t n, const Share& share) {
+  constexpr int kPack = kPackBytes / sizeof(Average);
+  const int count = static_cast<int>(segment.count());
+  int packed = 0;
+  if (is_aligned_for<Pack<Source, kPack>>(segment.source()) && segment.alignment() == kPackBytes) {
+    packed = count / kPack * kPack;
+    swag_part<Average, Source, kPack>(segment, 0, packed, n, share.part(), share.parts());
+  }
+  swag_part<Average, Source, 1>(segment, packed, count, n, share.parts() - 1 - share.part(),
+                                share.parts());
+}
+
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    swag_kernel(const __grid_constant__ SwagArguments arguments) {
+  // A segment's row as far as it is needed: of the columns the one whose turn it is.
+  constexpr int kWords = kSegmentHeader + kSwagDeviations + 1;
+  __shared__ int64_t words[kWarps][kWords];
+  __shared__ int64_t n;
+  __shared__ bool counts, due;
+  const Share share{arguments.long_segments, arguments.segments};
+  const int warp = thread_id() / kWarp, lane = lane_id();
+  if (warp < share.segments() && lane < kWords) {
+    int word = lane;
+    if (lane == kWords - 1) word += static_cast<int>(*arguments.n_averaged % arguments.columns);
+    const int64_t row = static_cast<int64_t>(share.first() + warp) * arguments.width;
+    words[warp][lane] = arguments.table[row + word];
+  }
+  if (threadIdx.x == 0) {
+    n = *arguments.n_averaged;
+    counts = !arguments.gate.skipped();
+    due = counts && arguments.gate.due();
+  }
+  __syncthreads();
+  unsigned drawn = ~0u;
+  if (threadIdx.x == 0) drawn = draw_ticket(arguments.counters + kTicket);
+  if (due && share.segment() < share.segments()) {
+    const Segment segment{words[share.segment()]};
+    if (segment.average_type() == kDouble) {
+      swag_segment<double, double>(segment, n, share);
+    } else {
+      dispatch_code(segment.source_type(), [&](auto source) {
+        if constexpr (!std::is_same_v<decltype(source), double>) {
+          swag_segment<float, decltype(source)>(segment, n, share);
+        }
+      });
+    }
+  }
+  if (drawn == gridDim.x - 1) {
+    __threadfence();
+    arguments.counters[kTicket] = 0;
+    if (counts && arguments.gate.steps != nullptr) *arguments.gate.steps += 1;
+    if (due) *arguments.n_averaged += 1;
+  }
+}
+
 // The current device's guard, the stream and the number of blocks of a launch over `table`.
 struct Launch {
   torch::stable::accelerator::DeviceGuard guard;
@@ -506,7 +634,8 @@ struct Launch {
 void update_cuda(std::vector<Tensor> /*averages*/, std::vector<Tensor> /*sources*/,
                  Tensor n_averaged, std::optional<Tensor> counters, Tensor rules, Tensor table,
                  int64_t /*pairs*/, std::optional<int64_t> seed, bool skip_nonfinite,
-                 int64_t short_segments) {
+                 int64_t short_segments, std::optional<Tensor> found_inf,
+                 std::optional<Tensor> steps, int64_t every, int64_t offset) {
   const int rows = check_update_arguments(n_averaged, counters, rules, table);
   const Launch launch(table, short_segments);
   STD_TORCH_CHECK(
@@ -524,6 +653,7 @@ void update_cuda(std::vector<Tensor> /*averages*/, std::vector<Tensor> /*sources
   arguments.segments = static_cast<int>(launch.segments);
   arguments.rows = rows;
   arguments.skip_nonfinite = skip_nonfinite;
+  arguments.gate = make_gate(found_inf, steps, every, offset, counters, n_averaged);
   std::copy_n(static_cast<const WeightRule*>(rules.const_data_ptr()), rows, arguments.rules);
   if (skip_nonfinite) {
     nonfinite_kernel<<<launch.blocks(), kThreads, 0, launch.stream>>>(
@@ -547,10 +677,34 @@ void swap_cuda(std::vector<Tensor> /*averages*/, std::vector<Tensor> /*sources*/
   Launch::check();
 }
 
+void swag_cuda(std::vector<Tensor> /*averages*/, std::vector<Tensor> /*sources*/, Tensor n_averaged,
+               Tensor counters, Tensor table, int64_t pairs, int64_t columns,
+               int64_t short_segments, std::optional<Tensor> found_inf, std::optional<Tensor> steps,
+               int64_t every, int64_t offset) {
+  check_swag_arguments(n_averaged, counters, table, pairs, columns);
+  const Launch launch(table, short_segments);
+  STD_TORCH_CHECK(n_averaged.is_cuda() &&
+                      n_averaged.get_device_index() == table.get_device_index() &&
+                      counters.is_cuda() && counters.get_device_index() == table.get_device_index(),
+                  "swag_.cuda: n_averaged, counters and table must be on one CUDA device");
+  SwagArguments arguments{};
+  arguments.table = launch.table;
+  arguments.n_averaged = static_cast<int64_t*>(n_averaged.mutable_data_ptr());
+  arguments.counters = static_cast<int64_t*>(counters.mutable_data_ptr());
+  arguments.width = launch.width;
+  arguments.long_segments = launch.long_segments();
+  arguments.segments = static_cast<int>(launch.segments);
+  arguments.columns = static_cast<int>(columns);
+  arguments.gate = make_gate(found_inf, steps, every, offset, counters, n_averaged);
+  swag_kernel<<<launch.blocks(), kThreads, 0, launch.stream>>>(arguments);
+  Launch::check();
+}
+
 }  // namespace
 }  // namespace swa_fast
 
 STABLE_TORCH_LIBRARY_IMPL(swa_fast, CUDA, m) {
   m.impl("update_.cuda", TORCH_BOX(&swa_fast::update_cuda));
   m.impl("swap_.cuda", TORCH_BOX(&swa_fast::swap_cuda));
+  m.impl("swag_.cuda", TORCH_BOX(&swa_fast::swag_cuda));
 }

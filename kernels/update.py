@@ -10,7 +10,6 @@ finish advances them, when every other program has read them.
 """
 
 import contextlib
-import os
 
 import torch
 import triton
@@ -19,7 +18,9 @@ from torch import Tensor
 
 from swa_fast import _layout as layout
 
-__all__ = ["swap_", "update_"]
+from .weights import INTERPRETED, LANES, gate, load_scalar, weight_of
+
+__all__ = ["on_device", "swap_", "update_"]
 
 BLOCK = layout.TRITON_SEGMENT
 NUM_WARPS = 4  # with BLOCK: 32 elements, or eight 16-byte fp32 packs, per thread
@@ -27,10 +28,6 @@ NUM_WARPS = 4  # with BLOCK: 32 elements, or eight 16-byte fp32 packs, per threa
 # compiler spills for one more.
 REGISTERS, STOCHASTIC_REGISTERS = 128, 168
 TYPES = tl.constexpr((tl.float32, tl.float64, tl.bfloat16, tl.float16))  # by type code
-LANES = tl.constexpr(128)  # threads of a program: what is loaded by LANES is loaded once
-# Triton's interpreter reduces tuples lane by lane, in Python: a hundred times slower than sums.
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-WARP = tl.constexpr(32)  # what is loaded by WARP every warp has a copy of, without a barrier
 
 FLOAT, DOUBLE = tl.constexpr(layout.FLOAT), tl.constexpr(layout.DOUBLE)
 BFLOAT16, HALF = tl.constexpr(layout.BFLOAT16), tl.constexpr(layout.HALF)
@@ -40,12 +37,7 @@ PLACE_WORD, HEADER = tl.constexpr(layout.PLACE), tl.constexpr(layout.SEGMENT_HEA
 AVERAGE_TYPE = tl.constexpr(layout.AVERAGE_TYPE)
 SOURCE_TYPE = tl.constexpr(layout.SOURCE_TYPE)
 COPIED, ALIGNMENT = tl.constexpr(layout.COPIED), tl.constexpr(layout.ALIGNMENT)
-DECAY, MIN_DECAY = tl.constexpr(layout.DECAY), tl.constexpr(layout.MIN_DECAY)
-GAMMA, POWER = tl.constexpr(layout.GAMMA), tl.constexpr(layout.POWER)
-UPDATE_AFTER_STEP = tl.constexpr(layout.UPDATE_AFTER_STEP)
 RULE_COLUMNS = tl.constexpr(layout.RULE_COLUMNS)
-SWA, INVERSE_GAMMA = tl.constexpr(layout.SWA), tl.constexpr(layout.INVERSE_GAMMA)
-RATIO, EXTERNAL = tl.constexpr(layout.RATIO), tl.constexpr(layout.EXTERNAL)
 TICKET, NON_FINITE = tl.constexpr(layout.TICKET), tl.constexpr(layout.NON_FINITE)
 SKIPPED = tl.constexpr(layout.SKIPPED)
 
@@ -84,55 +76,6 @@ def _segment(words, average):
 def _average(words, average):
     lane = tl.arange(0, LANES)
     return tl.sum(tl.where(lane == average + HEADER, words, tl.zeros_like(words)))
-
-
-@triton.jit
-def _load_scalar(pointer):
-    lane = tl.arange(0, WARP)
-    return tl.sum(tl.load(pointer + lane, mask=lane == 0, other=0))
-
-
-@triton.jit
-def _add5(a0, a1, a2, a3, a4, b0, b1, b2, b3, b4):
-    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4
-
-
-@triton.jit
-def _weight(rule_ptr, n):
-    """The source's weight in fp64."""
-    kind = _load_scalar(rule_ptr)
-    one = tl.full([], 1.0, tl.float64)
-    weight = one / (n + 1).to(tl.float64)
-    if kind == EXTERNAL:
-        weight = tl.where(n == 0, one, 0.0 * one)
-    elif kind > SWA:
-        column = tl.arange(0, LANES)
-        rule = tl.load(
-            rule_ptr + column, mask=(column >= DECAY) & (column <= UPDATE_AFTER_STEP), other=0.0
-        )
-        zero = tl.zeros_like(rule)
-        decay = tl.where(column == DECAY, rule, zero)
-        min_decay = tl.where(column == MIN_DECAY, rule, zero)
-        gamma = tl.where(column == GAMMA, rule, zero)
-        power = tl.where(column == POWER, rule, zero)
-        after = tl.where(column == UPDATE_AFTER_STEP, rule, zero)
-        if INTERPRETED:
-            decay, min_decay, gamma = tl.sum(decay), tl.sum(min_decay), tl.sum(gamma)
-            power, after = tl.sum(power), tl.sum(after)
-        else:
-            decay, min_decay, gamma, power, after = tl.reduce(
-                (decay, min_decay, gamma, power, after), 0, _add5
-            )
-        s = n.to(tl.float64) - after
-        d = decay
-        if kind == INVERSE_GAMMA:
-            d = 1.0 - tl.exp(-power * tl.log(1.0 + tl.maximum(s, one) / gamma))
-        elif kind == RATIO:
-            d = (1.0 + s) / (10.0 + s)
-        if kind >= INVERSE_GAMMA:
-            d = tl.maximum(tl.minimum(d, decay), min_decay)
-        weight = tl.where(s <= 0.0, one, 1.0 - d)
-    return weight
 
 
 @triton.jit
@@ -191,10 +134,10 @@ def _rows(
     mask = element < count
     source = tl.load(source_ptr + element, mask=mask).to(MATH)
     for row in range(rows):
-        n = _load_scalar(n_averaged_ptr + row)
+        n = load_scalar(n_averaged_ptr + row)
         weight64 = tl.full([], 1.0, tl.float64)
         if copied == 0:
-            weight64 = _weight(rules_ptr + row * RULE_COLUMNS, n)
+            weight64 = weight_of(rules_ptr + row * RULE_COLUMNS, n)
         weight = weight64.to(MATH)
         average_ptr = average_address + start * (AVERAGE_WIDTH // 8)
         average_ptr = average_ptr.to(tl.pointer_type(AVERAGE))
@@ -250,6 +193,10 @@ def _update_kernel(
     n_averaged_ptr,  # int64 [rows]
     counters_ptr,  # int64 [3], or None: nothing is counted
     rules_ptr,  # float64 [rows, RULE_COLUMNS]
+    found_inf_ptr,  # float32, or None: the gradient scaler skipped no step
+    steps_ptr,  # int64, or None: every update is due
+    every,
+    offset,
     seed: tl.int64,
     PAIRS: tl.constexpr,  # bit 4 a + s: the table holds averages of type a with sources of type s
     STOCHASTIC: tl.constexpr,
@@ -264,9 +211,10 @@ def _update_kernel(
     wide = ((source | count) % 16 == 0) & ((packed >> ALIGNMENT) & 7 == 4)
     skip = tl.full([], 0, tl.int64)
     if SKIP_NONFINITE:
-        skip = _load_scalar(counters_ptr + NON_FINITE)
+        skip = load_scalar(counters_ptr + NON_FINITE)
+    counted, due = gate(found_inf_ptr, steps_ptr, every, offset)
 
-    if skip == 0:
+    if (skip == 0) & (due != 0):
         if pair == BYTES * 4 + BYTES:
             for row in range(rows):
                 _copy_bytes(average, source, count, wide, BLOCK)
@@ -307,10 +255,14 @@ def _update_kernel(
         drawn = tl.atomic_add(counters_ptr + TICKET, 1)
         if drawn == tl.num_programs(0) - 1:
             tl.store(counters_ptr + TICKET, 0)
+            # Again, because what is kept takes registers all the while.
+            counted, due = gate(found_inf_ptr, steps_ptr, every, offset)
+            if steps_ptr is not None:
+                tl.store(steps_ptr, tl.load(steps_ptr) + counted)
             if skip != 0:
                 tl.store(counters_ptr + NON_FINITE, 0)
-                tl.store(counters_ptr + SKIPPED, tl.load(counters_ptr + SKIPPED) + 1)
-            else:
+                tl.store(counters_ptr + SKIPPED, tl.load(counters_ptr + SKIPPED) + due)
+            elif due != 0:
                 for row in range(rows):
                     tl.store(n_averaged_ptr + row, tl.load(n_averaged_ptr + row) + 1)
 
@@ -373,7 +325,7 @@ def _swap_kernel(table_ptr, rows, row, BLOCK: tl.constexpr):
         tl.store(source_ptr + single, narrow, mask=mask)
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
@@ -388,10 +340,14 @@ def update_(
     seed: int | None,
     skip_nonfinite: bool,
     short_segments: int = 0,
+    found_inf: Tensor | None = None,
+    steps: Tensor | None = None,
+    every: int = 1,
+    offset: int = 0,
 ) -> None:
     """See :func:`swa_fast.reference.update_`."""
     rows = n_averaged.numel()
-    with _on(table.device):
+    with on_device(table.device):
         if skip_nonfinite:
             _nonfinite_kernel[(len(table),)](table, rows, counters, BLOCK, num_warps=NUM_WARPS)
         _update_kernel[(len(table),)](
@@ -400,6 +356,10 @@ def update_(
             n_averaged,
             counters,
             rules,
+            found_inf,
+            steps,
+            every,
+            offset,
             0 if seed is None else seed,
             PAIRS=pairs,
             STOCHASTIC=seed is not None,
@@ -419,5 +379,5 @@ def swap_(
 ) -> None:
     """See :func:`swa_fast.reference.swap_`."""
     rows = table.shape[1] - layout.SEGMENT_HEADER
-    with _on(table.device):
+    with on_device(table.device):
         _swap_kernel[(len(table),)](table, rows, row, BLOCK, num_warps=NUM_WARPS)

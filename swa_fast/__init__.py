@@ -12,25 +12,31 @@ from .avg_fns import (
     get_swa_avg_fn,
     get_swa_multi_avg_fn,
 )
-from .batch_norm import BNReport, update_bn
-from .rules import EMA, SWA, Warmup
+from .batch_norm import BNReport, RepairReport, repair, update_bn
+from .rules import EMA, SWA, Power, Warmup, Window
 from .schedules import SWALR
+from .swag import SWAG
 
 __version__ = "0.1.0"
 
 __all__ = [
     "EMA",
     "SWA",
+    "SWAG",
     "SWALR",
     "AveragedModel",
     "Averager",
     "BNReport",
     "BackendError",
+    "Power",
+    "RepairReport",
     "Warmup",
+    "Window",
     "choose_backend",
     "get_ema_avg_fn",
     "get_ema_multi_avg_fn",
     "get_swa_avg_fn",
     "get_swa_multi_avg_fn",
+    "repair",
     "update_bn",
 ]

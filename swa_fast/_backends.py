@@ -23,6 +23,8 @@ import torch
 __all__ = ["BACKENDS", "BackendError", "build_info", "choose_backend", "why_unusable"]
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
+# Of operators that have no kernels for GPUs.
+CPU_BACKENDS = ("cpu", "reference")
 
 # The oldest torch with every function of libtorch that the libraries call (setup.py builds for it).
 _OLDEST_TORCH = (2, 11)
@@ -146,7 +148,10 @@ def cpu_library() -> Any:
     if _load_library("_C"):
         return None
     library = importlib.import_module("swa_fast._C")
-    library.start(torch.Tensor.__dlpack_c_exchange_api__)
+    # The layout of tensors was read in these releases; others are asked through DLPack alone.
+    known = (2, 11) <= _release(torch.__version__) < (2, 15)
+    sample = torch.empty(3, 5, 7) if known else None
+    library.start(torch.Tensor.__dlpack_c_exchange_api__, sample)
     return library
 
 

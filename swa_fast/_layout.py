@@ -53,6 +53,7 @@ AVERAGE_TYPE, SOURCE_TYPE, COPIED, ALIGNMENT = 32, 40, 48, 49
 KIND, DECAY, MIN_DECAY, GAMMA, POWER, UPDATE_AFTER_STEP = range(6)
 RULE_COLUMNS = 8
 SWA, CONSTANT, INVERSE_GAMMA, RATIO, EXTERNAL = range(5)
+POWER_LAW, EXPONENTIAL, DEBIASED, RING, FILLED = range(5, 10)
 
 # Counters of a device, int64: blocks that are done, whether the sources hold an infinity or NaN,
 # and how many updates were skipped for that.

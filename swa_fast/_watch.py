@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import _backends
@@ -36,7 +37,9 @@ class Watch:
 
     @staticmethod
     def _look(tensor: Tensor) -> tuple[object, ...]:
-        return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+        if tensor.layout != torch.strided:
+            return type(tensor), tensor.layout  # it has no address
+        return type(tensor), tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
     def holds(self) -> bool:
         """True while nothing has changed."""

@@ -18,7 +18,8 @@ from ._modules import check_kind, inner, match
 from ._watch import Watch
 from .avg_fns import AvgFn, MultiAvgFn, by_device_and_dtype, rule_of
 from .engine import Slot, dense_strides
-from .rules import SWA, why_it_stands_still
+from .hooks import Attachment, Gate, attach
+from .rules import EMA, SWA, Power, Rule, why_it_stands_still
 from .storage import SeparateMemory, Storage
 
 __all__ = ["AveragedModel"]
@@ -72,10 +73,12 @@ class AveragedModel(nn.Module):
         backend: ``cuda``, ``triton``, ``cpu`` or ``reference``; None chooses by device. Not saved.
         unwrap: copy the model inside DataParallel, DistributedDataParallel or torch.compile
             instead of the wrapper.
+        rule: instead of a function, :class:`~swa_fast.SWA`, :class:`~swa_fast.EMA` or
+            :class:`~swa_fast.Power` with any of their options. Not saved.
 
     Raises:
-        AssertionError: both functions are given (as torch does).
-        TypeError: ``dtype`` is none of the four.
+        AssertionError: both functions are given (as torch does), or one and ``rule``.
+        TypeError: ``dtype`` is none of the four, or ``rule`` no such rule.
         ValueError: no such backend.
 
     Source: Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization",
@@ -95,10 +98,13 @@ class AveragedModel(nn.Module):
         dtype: torch.dtype | None = None,
         backend: str | None = None,
         unwrap: bool = False,
+        rule: SWA | EMA | Power | None = None,
     ) -> None:
         super().__init__()
-        if avg_fn is not None and multi_avg_fn is not None:
-            raise AssertionError("avg_fn, multi_avg_fn: expected at most one of the two")
+        if (avg_fn is not None) + (multi_avg_fn is not None) + (rule is not None) > 1:
+            raise AssertionError("avg_fn, multi_avg_fn, rule: expected at most one of them")
+        if rule is not None and not isinstance(rule, SWA | EMA | Power):
+            raise TypeError(f"rule: expected SWA, EMA or Power, found {type(rule).__name__}")
         if dtype is not None and dtype not in _ops.AVERAGE_DTYPES:
             raise TypeError(f"dtype: expected one of {_ops.AVERAGE_DTYPES}, found {dtype}")
         _backends.check_name(backend)
@@ -114,19 +120,25 @@ class AveragedModel(nn.Module):
         self.register_buffer("n_averaged", torch.zeros((), dtype=torch.int64, device=device))
         self.avg_fn = avg_fn
         self.multi_avg_fn = multi_avg_fn
+        self.rule = rule
         self.use_buffers = use_buffers
         self.backend = backend
         # Made for a model at its first update, and again whenever something moved.
         self._storage: Storage | None = None
         self._key: tuple[object, ...] = ()
         self._model: Callable[[], nn.Module | None] = _no_model
+        self._origin: Callable[[], nn.Module | None] = weakref.ref(model)
         # The counter that an update has left behind.
         self._counted: tuple[int, int] | None = None
         self._handle = ""
         self._warn_of_stagnation()
 
+    def _built_in(self) -> Rule | None:
+        """The rule, or None for a user's function."""
+        return self.rule or rule_of(self.multi_avg_fn or self.avg_fn)
+
     def _warn_of_stagnation(self) -> None:
-        rule = rule_of(self.multi_avg_fn or self.avg_fn)
+        rule = self._built_in()
         for dtype in {p.dtype for p in self.module.parameters()}:
             if rule is not None and (reason := why_it_stands_still(rule, dtype)):
                 _log.warning("AveragedModel: %s; use dtype=torch.float32", reason)
@@ -142,6 +154,7 @@ class AveragedModel(nn.Module):
             "_storage": None,
             "_key": (),
             "_model": _no_model,
+            "_origin": _no_model,
             "_counted": None,
             "_handle": "",
         }
@@ -190,7 +203,7 @@ class AveragedModel(nn.Module):
             slots.append(
                 Slot(name, averaged, tensor.dtype, tuple(tensor.shape), dense_strides(tensor))
             )
-        rule = rule_of(self.multi_avg_fn or self.avg_fn)
+        rule = self._built_in()
         storage = Storage(
             slots,
             SeparateMemory([tensor for _, tensor, _ in own]),
@@ -211,7 +224,7 @@ class AveragedModel(nn.Module):
         return storage
 
     def _options(self) -> tuple[object, ...]:
-        return self.backend, self.use_buffers, self.multi_avg_fn or self.avg_fn
+        return self.backend, self.use_buffers, self.rule or self.multi_avg_fn or self.avg_fn
 
     def _bound(self, model: nn.Module) -> Storage:
         storage = self._storage
@@ -258,7 +271,7 @@ class AveragedModel(nn.Module):
             raise RuntimeError(
                 "update_parameters: run one update of this model before compiling it"
             )
-        if rule_of(self.multi_avg_fn or self.avg_fn) is None:
+        if self._built_in() is None:
             raise RuntimeError(
                 "update_parameters: a user's averaging function cannot be compiled; call this "
                 "outside of the compiled function"
@@ -282,21 +295,22 @@ class AveragedModel(nn.Module):
         self._storage.update_with(averages, counts, sources)
 
     @torch.no_grad()
-    def _update(self, model: nn.Module) -> None:
+    def _update(self, model: nn.Module, gate: Gate | None = None) -> None:
         self._refuse_if_applied("update_parameters")
-        if rule_of(self.multi_avg_fn or self.avg_fn) is None:
+        if self._built_in() is None:
             self._apply_user_function(model)
             self.n_averaged += 1
             return
-        self._bound(model).update()
-        self._counted = self._counter_seen()
+        self._bound(model).update(gate)
+        # Whether a gate let it through only the device knows.
+        if gate is None:
+            self._counted = self._counter_seen()
 
     def _counter_seen(self) -> tuple[int, int] | None:
         """Which counter this is, and how often something other than an update's kernel has written
         it: after an update, what stays the same is not zero."""
-        if self.n_averaged.is_inference():
-            return None
-        return self.n_averaged.data_ptr(), self.n_averaged._version
+        counter = self.n_averaged
+        return None if counter.is_inference() else (counter.data_ptr(), counter._version)
 
     def _apply_user_function(self, model: nn.Module) -> None:
         # As torch does: the first update copies, and functions see every tensor, integers included.
@@ -320,6 +334,38 @@ class AveragedModel(nn.Module):
                 n_averaged = self.n_averaged.to(average.device)
                 average.copy_(self.avg_fn(average, source, n_averaged))
         _copy_all_(tensors[averaged:], sources[averaged:])
+
+    def attach(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module | None = None,
+        *,
+        every: int = 1,
+        start: int = 0,
+    ) -> Attachment:
+        """Updates after an optimiser's steps, as :meth:`swa_fast.Averager.attach` does.
+
+        Args:
+            optimizer: as there.
+            model: as for :meth:`update_parameters`; None takes the one given to the constructor,
+                which must still exist.
+            every: as there.
+            start: as there.
+
+        Raises:
+            TypeError, ValueError: as there.
+            RuntimeError: there is no model.
+        """
+        followed = self._origin() if model is None else model
+        if followed is None:
+            raise RuntimeError("attach: give the model; the one of the constructor is not there")
+        return attach(
+            optimizer,
+            lambda gate: self._update(followed, gate),
+            lambda: self._storage,
+            every,
+            start,
+        )
 
     @contextlib.contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:

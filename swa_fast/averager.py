@@ -15,23 +15,25 @@ from ._layout import MAX_AVERAGES
 from ._modules import Filter, Selection, check_kind
 from ._watch import Watch
 from .engine import Engine, Slot, dense_strides
-from .rules import EMA, SWA, Rule, describe_rule, why_it_stands_still
+from .hooks import Attachable, Gate
+from .rules import BUILT_IN, Rule, describe_rule, row_names, why_it_stands_still, with_members
 from .storage import FlatMemory, Storage
 
 __all__ = ["Averager"]
 
 
-class Averager:
+class Averager(Attachable):
     r"""Running averages of a model's weights, several at once, without a copy of the model.
 
     .. math::
         a_j \leftarrow a_j + w_j(n)\,(b - a_j) \quad\text{for each average } j, \qquad
         n \leftarrow n + 1
 
-    with the weight :math:`w_j` of the average's rule, and :math:`w_j(0) = 1`. One launch per device
-    updates all tensors of all averages, buffers and counters included, and reads every source once:
-    :math:`4 + 8k` bytes per fp32 parameter for :math:`k` averages. An update does not wait for the
-    device and can be captured in a CUDA graph or compiled by ``torch.compile(fullgraph=True)``.
+    with the weight :math:`w_j` of the average's rule, and :math:`w_j(0) = 1` but for ultralytics'
+    warm-up. One launch per device updates all tensors of all averages, buffers and counters
+    included, and reads every source once: :math:`4 + 8k` bytes per fp32 parameter for :math:`k`
+    averages. An update does not wait for the device and can be captured in a CUDA graph or compiled
+    by ``torch.compile(fullgraph=True)``.
 
     Sources are read where they are. A parameter that was moved, replaced or changed to another
     floating type is noticed at the next update.
@@ -39,8 +41,9 @@ class Averager:
     Args:
         params_or_module: a module, whose averages are named like its ``state_dict``; or tensors; or
             pairs of name and tensor. A tensor that appears under several names is averaged once.
-        averages: rules by name, 1 to 16 of them: :class:`~swa_fast.SWA`, :class:`~swa_fast.EMA`, or
-            a function ``(averages, sources, n_averaged) -> None`` that changes lists of tensors in
+        averages: rules by name, 1 to 16 of them: :class:`~swa_fast.SWA`, :class:`~swa_fast.EMA`,
+            :class:`~swa_fast.Power`, :class:`~swa_fast.Window` (which counts as ``k + 1``), or a
+            function ``(averages, sources, n_averaged) -> None`` that changes lists of tensors in
             place, called for each device and dtype. The function is called at every update; the
             first update then copies the sources over its result.
         dtype: of the averages of floating-point tensors: float32, float64, bfloat16 or float16.
@@ -91,14 +94,18 @@ class Averager:
         seed: int = 0,
         on_nonfinite: str | None = None,
     ) -> None:
-        if not averages or len(averages) > MAX_AVERAGES:
-            raise ValueError(f"averages: expected 1 to {MAX_AVERAGES} rules, found {len(averages)}")
         for name, rule in averages.items():
-            if not isinstance(rule, SWA | EMA) and not callable(rule):
+            if not isinstance(rule, BUILT_IN) and not callable(rule):
                 raise TypeError(
-                    f"averages[{name!r}]: expected SWA, EMA or a function, found "
+                    f"averages[{name!r}]: expected SWA, EMA, Power, Window or a function, found "
                     f"{type(rule).__name__}"
                 )
+        rows = with_members(list(averages.values()))
+        if not rows or len(rows) > MAX_AVERAGES:
+            raise ValueError(
+                f"averages: expected 1 to {MAX_AVERAGES} rules, found {len(rows)}"
+                + (" (a Window counts as k + 1)" if len(rows) > len(averages) else "")
+            )
         if dtype is not None and dtype not in _ops.AVERAGE_DTYPES:
             raise TypeError(f"dtype: expected None or one of {_ops.AVERAGE_DTYPES}, found {dtype}")
         _backends.check_name(backend)
@@ -112,7 +119,7 @@ class Averager:
         if rounding == "stochastic" and dtype != torch.bfloat16:
             raise ValueError(f"rounding='stochastic': expected dtype torch.bfloat16, found {dtype}")
         if on_nonfinite is not None and any(
-            not isinstance(rule, SWA | EMA) for rule in averages.values()
+            not isinstance(rule, BUILT_IN) for rule in averages.values()
         ):
             raise ValueError(
                 "on_nonfinite: expected None beside a user's function, which runs before the "
@@ -120,6 +127,11 @@ class Averager:
             )
 
         self._rules = dict(averages)
+        if len(set(row_names(self._rules))) < len(rows):
+            raise ValueError(
+                "averages: expected names other than those of a window's rows, such as NAME[0]; "
+                f"found {', '.join(row_names(self._rules))}"
+            )
         self._rounding = rounding
         self._seed = seed
         self._on_nonfinite = on_nonfinite
@@ -163,8 +175,8 @@ class Averager:
         devices = [self._device or tensor.device for tensor in tensors]
         self._storage = Storage(
             slots,
-            FlatMemory(slots, devices, len(averages)),
-            list(averages.values()),
+            FlatMemory(slots, devices, len(rows)),
+            rows,
             backend=backend,
             seed=seed if rounding == "stochastic" else None,
             skip_nonfinite=on_nonfinite is not None,
@@ -278,6 +290,7 @@ class Averager:
             self._update()
 
     def _refresh(self) -> None:
+        self._storage.settle()
         if not self._storage.holds():
             self._bind(self._current())
 
@@ -287,14 +300,18 @@ class Averager:
         self._update((averages, counts, sources))
 
     @torch.no_grad()
-    def _update(self, given: tuple[list[Tensor], list[Tensor], list[Tensor]] | None = None) -> None:
+    def _update(
+        self,
+        given: tuple[list[Tensor], list[Tensor], list[Tensor]] | None = None,
+        gate: Gate | None = None,
+    ) -> None:
         """``given``: memory, counters and sources to use instead of the averager's own."""
         self._refuse_if_applied("update")
         if self._on_nonfinite == "raise":
             self._raise_if_nonfinite()
         if given is None:
             self._refresh()
-            self._storage.update()
+            self._storage.update(gate)
         else:
             self._storage.update_with(*given)
         if self._on_nonfinite == "raise":
@@ -325,15 +342,19 @@ class Averager:
     def averages(self) -> dict[str, dict[str, Tensor]]:
         """The averages by name; each maps tensor names to the averages themselves, not copies.
         Before the first update they hold the values at construction."""
+        return self._by_name(list(self._rules))
+
+    def _by_name(self, rows: list[str]) -> dict[str, dict[str, Tensor]]:
+        self._storage.settle()
         result: dict[str, dict[str, Tensor]] = _ByName()
-        for average, tensors in zip(self._rules, self._storage.averages, strict=True):
-            result[average] = {name: tensors[at] for name, at in self._aliases.items()}
+        for row, tensors in zip(rows, self._storage.averages, strict=False):
+            result[row] = {name: tensors[at] for name, at in self._aliases.items()}
         return result
 
     @property
     def n_averaged(self) -> dict[str, int]:
         """Updates that each average has seen. Waits for the device."""
-        return dict(zip(self._rules, self._counts[0].tolist(), strict=True))
+        return dict(zip(self._rules, self._counts[0].tolist(), strict=False))
 
     @property
     def skipped_updates(self) -> int:
@@ -354,7 +375,7 @@ class Averager:
             "rounding": self._rounding,
             "seed": self._seed,
             "skipped_updates": self.skipped_updates,
-            "averages": dict(self.averages),
+            "averages": dict(self._by_name(row_names(self._rules))),
         }
 
     @torch.no_grad()
@@ -380,7 +401,7 @@ class Averager:
         for key, expected in expected_settings.items():
             if state_dict[key] != expected:
                 problems.append(f"{key}: expected {expected}, found {state_dict[key]}")
-        own = self.averages
+        own = self._by_name(row_names(self._rules))
         for average, tensors in own.items():
             theirs = state_dict["averages"].get(average, {})
             for name in tensors.keys() | theirs.keys():
@@ -402,7 +423,8 @@ class Averager:
         for average, tensors in own.items():
             for name, tensor in tensors.items():
                 tensor.copy_(state_dict["averages"][average][name])
-        counters = torch.tensor([state_dict["n_averaged"][name] for name in self._rules])
+        count = state_dict["n_averaged"]
+        counters = torch.tensor([count.get(n, count.get(n.rpartition("[")[0])) for n in own])
         self._reported = int(state_dict["skipped_updates"])
         for part, seen in zip(self._storage.parts, self._seen, strict=True):
             part.engine.n_averaged.copy_(counters)

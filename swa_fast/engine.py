@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,10 +19,11 @@ from torch import Tensor
 
 from . import _backends, _ops
 from . import _layout as layout
-from .rules import AveragingFunction, Rule, rule_row
+from .rules import AveragingFunction, Filled, Member, Rule, rule_row
 
 if TYPE_CHECKING:
     from ._gather import Gather
+    from .hooks import Gate
 
 __all__ = ["Engine", "Plan", "Slot", "allocate", "averages_in", "bytes_of", "dense_strides"]
 
@@ -167,6 +168,7 @@ class Plan:
     staged: list[tuple[Tensor, Tensor]]
     gathers: list[Gather]
     direct: bool  # nothing but the table is needed for an update
+    means: list[tuple[Engine, Plan]]  # what forms the means of windows after it
 
 
 class Engine:
@@ -189,7 +191,7 @@ class Engine:
         self,
         slots: Sequence[Slot],
         averages: Sequence[Sequence[Tensor]],
-        rules: Sequence[Rule],
+        rules: Sequence[Rule | Member | Filled],
         device: torch.device,
         *,
         n_averaged: Tensor | None = None,
@@ -200,19 +202,21 @@ class Engine:
     ) -> None:
         self.slots = tuple(slots)
         self.device = device
-        self._requested = backend
+        self.requested = backend
         self.seed = seed
         self.skip_nonfinite = skip_nonfinite
         self.functions: dict[int, AveragingFunction] = {
             row: rule for row, rule in enumerate(rules) if callable(rule)
         }
         self.rules = torch.tensor([rule_row(rule) for rule in rules], dtype=torch.float64)
+        self.members = [(row, m) for row, m in enumerate(rules) if isinstance(m, Member)]
         if n_averaged is None:
             n_averaged = torch.zeros(len(rules), dtype=torch.int64, device=device)
         self.n_averaged = n_averaged
         self.counters = (
             torch.zeros(layout.COUNTERS, dtype=torch.int64, device=device) if counted else None
         )
+        self._unsettled: Plan | None = None
         self._places, _ = _places(self.slots)
         self._put(averages)
 
@@ -271,7 +275,9 @@ class Engine:
                 "table of their addresses cannot be copied to the device during capture"
             )
         # Not earlier: an average may be built on one device, to be moved to another one.
-        backend = _backends.choose_backend(self.device, self._requested)
+        from .windows import means_of
+
+        backend = _backends.choose_backend(self.device, self.requested)
         gathers: list[Gather] = []
         gathered: dict[int, Tensor] = {}
         if self.device.type == "cpu" and any(s.device.type == "cuda" for s in sources):
@@ -335,6 +341,7 @@ class Engine:
             staged,
             gathers,
             not (staged or gathers or self._gapless or backend == "reference"),
+            means_of(self),
         )
 
     def _table(self, slots: Sequence[int], sources: Sequence[Tensor], backend: str) -> Table:
@@ -415,8 +422,9 @@ class Engine:
         """True while a CUDA graph is captured on this engine's device."""
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
-    def update(self, plan: Plan) -> None:
-        """Takes the plan's sources into every average."""
+    def update(self, plan: Plan, gate: Gate | None = None) -> None:
+        """Takes the plan's sources into every average, if the gate lets it."""
+        self._unsettled = plan if plan.means else None
         for gather in plan.gathers:
             gather()
         for staging, source in plan.staged:
@@ -425,25 +433,27 @@ class Engine:
             self._call(row, function, plan)
         for gapless, average in self._gapless:
             gapless.copy_(average)
-        table = plan.update
-        if len(table) > 0:
-            _ops.update_(
-                plan.backend,
-                table.averages,
-                table.sources,
-                self.n_averaged,
-                self.counters,
-                plan.rules,
-                table.words,
-                table.pairs,
-                self.seed,
-                self.skip_nonfinite,
-                table.short,
-            )
+        if len(plan.update) > 0:
+            self._launch(plan, () if gate is None else gate.on(self.device))
         elif self.counters is not None:
             self.n_averaged.add_(1)
         for gapless, average in self._gapless:
             average.copy_(gapless)
+        self.settle()
+
+    def _launch(self, plan: Plan, gate: tuple[Any, ...]) -> None:
+        table = plan.update
+        _ops.update_(
+            plan.backend, table.averages, table.sources, self.n_averaged, self.counters, plan.rules,
+            table.words, table.pairs, self.seed, self.skip_nonfinite, table.short, *gate,
+        )  # fmt: skip
+
+    def settle(self) -> None:
+        """Forms the means of windows, which an update that was interrupted may have left undone."""
+        if self._unsettled is not None:
+            for engine, members in self._unsettled.means:
+                engine.update(members)
+            self._unsettled = None
 
     def _call(self, row: int, function: AveragingFunction, plan: Plan) -> None:
         groups: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from . import _layout as layout
 
-__all__ = ["batch_norm_collect", "batch_norm_merge_", "philox", "swap_", "update_"]
+__all__ = [
+    "batch_norm_collect",
+    "batch_norm_merge_",
+    "combine_",
+    "philox",
+    "swag_",
+    "swap_",
+    "update_",
+]
 
 
 def _math_dtype(average: Tensor, source: Tensor) -> torch.dtype:
@@ -29,13 +37,23 @@ def _weight(rule: list[float], n: Tensor) -> Tensor:
         return one / (n + 1)
     if kind == layout.EXTERNAL:
         return torch.where(n == 0, one, 0 * one)
+    if kind == layout.RING:
+        return torch.where(n % int(gamma) == int(power), one, 0 * one)
+    if kind == layout.FILLED:
+        return torch.where(n > power, one / (power + 1), 0 * one)
     s = n - update_after_step
+    positive = s.clamp(min=1).to(torch.float64)
     if kind == layout.CONSTANT:
         settled = one * (1.0 - decay)
+    elif kind == layout.POWER_LAW:
+        settled = -torch.expm1(power * torch.log1p(-1.0 / (positive + 1.0)))
+    elif kind == layout.DEBIASED:
+        settled = (1.0 - decay) / -torch.expm1(power * (positive + 1.0))
     else:
-        positive = s.clamp(min=1).to(torch.float64)
         if kind == layout.INVERSE_GAMMA:
             d = 1.0 - (1.0 + positive / gamma) ** -power
+        elif kind == layout.EXPONENTIAL:
+            d = -decay * torch.expm1(-positive / gamma)
         else:
             d = (1.0 + positive) / (10.0 + positive)
         settled = 1.0 - d.clamp(max=decay).clamp(min=min_decay)
@@ -112,6 +130,10 @@ def update_(
     seed: int | None,
     skip_nonfinite: bool,
     short_segments: int = 0,
+    found_inf: Tensor | None = None,
+    steps: Tensor | None = None,
+    every: int = 1,
+    offset: int = 0,
 ) -> None:
     r"""Every average of one device moves towards its sources, in one launch.
 
@@ -142,11 +164,25 @@ def update_(
             of skipped updates. Needs ``counters``.
         short_segments: how many segments at the end of the table are short enough for one warp to
             read at once; what cuda shares the work by. The result does not depend on it.
+        found_inf: float32 with one element on the averages' device; where it is not 0 nothing
+            happens, whatever the sources hold. Needs ``counters``.
+        steps: int64 with one element on the averages' device, calls that ``found_inf`` did not
+            skip; written. The update takes place when ``steps + offset`` is at least 0 and a
+            multiple of ``every``. None: always. Needs ``counters``.
+        every: at least 1.
+        offset: any integer.
     """
     rows, segments = n_averaged.numel(), table.tolist()
     assert len(sources) == len(segments) and len(averages) == rows * len(segments)
     counts = n_averaged.view(-1)
     proceed = torch.ones((), dtype=torch.bool, device=n_averaged.device)
+    if found_inf is not None:
+        proceed = found_inf.view(()) == 0
+    if steps is not None:
+        step = steps.view(()) + offset
+        steps += proceed
+        proceed = proceed & (step >= 0) & (step % every == 0)
+    due = proceed
     copied = [bool(segment[layout.PACKED] >> layout.COPIED & 1) for segment in segments]
     if skip_nonfinite:
         for source, always in zip(sources, copied, strict=True):
@@ -174,7 +210,71 @@ def update_(
             memory.copy_(torch.where(proceed, new.to(dtype), memory))
     if counters is not None:
         counts += proceed
-        counters[layout.SKIPPED] += ~proceed
+        counters[layout.SKIPPED] += due & ~proceed
+
+
+def swag_(
+    averages: list[Tensor],
+    sources: list[Tensor],
+    n_averaged: Tensor,
+    counters: Tensor,
+    table: Tensor,
+    pairs: int,
+    columns: int,
+    short_segments: int = 0,
+    found_inf: Tensor | None = None,
+    steps: Tensor | None = None,
+    every: int = 1,
+    offset: int = 0,
+) -> None:
+    r"""Mean, squared deviations and the last deviations of every source, in one launch.
+
+    With :math:`n` updates before this one and the old mean :math:`\mu_n` (Welford)
+
+    .. math::
+        \mu \leftarrow \mu_n + \frac{x - \mu_n}{n + 1} \qquad
+        M_2 \leftarrow M_2 + (x - \mu_n)(x - \mu) \qquad
+        D_{n \bmod K} \leftarrow x - \mu \qquad n \leftarrow n + 1
+
+    in float32 (float64 for float64 averages); :math:`\mu = x` and :math:`M_2 = 0` at :math:`n = 0`.
+
+    Args:
+        averages: as in :func:`update_`, of 2 + K rows or more: :math:`\mu`, :math:`M_2`,
+            :math:`D_0` to :math:`D_{K-1}`; float32, or float64 where the source is; written.
+        sources: as in :func:`update_`.
+        n_averaged: int64 with one element, :math:`n`; written.
+        counters: int64 [3]; written.
+        table: as in :func:`update_`.
+        pairs: as in :func:`update_`.
+        columns: :math:`K`, at least 1.
+        short_segments, found_inf, steps, every, offset: as in :func:`update_`.
+    """
+    proceed = torch.ones((), dtype=torch.bool, device=n_averaged.device)
+    if found_inf is not None:
+        proceed = found_inf.view(()) == 0
+    if steps is not None:
+        step = steps.view(()) + offset
+        steps += proceed
+        proceed = proceed & (step >= 0) & (step % every == 0)
+    n = n_averaged.view(()).clone()
+    weight = 1 / (n + 1).double()
+    segments = len(sources)
+    rows = [averages[row * segments : (row + 1) * segments] for row in range(2 + columns)]
+    for at, source in enumerate(sources):
+        mean, squares = rows[0][at], rows[1][at]
+        x = source.to(mean.dtype)
+        now = torch.where(n == 0, x, _blend(mean, x, weight.to(mean.dtype)))
+        old, deviation = x - mean, x - now
+        product = squares + old * deviation
+        if mean.dtype != torch.float64:
+            product = _fma(old, deviation, squares)
+        grown = torch.where(n == 0, torch.zeros_like(x), product)
+        for column in range(columns):
+            memory = rows[2 + column][at]
+            memory.copy_(torch.where(proceed & (n % columns == column), deviation, memory))
+        squares.copy_(torch.where(proceed, grown, squares))
+        mean.copy_(torch.where(proceed, now, mean))
+    n_averaged += proceed
 
 
 def swap_(
@@ -198,6 +298,40 @@ def swap_(
         kept = memory.clone()
         memory.copy_(source)
         source.copy_(kept)
+
+
+def combine_(
+    outputs: list[Tensor],
+    sources: list[Tensor],
+    coefficients: Tensor,
+    double_precision: bool = False,
+) -> None:
+    r"""K weighted sums of r rows in one pass over them:
+
+    .. math:: y_k = \sum_{j=1}^{r} c_{kj}\, x_j
+
+    in float32, or in float64 with ``double_precision`` or when a row is float64: one product, then
+    fused multiply-adds in the order of the sources, rounded once to the output's dtype.
+
+    Args:
+        outputs: :math:`y_k`, contiguous, all of one number of elements; overwritten.
+        sources: :math:`x_j`, contiguous, of the same number of elements; none shares memory with
+            an output.
+        coefficients: :math:`c`, float64 [K, r], contiguous, on the CPU.
+        double_precision: sum in float64 whatever the dtypes.
+    """
+    rows = [*outputs, *sources]
+    wide = double_precision or any(row.dtype == torch.float64 for row in rows)
+    for output, row in zip(outputs, coefficients.tolist(), strict=True):
+        total = torch.zeros(())
+        for j, (source, c) in enumerate(zip(sources, row, strict=True)):
+            x = source.reshape(-1)
+            if wide:
+                total = x.double() * c if j == 0 else torch.add(total, x.double(), alpha=c)
+            else:
+                factor = torch.tensor(c, dtype=torch.float32, device=x.device)
+                total = x.float() * factor if j == 0 else _fma(factor, x.float(), total)
+        output.view(-1).copy_(total)
 
 
 def batch_norm_collect(

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ._watch import Watch
 from .engine import Engine, Plan, Slot, allocate, averages_in
-from .rules import Rule
+from .hooks import Gate
+from .rules import Member, Rule
 
 __all__ = ["Averages", "FlatMemory", "SeparateMemory", "Storage"]
 
@@ -106,6 +107,7 @@ class Storage:
         seed: for stochastic rounding; None rounds to nearest.
         skip_nonfinite: see :class:`~swa_fast.engine.Engine`.
         captured: what captured graphs of a predecessor read at replay.
+        engine: what updates the averages of a device.
 
     Attributes:
         averages: for each rule one tensor for each slot.
@@ -117,13 +119,14 @@ class Storage:
         self,
         slots: Sequence[Slot],
         memory: Averages,
-        rules: Sequence[Rule],
+        rules: Sequence[Rule | Member],
         *,
         counter: Tensor | None = None,
         backend: str | None = None,
         seed: int | None = None,
         skip_nonfinite: bool = False,
         captured: list[object] | None = None,
+        engine: type[Engine] = Engine,
     ) -> None:
         self.slots = tuple(slots)
         self.memory = memory
@@ -135,7 +138,7 @@ class Storage:
         self.parts: list[_Part] = []
         devices = [average.device for average in self.averages[0]] if self.averages else []
         for device, members in _by_device(devices).items():
-            engine = Engine(
+            of_device = engine(
                 [self.slots[i] for i in members],
                 [[row[i] for i in members] for row in self.averages],
                 rules,
@@ -145,7 +148,7 @@ class Storage:
                 seed=seed,
                 skip_nonfinite=skip_nonfinite,
             )
-            self.parts.append(_Part(engine, tuple(members)))
+            self.parts.append(_Part(of_device, tuple(members)))
         self._plans: list[Plan] = []
         self._watch: Watch | None = None
         # Inference tensors have no version counters.
@@ -164,6 +167,29 @@ class Storage:
     def backends(self) -> list[str]:
         """Which backends serve the tensors bound last."""
         return sorted({plan.backend for plan in self._plans})
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """Where averages live."""
+        return [part.engine.device for part in self.parts]
+
+    @property
+    def decides_on_device(self) -> bool:
+        """Whether an update may be left undone for what only the devices know."""
+        counted = self.counter is None or any(self._counts(device) for device in self.devices)
+        return counted and all(
+            not part.engine.functions and len(plan.update) > 0
+            for part, plan in zip(self.parts, self._plans, strict=False)
+        )
+
+    def settle(self) -> None:
+        """See :meth:`Engine.settle`."""
+        for part in self.parts:
+            part.engine.settle()
+
+    def capturing(self) -> bool:
+        """True while a CUDA graph is captured on one of the devices."""
+        return any(part.engine.capturing() for part in self.parts)
 
     def bind(self, live: list[Tensor], dictionaries: Iterable[dict[str, Any]]) -> None:
         """Averages ``live`` from now on, one tensor for each slot.
@@ -192,19 +218,23 @@ class Storage:
         """True while everything is where it was when it was bound."""
         return self._watch is not None and self._watch.holds()
 
-    def update(self) -> None:
-        """Takes the live tensors into every average."""
+    def update(self, gate: Gate | None = None) -> None:
+        """Takes the live tensors into every average, if the gate lets it."""
         for part, plan in zip(self.parts, self._plans, strict=True):
             if part.engine.capturing():
                 # A captured graph reads what it was captured with at every replay.
                 self.captured.append((part.engine, plan))
-        self._update(self.parts, self._plans)
+        self._update(self.parts, self._plans, gate=gate)
         # The kernels write to addresses: without this, autograd would not notice that a tensor it
         # saved for backward has changed.
         torch.autograd.graph.increment_version(self._versioned)
 
     def _update(
-        self, parts: Sequence[_Part], plans: Sequence[Plan], counter: Tensor | None = None
+        self,
+        parts: Sequence[_Part],
+        plans: Sequence[Plan],
+        counter: Tensor | None = None,
+        gate: Gate | None = None,
     ) -> None:
         counter = self.counter if counter is None else counter
         if counter is not None:
@@ -212,7 +242,7 @@ class Storage:
                 if not self._counts(part.engine.device):
                     part.engine.n_averaged.copy_(counter, non_blocking=True)
         for part, plan in zip(parts, plans, strict=True):
-            part.engine.update(plan)
+            part.engine.update(plan, gate)
         if counter is not None and not any(self._counts(p.engine.device) for p in parts):
             counter += 1
 

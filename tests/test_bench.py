@@ -80,7 +80,7 @@ def test_the_ratio_to_the_limit_is_per_byte_and_of_the_same_round(bench: Any) ->
     assert unknown["ours"]["limit_median"] == pytest.approx(2.0)
 
 
-def test_rounds_are_interleaved_and_begin_with_each_in_turn(bench: Any) -> None:
+def test_rounds_are_interleaved_in_an_order_drawn_anew(bench: Any) -> None:
     seen: list[str] = []
     runs = {name: (lambda name=name: seen.append(name)) for name in "abc"}
 
@@ -88,9 +88,31 @@ def test_rounds_are_interleaved_and_begin_with_each_in_turn(bench: Any) -> None:
         run()
         return 1.0  # so long that no run precedes the timed one
 
-    times = bench.harness.interleaved(runs, timer, None, seconds=0, least=3, most=9)
-    assert "".join(seen) == "abc" + "abc" + "bca" + "cab"
-    assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3, "c": 3}
+    times = bench.harness.interleaved(runs, timer, None, seconds=60, least=3, most=9)
+    rounds = ["".join(seen[i : i + 3]) for i in range(0, len(seen), 3)]
+    assert [sorted(each) for each in rounds] == 10 * [["a", "b", "c"]]
+    assert len(set(rounds)) > 3
+    assert {name: len(values) for name, values in times.items()} == {"a": 9, "b": 9, "c": 9}
+
+
+def test_processors_of_one_name_are_told_apart(bench: Any) -> None:
+    """Rows of two machines must not be compared: many clouds name all their processors alike."""
+    text = "processor : 0\nmodel name : AMD EPYC\ncpu family : 25\nmodel : {}\nmodel : 99\n"
+    names = {bench.harness._cpu_name(text.format(model)) for model in (1, 17)}
+    assert len(names) == 2
+    assert all(name.startswith("AMD EPYC (family 25, model 1") for name in names)
+    assert torch.backends.cpu.get_cpu_capability() in bench.harness._cpu_name("")
+
+
+def test_slow_contenders_have_fewer_turns(bench: Any) -> None:
+    seconds = {"fast": 1.0, "slow": 5.0, "limit": 1.0, "slowest": 50.0, "other": 1.0}
+    runs = {name: (lambda t=t: t) for name, t in seconds.items()}
+    times = bench.harness.interleaved(runs, lambda run: run(), None, seconds=0, least=2, most=100)
+    turns = {name: sum(t is not None for t in values) for name, values in times.items()}
+    assert turns == {"fast": 9, "slow": 9, "limit": 9, "slowest": 3, "other": 9}
+    found = bench.harness.summarise(times, "limit", dict.fromkeys(times, 1))
+    assert found["slowest"]["rounds"] == 3
+    assert found["slowest"]["limit_median"] == 50
 
 
 def test_a_short_run_is_preceded_by_one_that_is_not_timed(bench: Any) -> None:
@@ -439,6 +461,17 @@ def test_report_compares_across_rounds_by_the_limit(bench: Any, tmp_path: Path) 
     bench.rows.write(tmp_path / "rows_1.csv", rows)
     text = bench.report.ratios(bench.report.Data(tmp_path), {"of": "ours", "mode": rows[0].mode})
     assert "| theirs | 1.5 |" in text
+
+
+def test_report_shows_the_limits_speed_where_bytes_differ(bench: Any, tmp_path: Path) -> None:
+    """An average of bf16 weights moves 10 bytes a parameter, an fp32 lerp_ 12."""
+    limit = dataclasses.replace(row(bench, [1.2]), contender="lerp_flat", side="limit", bytes=1200)
+    ours = dataclasses.replace(row(bench, [1.5]), bytes=1000)
+    bench.rows.write(tmp_path / "rows_x.csv", [limit, ours])
+    text = bench.report.times(bench.report.Data(tmp_path), {"mode": ours.mode})
+    assert "as many bytes at lerp_flat's speed | 1,000 |" in text
+    bench.rows.write(tmp_path / "rows_x.csv", [limit, dataclasses.replace(ours, bytes=1200)])
+    assert "as many" not in bench.report.times(bench.report.Data(tmp_path), {"mode": ours.mode})
 
 
 def test_report_refuses_what_it_has_no_rows_for(bench: Any, results: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -13,19 +13,31 @@ from helpers import (
     snapshot,
     step,
 )
-from torch import nn
+from torch import Tensor, nn
 
 import swa_fast
 from swa_fast import SWA, Averager, _backends
 from swa_fast._watch import Watch
 
 
-@pytest.mark.parametrize("extension", [True, False], ids=["C++ watch", "Python watch"])
-def test_changes_of_the_model_are_noticed(extension: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if extension:
-        need("cpu", "cpu")
-    else:
+@pytest.fixture(params=["bytes", "DLPack", "Python"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """How tensors are looked at: by the bytes of their objects first, by DLPack alone, or without
+    the compiled library."""
+    if request.param == "Python":
         monkeypatch.setattr(_backends, "cpu_library", lambda: None)
+        yield request.param
+        return
+    need("cpu", "cpu")
+    exchange = torch.Tensor.__dlpack_c_exchange_api__
+    library = _backends.cpu_library()
+    sample = torch.empty(3, 5, 7) if request.param == "bytes" else None
+    assert library.start(exchange, sample) == (request.param == "bytes")
+    yield request.param
+    library.start(exchange, torch.empty(3, 5, 7))
+
+
+def test_changes_of_the_model_are_noticed(way: str) -> None:
     model = Net()
     averager = Averager(model, {"swa": SWA()})
 
@@ -77,8 +89,98 @@ def test_changes_of_the_model_are_noticed(extension: bool, monkeypatch: pytest.M
             torch.testing.assert_close(found, values.mean(0), rtol=0, atol=allowed)
 
 
-def test_watch_of_many() -> None:
-    """Both implementations agree on what a change is."""
+class Subclass(torch.Tensor):
+    pass
+
+
+def changes() -> dict[str, Callable[[Tensor], object]]:
+    def swapped(t: Tensor) -> None:
+        other = torch.randn_like(t)
+        torch.utils.swap_tensors(t, other)
+
+    def subclass(t: Tensor) -> None:
+        t.__class__ = Subclass
+
+    def data(value: Callable[[Tensor], Tensor]) -> Callable[[Tensor], None]:
+        def change(t: Tensor) -> None:
+            t.data = value(t)
+
+        return change
+
+    return {
+        "data": data(torch.clone),
+        "retyped": data(lambda t: t.view(torch.int32)),
+        "same memory, other sizes": data(lambda t: t[:2]),
+        "same memory, other strides": data(lambda t: t.as_strided((3, 4), (1, 3))),
+        "same memory, other place": data(lambda t: t[1:]),
+        "sparse": lambda t: torch.utils.swap_tensors(t, t.to_sparse()),
+        "resize_": lambda t: t.resize_(2),
+        "resize_ to larger": lambda t: t.resize_(1000, 7),
+        "one more dimension": lambda t: t.unsqueeze_(-1),
+        "transposed": lambda t: t.t_(),
+        "set_": lambda t: t.set_(torch.randn(3, 4)),
+        "storage resized": lambda t: t.untyped_storage().resize_(1 << 16),
+        "shared memory": lambda t: t.share_memory_(),
+        "swapped": swapped,
+        "subclass": subclass,
+    }
+
+
+@pytest.mark.parametrize("change", list(changes()))
+def test_every_change_of_a_tensor_is_noticed(way: str, change: str) -> None:
+    for at in (0, 17, 40):
+        tensors = [torch.randn(3, 4) for _ in range(41)]
+        watch = Watch(tensors, [])
+        assert watch.holds()
+        changes()[change](tensors[at])
+        assert not watch.holds()
+        if change != "sparse":
+            assert Watch(tensors, []).holds()
+
+
+def test_what_is_not_a_change(way: str) -> None:
+    """Other values, gradients, versions, names and references are not."""
+    tensors = [
+        nn.Parameter(torch.randn(3, 4)),
+        torch.randn(2, 3, 4, 5, 6, 7),
+        torch.randn(8, 4)[1:, ::2],
+        torch.randn(0, 3),
+        torch.randn(()),
+        torch.randn(3, dtype=torch.complex64),
+        torch.arange(3),
+        torch.zeros(3, dtype=torch.bool),
+    ]
+    watch = Watch(tensors, [])
+    kept = []
+    for _ in range(3):
+        for tensor in tensors:
+            with torch.no_grad():
+                tensor.zero_()
+            kept += [tensor.detach(), tensor.view(-1) if tensor.is_contiguous() else tensor]
+        tensors[0].sum().backward()
+        assert tensors[0].grad is not None
+        tensors[0].register_hook(lambda grad: grad)
+        tensors[1].requires_grad_(True).requires_grad_(False)
+        assert watch.holds()
+
+
+def test_memory_shared_until_it_is_written(way: str) -> None:
+    """``torch._lazy_clone`` leaves two tensors at one address until one is written. A kernel writes
+    to the address that a look told, so a look must not tell the shared one."""
+    tensor = torch.randn(64)
+    watch = Watch([tensor], [])
+    clone = torch._lazy_clone(tensor)
+    before = clone.clone()
+    address = tensor.data_ptr() if watch.holds() else 0
+    del watch
+    Watch([tensor], [])
+    assert torch._C._is_cow_tensor(tensor) is False
+    assert address in (0, tensor.data_ptr())
+    tensor.zero_()
+    assert torch.equal(clone, before)
+
+
+def test_watch_of_many(way: str) -> None:
     tensors = [torch.randn(3) for _ in range(5)]
     place: dict[str, object] = {"a": tensors[0], "b": None}
     changes: tuple[Callable[[], object], ...] = (
@@ -89,10 +191,10 @@ def test_watch_of_many() -> None:
         lambda: tensors[3].set_(torch.randn(3)),
     )
     for change in changes:
-        watches = [Watch(tensors, [place]) for _ in range(2)]
-        assert all(watch.holds() for watch in watches)
+        watch = Watch(tensors, [{}, place, {}])
+        assert watch.holds()
         change()
-        assert not any(watch.holds() for watch in watches)
+        assert not watch.holds()
 
 
 @pytest.mark.parametrize("kind", ["Averager", "AveragedModel"])

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from swa_fast import AveragedModel, get_ema_multi_avg_fn
+from swa_fast import EMA, SWA, SWAG, AveragedModel, Averager, Power, Window
 
 from .clock import Clock
 from .config import TrainConfig
 from .evaluation import Evaluation, Score
 from .methods import Captured
+from .randomness import derive_seed
 
 Networks = dict[str, nn.Module]
 
@@ -25,9 +28,11 @@ class Average(ABC):
         per_process: whether every process has a state of its own.
         captures: how often weights were captured.
         every_step: whether weights are captured after every step, and not after epochs.
+        costly: whether its score is worth the time only where it is reported.
     """
 
     per_process: ClassVar[bool] = False
+    costly: ClassVar[bool] = False
 
     def __init__(self, captured: Captured) -> None:
         self._captured = captured
@@ -61,23 +66,18 @@ class Average(ABC):
 
 
 class WeightAverage(Average):
-    """A running average of weights: equal weights, or exponential ones if ``decay`` is given."""
+    """A running average of weights by a rule."""
 
     def __init__(
         self,
         model: nn.Module,
         captured: Captured,
         *,
-        decay: float | None = None,
+        rule: SWA | EMA | Power | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__(captured)
-        options: dict[str, Any] = {}
-        if backend is not None:
-            options["backend"] = backend
-        if decay is not None:
-            options["multi_avg_fn"] = get_ema_multi_avg_fn(decay)
-        self.averaged = AveragedModel(model, **options)
+        self.averaged = AveragedModel(model, rule=rule, backend=backend)
 
     def capture(self, model: nn.Module, evaluation: Evaluation, clock: Clock) -> None:
         with clock("average"):
@@ -98,6 +98,98 @@ class WeightAverage(Average):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.averaged.load_state_dict(state["averaged"])
+        self.captures = int(state["captures"])
+
+
+class LastAverage(Average):
+    """The mean of the weights of the last captures."""
+
+    def __init__(
+        self, model: nn.Module, captured: Captured, last: int, backend: str | None
+    ) -> None:
+        super().__init__(captured)
+        self._averager = Averager(model, {"lawa": Window(last)}, backend=backend)
+        self._network = copy.deepcopy(model)
+
+    def capture(self, model: nn.Module, evaluation: Evaluation, clock: Clock) -> None:
+        with clock("average"):
+            self._averager.update()
+        self.captures += 1
+
+    def score(self, epoch: int, evaluation: Evaluation, clock: Clock, share: float = 1.0) -> Score:
+        self._network.load_state_dict(self._averager.averages["lawa"])
+        with clock("bn"):
+            evaluation.renew_statistics(self._network, epoch, share)
+        with clock("eval"):
+            return evaluation.score(self._network)
+
+    def networks(self, epoch: int, reported: Sequence[str], model: nn.Module) -> Networks:
+        return dict.fromkeys(reported, self._network)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"captures": self.captures, "averager": self._averager.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._averager.load_state_dict(state["averager"])
+        self.captures = int(state["captures"])
+
+
+class Gaussian(Average):
+    """The mean prediction of samples of a SWAG, each with BatchNorm statistics of its own. The
+    network that is saved has the mean's weights."""
+
+    costly = True
+    samples: ClassVar[int] = 30  # the paper's, as the number of deviations that are kept
+
+    def __init__(self, model: nn.Module, captured: Captured, config: TrainConfig) -> None:
+        super().__init__(captured)
+        self._seed = config.seed
+        self._swag = SWAG(model, 20, backend=config.backend)
+        self._network = copy.deepcopy(model)
+
+    def capture(self, model: nn.Module, evaluation: Evaluation, clock: Clock) -> None:
+        with clock("average"):
+            self._swag.update()
+        self.captures += 1
+
+    @torch.no_grad()
+    def _become(
+        self,
+        weights: Mapping[str, Tensor],
+        epoch: int,
+        evaluation: Evaluation,
+        clock: Clock,
+        share: float,
+    ) -> None:
+        with clock("bn"):
+            for name, parameter in self._network.named_parameters():
+                parameter.copy_(weights[name])
+            evaluation.renew_statistics(self._network, epoch, share)
+
+    def score(self, epoch: int, evaluation: Evaluation, clock: Clock, share: float = 1.0) -> Score:
+        probabilities: list[Tensor] = []
+        seed = derive_seed(self._seed, "swag", epoch) % 2**31
+        # A Gaussian of one capture is a point.
+        for number in range(self.samples if self.captures > 1 else 0):
+            sample = self._swag.sample(seed=seed + number)
+            self._become(sample, epoch, evaluation, clock, share)
+            with clock("eval"):
+                found = evaluation.probabilities(self._network)
+            probabilities = [probabilities[0] + found] if probabilities else [found]
+        self._become(self._swag.mean, epoch, evaluation, clock, share)
+        with clock("eval"):
+            if not probabilities:
+                return evaluation.score(self._network)
+            return evaluation.score_probabilities(probabilities[0] / self.samples)
+
+    def networks(self, epoch: int, reported: Sequence[str], model: nn.Module) -> Networks:
+        return dict.fromkeys(reported, self._network)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"captures": self.captures, "swag": self._swag.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._swag.load_state_dict(state["swag"])
         self.captures = int(state["captures"])
 
 
@@ -150,5 +242,13 @@ def make_average(
     """What a method averages, of a network that is trained for ``steps`` steps per epoch."""
     if method == "fge":
         return Ensemble(captured)
-    decay = max(0.0, 1.0 - 1.0 / (config.ema_epochs * steps)) if method == "ema" else None
-    return WeightAverage(model, captured, decay=decay, backend=config.backend)
+    if method == "lawa":
+        return LastAverage(model, captured, config.lawa_last, config.backend)
+    if method == "swag":
+        return Gaussian(model, captured, config)
+    rule: SWA | EMA | Power = SWA()
+    if method == "ema":
+        rule = EMA(max(0.0, 1.0 - 1.0 / (config.ema_epochs * steps)))
+    if method == "swa-power":
+        rule = Power(config.power_gamma)
+    return WeightAverage(model, captured, rule=rule, backend=config.backend)

@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 
+from ..checkpoints import cli as checkpoints
 from .config import TrainConfig, option_name, with_absolute_paths
 from .curves import draw_curves
 from .distributed import World, resolve_device
 from .errors import Stopped, TrainError
 from .machine import check_amp, choose_threads, measure_speed
+from .merge import merge_captures
 from .presets import PRESETS, flop, scaled
 from .progress import Progress, duration
 from .report import (
@@ -120,6 +122,22 @@ def build_parser() -> argparse.ArgumentParser:
         "--scale", type=float, default=1.0, help="as for run (default: 1)", metavar="S"
     )
 
+    merge = commands.add_parser(
+        "merge",
+        help="average the captures of finished runs anew, by other weights",
+        description="Averages the captures that runs with --keep-captures have left, estimates the "
+        "BatchNorm statistics and the accuracy of each run's result, and leaves it as "
+        "model_merged.pt.",
+    )
+    merge.add_argument("folders", nargs="+", metavar="RUN", help="folder of a run")
+    merge.add_argument(
+        "--weights",
+        default="uniform",
+        help="uniform, minus-sqrt, power:G, ema:D (default: uniform)",
+    )
+    merge.add_argument("--last", type=int, metavar="N", help="the last N captures (default: all)")
+    merge.add_argument("--device", help="as for train (default: the run's)")
+
     report = commands.add_parser(
         "report",
         help="compare finished runs with each other and with the paper",
@@ -134,6 +152,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder for report.md and curves.png, or curves-1.png, ... of several experiments "
         "(default: the first folder of runs)",
     )
+
+    checkpoints.add_parser(commands)
     return parser
 
 
@@ -191,10 +211,14 @@ def main(argv: Sequence[str] | None = None, *, command: Sequence[str] | None = N
     options = vars(build_parser().parse_args(arguments))
     name = options.pop("command")
     try:
+        if name == "average":
+            return checkpoints.run(options)
         if name == "train":
             return _train(options, list(command or ("swa-fast", name)))
         if name == "run":
             return _run(options, ["swa-fast", *arguments])
+        if name == "merge":
+            return _merge(**options)
         return _presets(**options) if name == "presets" else _report(**options)
     except TrainError as error:
         print(f"swa-fast {name}: error: {error}", file=sys.stderr)
@@ -387,6 +411,17 @@ def _presets(device: str, amp: str, scale: float) -> int:
         f"{speed / 1e9:,.0f} GFLOP/s as a WRN-16-4 reaches on {resolve_device(device)} with --amp "
         f"{amp}."
     )
+    return 0
+
+
+def _merge(folders: Sequence[str], weights: str, last: int | None, device: str | None) -> int:
+    rows = []
+    for folder in folders:
+        merged = merge_captures(RunFolder(folder), weights, last, device)
+        accuracy = f"{merged.accuracy:.2f}"
+        rows.append((folder, str(len(merged.epochs)), accuracy, f"{merged.loss:.4f}"))
+        print(f"{merged.path}: epochs {', '.join(map(str, merged.epochs))}")
+    print("\n" + format_rows(("run", "captures", "accuracy %", "loss"), rows, "plain"))
     return 0
 
 

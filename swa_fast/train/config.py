@@ -15,63 +15,10 @@ import torch
 
 from ..schedules import budget_epoch, first_capture
 from .data import DATASETS, NORMALISATIONS, check_data_options
+from .defaults import ALONG_SWA, DEFAULTS, LATER, METHODS
 from .distributed import resolve_device
 from .errors import TrainError
 from .models import MODELS
-
-#: Training methods by name, with the titles that tables give their results.
-METHODS: dict[str, str] = {
-    "sgd": "SGD",
-    "ema": "EMA",
-    "fge": "FGE",
-    "swa": "SWA",
-    "swa-cyclic": "SWA, cyclic",
-    "swa-fixed": "SWA, fixed rate",
-}
-
-#: The titles of all results: fge also leaves the average of its members.
-TITLES = {**METHODS, "fge-average": "FGE, average of members"}
-
-_SMALL: dict[str, Any] = {"width": 8, "lr": 0.1, "swa_lr": 0.05, "weight_decay": 5e-4}
-_PAPER: dict[str, Any] = {
-    "model": "preresnet20",
-    "epochs": 150,
-    "batch_size": 128,
-    "lr": 0.1,
-    "swa_lr": 0.01,
-    "weight_decay": 3e-4,
-}
-
-#: Defaults that depend on the dataset. Those of ``digits`` and ``synthetic`` let two runs end in
-#: about a minute on two cores; the others are the paper's, for PreResNets where it is about CIFAR.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "digits": {**_SMALL, "model": "preresnet14", "epochs": 30, "batch_size": 32},
-    "synthetic": {**_SMALL, "model": "preresnet8", "epochs": 12, "batch_size": 128},
-    "images": _PAPER,
-    "cifar10": _PAPER,
-    "cifar100": {**_PAPER, "swa_lr": 0.05},
-    "fashion-mnist": _PAPER,
-    "imagenet": {
-        "model": "resnet50",
-        "pretrained": "torchvision",
-        "methods": ("swa-cyclic",),
-        "epochs": 10,
-        "batch_size": 256,
-        "lr": 1e-3,
-        "swa_lr": 1e-3,
-        "weight_decay": 1e-4,
-        "swa_start": 0.0,
-        "cycle_epochs": 1,
-        "cycle_lr_max": 1e-3,
-        "cycle_lr_min": 1e-5,
-        "budgets": (0.5, 1.0),
-        # The share that the SWAG authors' code takes for ImageNet.
-        "curve_data": 0.1,
-    },
-}
-
-# Settings that came later than files of runs that can still be read, with what those runs did.
-_LATER: dict[str, Any] = {"validation": False, "bn_gamma": "ones", "curve_data": 1.0}
 
 #: The default of a setting that depends on others or on the machine; its help tells how.
 _RESOLVED = object()
@@ -242,6 +189,17 @@ class TrainConfig:
     fixed_start: float = _averaging(
         _START, "swa-fixed: fraction of the epochs after which averaging begins", 0.7
     )
+    power_gamma: float = _averaging(
+        _Kind("G", "a finite number above -1", lambda x: math.isfinite(x) and x > -1),
+        "swa-power: weights grow with the number of captures to this power; -0.5 stands for a rate "
+        "that decays as 1 - sqrt(x)",
+        -0.5,
+    )
+    lawa_last: int = _averaging(
+        _Kind("N", "a number from 1 to 15", lambda x: 1 <= x <= 15),
+        "lawa: captures that are averaged, the last ones",
+        5,
+    )
     bn_estimator: str = _averaging(
         _one_of("weighted", "torch", "pooled"),
         "BatchNorm statistics of averages: weighted (the authors' rule), torch or pooled, see "
@@ -269,6 +227,9 @@ class TrainConfig:
         "share of the training batches in BatchNorm passes that only curves need; 0 leaves these "
         "points of the averages out. Reported results have the whole pass",
         1.0,
+    )
+    keep_captures: bool = _output(
+        "", "leave the weights of every capture of the swa run, for swa-fast merge", False
     )
 
     @classmethod
@@ -314,7 +275,7 @@ class TrainConfig:
         Raises:
             TrainError: settings are missing or unknown, or as the class.
         """
-        expected, values = {field.name for field in dataclasses.fields(cls)}, {**_LATER, **values}
+        expected, values = {field.name for field in dataclasses.fields(cls)}, {**LATER, **values}
         if set(values) != expected:
             missing = ", ".join(sorted(expected - set(values))) or "none"
             unknown = ", ".join(sorted(set(values) - expected)) or "none"
@@ -386,7 +347,11 @@ def _check_methods(config: TrainConfig) -> None:
         )
     for method in methods:
         _expect("methods", method, _one_of(*METHODS))
-    if "swa" in methods and config.swa_from == "scratch" and config.lr_schedule != "paper":
+    if (
+        any(method in ALONG_SWA for method in methods)
+        and config.swa_from == "scratch"
+        and config.lr_schedule != "paper"
+    ):
         # The authors' schedule of a run of its own belongs to their conventional one.
         raise TrainError(
             f"--swa-from: expected sgd with --lr-schedule {config.lr_schedule}, found scratch"
@@ -398,7 +363,7 @@ def _check_methods(config: TrainConfig) -> None:
         )
     _expect("budgets", budgets, "rising numbers", list(budgets) == sorted(set(budgets)))
     for field, method in (
-        ("swa_start", "swa"),
+        *(("swa_start", method) for method in ALONG_SWA),
         ("swa_start", "swa-cyclic"),
         ("fge_start", "fge"),
         ("fixed_start", "swa-fixed"),
@@ -429,7 +394,7 @@ def _check_start(config: TrainConfig, field: str, method: str) -> None:
             f"{start}, i.e. a first average after epoch {first} of {end} ({method})"
         )
     # These go on from the conventional run, which has `epochs` epochs.
-    if method in ("swa-cyclic", "fge") or (method == "swa" and config.swa_from == "sgd"):
+    if method in ("swa-cyclic", "fge") or (method in ALONG_SWA and config.swa_from == "sgd"):
         limit = f"1 at most for {method}, which continues the SGD run"
         _expect(field, start, limit, start <= 1)
 

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .config import TITLES, TrainConfig
+from .config import TrainConfig
+from .defaults import TITLES
 from .errors import import_extra
 from .methods import plan
 from .results import Results
@@ -22,6 +23,9 @@ _COLORS = {
     "fge": "#2ca02c",
     "fge-average": "#bcbd22",
     "swa-fixed": "#ff7f0e",
+    "swa-power": "#e377c2",
+    "lawa": "#8c564b",
+    "swag": "#7f7f7f",
 }
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.utils.benchmark import Timer
 
 import swa_fast
 
@@ -73,6 +72,9 @@ def measure_speed(device: str = "auto", amp: str = "none") -> float:
     target = torch.device(resolve_device(device))
     batch = 256 if target.type == "cuda" else 16
     step, work = _training_step("wrn16-4", MODELS["wrn16-4"].width, 32, batch, target, amp)
+    # Here, because it loads what builds C++ extensions.
+    from torch.utils.benchmark import Timer
+
     timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
     return work / min(timer.timeit(1).mean for _ in range(2))
 

@@ -12,6 +12,9 @@ fge         fge          ensemble of the networks in the middle of each triangul
 swa         swa          mean of the weights at the end of epochs at a constant rate
 swa-cyclic  swa-cyclic   mean of the weights at the end of each cycle of a sawtooth rate
 swa-fixed   swa-fixed    mean of the weights at the end of epochs at one rate from the first step
+swa-power   swa          mean of swa's captures that weighs the n-th by a power of n
+lawa        swa          mean of swa's last captures
+swag        swa          mean prediction of samples of a Gaussian around swa's captures
 =========== ============ ==========================================================================
 
 fge, swa-cyclic and, on demand, swa go on from the conventional run after some of its epochs, with
@@ -19,16 +22,18 @@ its momentum.
 
 Sources: Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization",
 UAI 2018, arXiv 1803.05407; Garipov et al., "Loss Surfaces, Mode Connectivity, and Fast Ensembling
-of DNNs", NeurIPS 2018, arXiv 1802.10026.
+of DNNs", NeurIPS 2018, arXiv 1802.10026; of the last three methods see :class:`swa_fast.Power`,
+:class:`swa_fast.Window` and :class:`swa_fast.SWAG`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .. import schedules
 from .config import TrainConfig
+from .defaults import ALONG_SWA
 
 #: Learning rate of a step, given the finished epochs, the finished steps of the present one and the
 #: steps per epoch.
@@ -69,8 +74,9 @@ class Trajectory:
 def plan(config: TrainConfig) -> list[Trajectory]:
     """The trajectories that the methods of a configuration need, in the order of training."""
     chosen = config.methods
-    others = {"swa": _swa, "swa-cyclic": _swa_cyclic, "fge": _fge, "swa-fixed": _swa_fixed}
-    after = [make(config) for method, make in others.items() if method in chosen]
+    after = [_swa(config)] if any(method in chosen for method in ALONG_SWA) else []
+    others = {"swa-cyclic": _swa_cyclic, "fge": _fge, "swa-fixed": _swa_fixed}
+    after += [make(config) for method, make in others.items() if method in chosen]
     branches = tuple(sorted({each.begin for each in after if each.begin > 0}))
     conventional: list[str] = [method for method in ("sgd", "ema") if method in chosen]
     if not conventional and not branches:
@@ -106,12 +112,21 @@ def _counts_initial(config: TrainConfig, begin: int) -> bool:
 
 
 def _averaged(
-    config: TrainConfig, method: str, begin: int, first: int, rate: Rate, captured: Captured
+    config: TrainConfig,
+    name: str,
+    begin: int,
+    first: int,
+    rate: Rate,
+    captured: Captured,
+    methods: Sequence[str] = (),
 ) -> Trajectory:
-    """The trajectory of one method; it reports the budgets that hold its ``first`` capture."""
+    """The trajectory of the method of its name, or of several; it reports the budgets that hold
+    its ``first`` capture."""
     ends = {budget: schedules.budget_epoch(config.epochs, budget) for budget in config.budgets}
     marks = {budget: end for budget, end in ends.items() if end >= first}
-    return Trajectory(method, begin, config.last_epoch, rate, {method: captured}, {method: marks})
+    along = methods or (name,)
+    captures, reported = dict.fromkeys(along, captured), dict.fromkeys(along, marks)
+    return Trajectory(name, begin, config.last_epoch, rate, captures, reported)
 
 
 def _swa(config: TrainConfig) -> Trajectory:
@@ -129,7 +144,8 @@ def _swa(config: TrainConfig) -> Trajectory:
             return initial
         return epoch >= first and (epoch - first) % config.swa_every == 0
 
-    return _averaged(config, "swa", 0 if scratch else first - 1, first, rate, captured)
+    methods = [method for method in ALONG_SWA if method in config.methods]
+    return _averaged(config, "swa", 0 if scratch else first - 1, first, rate, captured, methods)
 
 
 def _swa_cyclic(config: TrainConfig) -> Trajectory:

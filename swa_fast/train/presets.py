@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from ..schedules import first_capture
-from .config import DEFAULTS, TrainConfig
+from .config import TrainConfig
+from .defaults import DEFAULTS
 from .errors import TrainError
 from .methods import plan
 from .models import MODELS, build_model, forward_macs

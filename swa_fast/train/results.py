@@ -36,7 +36,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .config import TITLES, TrainConfig
+from .config import TrainConfig
+from .defaults import TITLES
 from .methods import plan
 
 #: Content of results.json.

@@ -318,6 +318,14 @@ class _Session:
         """Final weights of the methods whose results this epoch gives, and new ensemble members."""
         if not self.world.main:
             return
+        averages, name = current.averages.values(), current.trajectory.name
+        if (
+            self.config.keep_captures
+            and name == "swa"
+            and any(average.due(current.epoch) for average in averages)
+        ):
+            capture = f"capture-{name}-{current.epoch:04d}"
+            self.folder.save_model(capture, current.model.state_dict())
         for method, marks in current.trajectory.marks.items():
             names = [
                 method if budget == max(marks) else f"{method}-{budget:g}"

@@ -185,7 +185,7 @@ class Trainer:
         averages: dict[str, Record] = {}
         for method, average in run.averages.items():
             found: Score | tuple[None, None] = (None, None)
-            fresh = average.every_step or average.due(epoch)
+            fresh = (average.every_step or average.due(epoch)) and not average.costly
             if average.captures and looked_at and (fresh or reported) and share > 0:
                 found = average.score(epoch, self.evaluation, run.clock, share)
             averages[method] = {
