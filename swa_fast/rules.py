@@ -241,7 +241,8 @@ class EMA:
     r"""Exponential weights, :math:`a \leftarrow d\,a + (1-d)\,b`; the first update copies.
 
     Args:
-        decay: :math:`d` in [0, 1].
+        decay: :math:`d` in [0, 1]; or a function that an :class:`~swa_fast.Averager` calls with the
+            number of updates before each one, for a decay that changes at every step.
         half_life: instead of ``decay``: updates after which a source's weight has halved,
             :math:`d = 2^{-1/h}`, :math:`h > 0`.
         warmup: a :class:`Warmup`, or the name of a preset with another system's formula and
@@ -267,12 +268,13 @@ class EMA:
     warmup: Warmup | None
     debias: bool
     start: int
+    schedule: Callable[[int], float] | None
 
     __repr__ = short_repr
 
     def __init__(
         self,
-        decay: float | None = None,
+        decay: float | Callable[[int], float] | None = None,
         *,
         half_life: float | None = None,
         warmup: Warmup | str | None = None,
@@ -281,6 +283,12 @@ class EMA:
         debias: bool = False,
         start: int = 0,
     ) -> None:
+        schedule = None
+        if callable(decay):
+            schedule, first = decay, decay(0)
+            if isinstance(first, bool) or not isinstance(first, float | int):
+                raise TypeError(f"decay: expected a function that returns a number, found {first}")
+            decay = float(first)
         if (half_life_samples is None) != (batch_size is None):
             raise ValueError(
                 "half_life_samples, batch_size: expected both or neither, found "
@@ -306,7 +314,7 @@ class EMA:
             if not half_life > 0:
                 raise ValueError(f"half_life: expected a number above 0, found {half_life}")
             decay = 2.0 ** (-1.0 / half_life)
-        assert decay is not None
+        assert isinstance(decay, float | int)
         check_decay(decay)
         if isinstance(warmup, str):
             warmup = Warmup(warmup)
@@ -322,9 +330,20 @@ class EMA:
         object.__setattr__(self, "warmup", warmup)
         object.__setattr__(self, "debias", debias)
         object.__setattr__(self, "start", start)
+        object.__setattr__(self, "schedule", schedule)
+
+    def with_decay(self, decay: float) -> EMA:
+        """The same rule with another decay, which is the same for all updates.
+
+        Raises:
+            ValueError: ``decay`` outside its range.
+        """
+        return EMA(float(decay), warmup=self.warmup, debias=self.debias, start=self.start)
 
     def weight(self, n: int) -> float:
         """Weight of the source when ``n`` were averaged before."""
+        if self.schedule is not None:
+            return self.with_decay(self.schedule(n)).weight(n)
         w = self.warmup
         s = n - self.start - (0 if w is None else w.update_after_step)
         if w is not None and w.tau is not None:
@@ -388,17 +407,32 @@ def describe_rule(rule: Rule) -> dict[str, Any]:
         values = {name: v for name, v in asdict(rule).items() if is_used(rule, name)}
         if isinstance(rule, EMA) and rule.warmup is not None and rule.warmup.tau is None:
             del values["warmup"]["tau"]
+        if "schedule" in values:
+            values["schedule"] = _name_of(values["schedule"])
         return {"rule": type(rule).__name__, **values}
-    kind = type(rule)
-    name = getattr(rule, "__qualname__", f"{kind.__module__}.{kind.__qualname__}")
-    return {"rule": "function", "name": name}
+    return {"rule": "function", "name": _name_of(rule)}
+
+
+def _name_of(function: object) -> str:
+    kind = type(function)
+    return str(getattr(function, "__qualname__", f"{kind.__module__}.{kind.__qualname__}"))
 
 
 def why_it_stands_still(rule: Rule, dtype: torch.dtype) -> str | None:
-    """Why an exponential average of this dtype, rounded to nearest, would stand still."""
-    if not isinstance(rule, EMA) or not (dtype.is_floating_point or dtype.is_complex):
+    """Why an average of this dtype, rounded to nearest, would stand still."""
+    if not (dtype.is_floating_point or dtype.is_complex):
         return None
     resolution = torch.finfo(dtype).eps
+    if isinstance(rule, SWA | Power) and dtype in (torch.bfloat16, torch.float16):
+        # A difference of the value's own size is then half of what the dtype can tell apart.
+        updates = round(2 * (1 + getattr(rule, "gamma", 0.0)) / resolution)
+        return (
+            f"the weight of a new source in {rule!r} falls with the number of updates: with the "
+            f"resolution {resolution:.2g} of {dtype} it would be rounded away, and the average "
+            f"stand still, from some {updates} updates on"
+        )
+    if not isinstance(rule, EMA) or rule.schedule is not None:
+        return None
     if rule.decay == 1.0 or 1.0 - rule.decay >= resolution:
         return None
     return (

@@ -15,7 +15,7 @@ def short_repr(self: Any) -> str:
 
 
 def is_used(rule: Any, option: str) -> bool:
-    return option not in ("start", "debias", "tau") or bool(getattr(rule, option))
+    return option not in ("start", "debias", "tau", "schedule") or bool(getattr(rule, option))
 
 
 # The systems' own defaults, where they are not those of Warmup.

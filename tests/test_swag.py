@@ -338,6 +338,30 @@ def test_raw_operator_checks_its_arguments() -> None:
         torch.ops.swa_fast.swag_.cpu(*good, 0, torch.zeros(1, dtype=torch.int64))
 
 
+def test_a_load_that_fails_is_whole_or_nothing() -> None:
+    weight = torch.randn(5)
+    other = SWAG([("w", weight + 1)], k=2)
+    for _ in range(3):
+        other.update()
+    state = other.state_dict()
+
+    def make() -> tuple[Callable[[], object], Callable[[], None]]:
+        swag = SWAG([("w", weight)], k=2)
+        swag.update()
+        rows = {row: t["w"].clone() for row, t in swag.state_dict()["rows"].items()}
+
+        def check() -> None:
+            found = swag.state_dict()
+            whole = found["n_averaged"] == 3
+            assert whole or found["n_averaged"] == 1
+            for row, tensors in found["rows"].items():
+                assert torch.equal(tensors["w"], state["rows"][row]["w"] if whole else rows[row])
+
+        return lambda: swag.load_state_dict(state), check
+
+    assert at_every_line(make, "swag.py") > 20
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", [None, "reference"])
 def test_rows_on_the_cpu_of_a_model_on_a_gpu(backend: str | None) -> None:

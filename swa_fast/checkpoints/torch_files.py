@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +28,9 @@ def offsets(file: Path | BinaryIO) -> Any:
     # An import of a second, which safetensors alone do not need.
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode():
+    with FakeTensorMode(), warnings.catch_warnings():
+        # Of sparse tensors, which are refused.
+        warnings.filterwarnings("ignore", message="Validating sparse")
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
