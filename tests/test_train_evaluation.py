@@ -27,6 +27,7 @@ from swa_fast.train.averages import Ensemble
 from swa_fast.train.clock import Clock
 from swa_fast.train.config import TrainConfig
 from swa_fast.train.distributed import World
+from swa_fast.train.errors import TrainError
 from swa_fast.train.randomness import derive_seed
 from swa_fast.train.trainer import Trainer
 
@@ -81,6 +82,14 @@ def test_passes_for_curves_see_the_first_batches_only(finished: Path, tmp_path: 
         mean = model.conv1(images).mean((0, 2, 3))  # type: ignore[operator]
     found = model.get_buffer("layer1.0.bn1.running_mean")
     torch.testing.assert_close(found, mean, rtol=1e-4, atol=1e-5)
+
+
+def test_a_pass_over_weights_that_diverged_is_an_error_of_the_training() -> None:
+    trainer = Trainer(TrainConfig.from_options(OPTIONS), small_digits(), World())
+    model = trainer.build()
+    model.conv1.weight.data.fill_(math.nan)  # type: ignore[union-attr,operator]
+    with pytest.raises(TrainError, match=r"epoch 3: .*; the training diverged, try a lower --lr"):
+        trainer.evaluation.renew_statistics(model, 3)
 
 
 def test_passes_for_curves_can_be_left_out(tmp_path: Path) -> None:

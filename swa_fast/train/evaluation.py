@@ -16,7 +16,7 @@ from swa_fast import update_bn
 from .config import TrainConfig
 from .data import Batch, Batches, Dataset, Placement
 from .distributed import World
-from .errors import Stopped
+from .errors import Stopped, TrainError
 from .randomness import derive_seed
 
 _BATCH = 512
@@ -117,16 +117,25 @@ class Evaluation:
 
     def renew_statistics(self, model: nn.Module, epoch: int, share: float = 1.0) -> None:
         """Gives a network the BatchNorm statistics of the training images, cut as in an epoch, or
-        of the first ``share`` of their shuffled batches."""
+        of the first ``share`` of their shuffled batches.
+
+        Raises:
+            TrainError: activations are not finite.
+        """
         config = self.config
         torch.manual_seed(derive_seed(config.seed, "bn-model", epoch) ^ self.world.rank)
         batches = self._batches.epoch(derive_seed(config.seed, "bn", epoch - 1))
-        with autocast(config):
-            update_bn(
-                (images for images, _ in self._interruptible(batches)),
-                model,
-                estimator=config.bn_estimator,
-                max_batches=None if share == 1 else max(1, int(share * len(self._batches))),
-                group=True if self.world.size > 1 else None,
-                backend=config.backend,
-            )
+        try:
+            with autocast(config):
+                update_bn(
+                    (images for images, _ in self._interruptible(batches)),
+                    model,
+                    estimator=config.bn_estimator,
+                    max_batches=None if share == 1 else max(1, int(share * len(self._batches))),
+                    group=True if self.world.size > 1 else None,
+                    backend=config.backend,
+                )
+        except FloatingPointError as error:
+            raise TrainError(
+                f"epoch {epoch}: {error}; the training diverged, try a lower --lr or --swa-lr"
+            ) from error
