@@ -262,7 +262,7 @@ def validation_split(labels: Tensor) -> tuple[Tensor, Tensor]:
 def balanced_share(labels: Tensor, fraction: float, min_per_class: int) -> Tensor:
     """Positions of a fraction of every class, always the same, in ascending order.
 
-    A class of n images keeps round(n*fraction), at least ``min_per_class`` (or fewer, two at least,
+    A class of n images keeps round(n*fraction), at least ``min_per_class`` (or fewer, one at least,
     where that would be more than 500 images) and at most n. They are the first of a fixed random
     order, so a smaller share is part of a larger one.
 
@@ -277,7 +277,7 @@ def balanced_share(labels: Tensor, fraction: float, min_per_class: int) -> Tenso
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     shuffled = labels[order]
     kept, classes = [], shuffled.unique()
-    min_per_class = min(min_per_class, max(2, 500 // len(classes)))
+    min_per_class = min(min_per_class, max(1, 500 // len(classes)))
     for label in classes:
         members = order[shuffled == label]
         kept.append(members[: max(min_per_class, math.floor(len(members) * fraction + 0.5))])
