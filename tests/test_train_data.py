@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from swa_fast.train.data import Placement, load_dataset
-from swa_fast.train.data.dataset import Normalise, balanced_share
+from swa_fast.train.data.dataset import Normalise, balanced_share, validation_split
 from swa_fast.train.data.memory import MemoryDataset, channel_statistics
 from swa_fast.train.data.sources import load_digits, load_images, load_synthetic
 from swa_fast.train.errors import TrainError, import_extra
@@ -350,6 +350,29 @@ def test_fraction_of_a_dataset() -> None:
             for image, label in zip(all_images, all_labels, strict=True)
         }
         assert [label_of[image.numpy().tobytes()] for image in images] == labels.tolist()
+
+
+@pytest.mark.parametrize(
+    ("labels", "held"),
+    [
+        ([0, 1] * 15, [27, 28, 29]),  # the last tenth, as of CIFAR's 50,000
+        ([1, 0], [1]),
+        ([0] * 20 + [1] * 10 + [2] * 2, [18, 19, 29, 31]),  # of each class in a folder's order
+    ],
+)
+def test_validation_split(labels: list[int], held: list[int]) -> None:
+    train, validation = validation_split(torch.tensor(labels))
+    assert validation.tolist() == held
+    assert train.tolist() == [i for i in range(len(labels)) if i not in held]
+
+
+def test_validation_images_are_training_images() -> None:
+    whole, split = load_dataset("digits"), load_dataset("digits", validation=True)
+    assert isinstance(whole, MemoryDataset) and isinstance(split, MemoryDataset)
+    assert torch.equal(split.train_images, whole.train_images[:-143])
+    assert torch.equal(split.test_images, whole.train_images[-143:])
+    assert torch.equal(split.test_labels, whole.train_labels[-143:])
+    assert split.sha256 != whole.sha256
 
 
 def test_synthetic_is_deterministic_and_learnable() -> None:

@@ -51,6 +51,7 @@ def test_all_files(finished: Path) -> None:
         "log.txt",
         "model_ema.pt",
         "model_fge-01.pt",
+        "model_fge-average.pt",
         "model_sgd.pt",
         "model_swa-1.pt",
         "model_swa-cyclic-1.pt",
@@ -372,7 +373,8 @@ def test_initial_weights_count_where_asked_for(tmp_path: Path) -> None:
 def test_evaluation_every_third_epoch_and_at_the_end(tmp_path: Path) -> None:
     assert cli.main(arguments(tmp_path, eval_every=3)) == 0
     found = records(tmp_path)
-    assert [r["test_loss"] is not None for r in found] == [False, False, True, True] * 2
+    # And after the first, as in the authors' code.
+    assert [r["test_loss"] is not None for r in found] == [True, False, True, True] * 2
     averages = [r["averages"]["swa"] for r in found[4:]]
     assert [a["test_loss"] is not None for a in averages] == [False, False, True, True]
     # How often one looks does not change what one sees.
@@ -380,7 +382,7 @@ def test_evaluation_every_third_epoch_and_at_the_end(tmp_path: Path) -> None:
     # The end of a run that others only go on from is looked at, too.
     assert cli.main(arguments(tmp_path / "fge", eval_every=3, methods="fge", fge_start=0.5)) == 0
     found = records(tmp_path / "fge")
-    assert [r["test_loss"] is not None for r in found] == [False, True, True, True]
+    assert [r["test_loss"] is not None for r in found] == [True, True, True, True]
 
 
 def test_looking_does_not_change_the_result(finished: Path, tmp_path: Path) -> None:

@@ -15,64 +15,10 @@ import torch
 
 from ..schedules import budget_epoch, first_capture
 from .data import DATASETS, NORMALISATIONS, check_data_options
+from .defaults import ALONG_SWA, DEFAULTS, LATER, METHODS
 from .distributed import resolve_device
 from .errors import TrainError
 from .models import MODELS
-
-#: Training methods by name, with the titles that tables give their results.
-METHODS: dict[str, str] = {
-    "sgd": "SGD",
-    "ema": "EMA",
-    "fge": "FGE",
-    "swa": "SWA",
-    "swa-cyclic": "SWA, cyclic",
-    "swa-fixed": "SWA, fixed rate",
-    "swa-power": "SWA, power",
-    "lawa": "LAWA",
-    "swag": "SWAG",
-}
-
-#: Those that average along one trajectory, at the constant rate of SWA.
-ALONG_SWA = ("swa", "swa-power", "lawa", "swag")
-
-_SMALL: dict[str, Any] = {"width": 8, "lr": 0.1, "swa_lr": 0.05, "weight_decay": 5e-4}
-_PAPER: dict[str, Any] = {
-    "model": "preresnet20",
-    "epochs": 150,
-    "batch_size": 128,
-    "lr": 0.1,
-    "swa_lr": 0.01,
-    "weight_decay": 3e-4,
-}
-
-#: Defaults that depend on the dataset. Those of ``digits`` and ``synthetic`` let two runs end in
-#: about a minute on two cores; the others are the paper's, for PreResNets where it is about CIFAR.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "digits": {**_SMALL, "model": "preresnet14", "epochs": 30, "batch_size": 32},
-    "synthetic": {**_SMALL, "model": "preresnet8", "epochs": 12, "batch_size": 128},
-    "images": _PAPER,
-    "cifar10": _PAPER,
-    "cifar100": {**_PAPER, "swa_lr": 0.05},
-    "fashion-mnist": _PAPER,
-    "imagenet": {
-        "model": "resnet50",
-        "pretrained": "torchvision",
-        "methods": ("swa-cyclic",),
-        "epochs": 10,
-        "batch_size": 256,
-        "lr": 1e-3,
-        "swa_lr": 1e-3,
-        "weight_decay": 1e-4,
-        "swa_start": 0.0,
-        "cycle_epochs": 1,
-        "cycle_lr_max": 1e-3,
-        "cycle_lr_min": 1e-5,
-        "budgets": (0.5, 1.0),
-    },
-}
-
-# Settings that came later than files of runs that can still be read, with what those runs did.
-_LATER: dict[str, Any] = {"power_gamma": -0.5, "lawa_last": 5, "keep_captures": False}
 
 #: The default of a setting that depends on others or on the machine; its help tells how.
 _RESOLVED = object()
@@ -160,6 +106,12 @@ class TrainConfig:
         "(default: the paper's for the model on cifar10, cifar100 and imagenet, else dataset)",
     )
     fraction: float = _data("F", "share of every class that is used", 1.0)
+    validation: bool = _data(
+        "",
+        "measure on the last tenth of the training images (5,000 of CIFAR's; of folders, the last "
+        "of every class), which is held out, and never look at the test set: to choose settings by",
+        False,
+    )
     workers: int = _data(
         _Kind("N", "an integer from 0 to 1024", lambda x: 0 <= x <= 1024),
         "processes that decode images, for imagenet (default: as many as cores, 4 at most)",
@@ -173,6 +125,12 @@ class TrainConfig:
         "initial weights: torchvision, or a file with a state_dict (default: random; imagenet: "
         "torchvision)",
         None,
+    )
+    bn_gamma: str = _recipe(
+        _one_of("ones", "uniform"),
+        "initial scales of BatchNorm: ones, or uniform in [0, 1), PyTorch's default when the "
+        "authors ran WRN-28-10 and VGG16 with BatchNorm",
+        "ones",
     )
     methods: tuple[str, ...] = _recipe(
         "NAMES", f"what to compare, separated by commas: {', '.join(METHODS)}", ("sgd", "swa")
@@ -262,7 +220,15 @@ class TrainConfig:
     sync_bn: bool = _machine("", "several processes: BatchNorm over all of them in training", False)
     threads: int = _machine(_THREADS, "CPU threads (default: torch's choice)")
     eval_every: int = _output(
-        _COUNT, "epochs between evaluations; those that are reported are always evaluated", 1
+        _COUNT,
+        "epochs between evaluations; the first and those that are reported are always evaluated",
+        1,
+    )
+    curve_data: float = _output(
+        _Kind("F", "a number in [0, 1]", lambda x: 0 <= x <= 1),
+        "share of the training batches in BatchNorm passes that only curves need; 0 leaves these "
+        "points of the averages out. Reported results have the whole pass",
+        1.0,
     )
     keep_captures: bool = _output(
         "", "leave the weights of every capture of the swa run, for swa-fast merge", False
@@ -311,7 +277,7 @@ class TrainConfig:
         Raises:
             TrainError: settings are missing or unknown, or as the class.
         """
-        expected, values = {field.name for field in dataclasses.fields(cls)}, {**_LATER, **values}
+        expected, values = {field.name for field in dataclasses.fields(cls)}, {**LATER, **values}
         if set(values) != expected:
             missing = ", ".join(sorted(expected - set(values))) or "none"
             unknown = ", ".join(sorted(set(values) - expected)) or "none"
@@ -363,6 +329,10 @@ class TrainConfig:
                 f"--pretrained: torchvision has weights of resnet50, resnet152 and densenet161, "
                 f"found --model {self.model}"
             )
+        limit = "ones with --pretrained, whose scales are trained"
+        _expect(
+            "bn_gamma", self.bn_gamma, limit, self.pretrained is None or self.bn_gamma == "ones"
+        )
 
 
 def _expect(field: str, found: Any, expected: _Kind | str, holds: bool = True) -> None:

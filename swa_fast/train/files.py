@@ -7,8 +7,6 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["open_regular", "write_atomically"]
-
 
 def open_regular(path: str | Path) -> BinaryIO:
     """Opens a file for reading.

@@ -11,7 +11,13 @@ from typing import Any
 
 from .errors import import_extra
 
-__all__ = ["Board", "Progress"]
+
+def duration(seconds: float) -> str:
+    """A length of time in the unit that suits it."""
+    for unit, length in (("years", 365 * 86400), ("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} s"
 
 
 class Progress:
@@ -78,8 +84,9 @@ class Progress:
         if self._bar is not None:
             self._bar.update()
 
-    def epoch(self, record: dict[str, Any]) -> None:
-        """Shows a finished epoch."""
+    def epoch(self, record: dict[str, Any], left: float) -> None:
+        """Shows a finished epoch, and the seconds that are ``left`` of the whole run if its epochs
+        go on taking as long as those so far."""
         values = {
             "test": record["test_accuracy"],
             **{method: a["test_accuracy"] for method, a in record["averages"].items()},
@@ -89,10 +96,11 @@ class Progress:
         line = (
             f"{self._label} epoch {record['epoch']}/{self._epochs}  lr {record['lr']:.4g}  "
             f"loss {record['train_loss']:.4f}  train {record['train_accuracy']:.2f}%{accuracies}  "
-            f"{sum(record['seconds'].values()):.1f} s"
+            f"{sum(record['seconds'].values()):.1f} s  {duration(left)} left"
         )
         if self._bar is not None:
-            self._bar.set_postfix(epoch=f"{record['epoch']}/{self._epochs}", **shown)
+            epoch = f"{record['epoch']}/{self._epochs}"
+            self._bar.set_postfix(epoch=epoch, **shown, left=duration(left))
             self._log(line)
             return
         self.say(line)

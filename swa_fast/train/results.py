@@ -4,21 +4,26 @@
 
 * ``schema`` ("swa_fast.train.results"), ``schema_version`` (3; a later version may add keys
   without changing it), ``status`` ("running" or "complete"), ``preset`` (its name, or null) and
-  ``scale`` (1 for none). Since version 3 the random crops of ``imagenet`` are torchvision's, drawn
-  from torch's generator; nothing else differs from version 2, whose files can still be read, but
-  whose unfinished runs on ``imagenet`` cannot be continued;
+  ``scale`` (1 for none), ``changes`` (what the run does otherwise than the preset, by setting or
+  "captures of METHOD": the preset's value and the run's). Since version 3 the random crops of
+  ``imagenet`` are torchvision's, drawn from torch's generator; nothing else differs from version 2,
+  whose files can still be read, but whose unfinished runs on ``imagenet`` cannot be continued;
 * ``config``: the settings, by the names of the command-line options with underscores;
 * ``environment``: versions of swa_fast, torch, cuda (null on the CPU) and python, ``device`` name,
   ``threads``, ``processes``, ``git_commit`` (null for an installed package), ``averaging_backend``;
 * ``data``: numbers of images, ``image_shape`` [C, H, W], ``classes``, ``normalise``, ``mean`` and
   ``std`` per channel in pixel values 0..255, ``fraction``, ``skipped_files``, ``sha256``;
+* ``peak_memory``: bytes that the first process has held at most: ``host``, and ``device``, null
+  on the CPU;
 * ``initial``: ``test_loss`` and ``test_accuracy`` of a pretrained network before training, or null;
 * ``records``: one object per epoch of every trajectory, in the order of training: ``trajectory``,
   ``epoch`` (from 1; a trajectory that goes on from the run sgd begins later), ``lr`` of its last
   step, ``train_loss``, ``train_accuracy`` (means over the epoch's augmented batches, before each
   step), ``test_loss``, ``test_accuracy`` of the iterate; ``averages``: by method, ``captures`` (so
-  far), ``test_loss``, ``test_accuracy``; and ``seconds`` by phase: ``data``, ``forward_backward``,
-  ``optimizer``, ``average``, ``bn``, ``eval``. What was not measured in an epoch is null;
+  far), ``test_loss``, ``test_accuracy``, ``bn_share`` (of the training batches, that the BatchNorm
+  pass of this measurement saw; below 1 only for points of curves, see ``--curve-data``); and
+  ``seconds`` by phase: ``data``, ``forward_backward``, ``optimizer``, ``average``, ``bn``,
+  ``eval``. What was not measured in an epoch is null;
 * ``summary``: the rows of the table, empty before the end: ``name``, ``method``, ``budget``,
   ``epochs``, ``captures`` (null for sgd), ``test_accuracy``, ``test_loss``, ``iterate_accuracy``
   (of the last weights of the same trajectory), ``seconds``.
@@ -32,10 +37,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from .config import METHODS, TrainConfig
+from .config import TrainConfig
+from .defaults import TITLES
 from .methods import plan
-
-__all__ = ["RESULTS_SCHEMA", "RESULTS_VERSION", "Results", "overhead", "problem_of", "summarise"]
 
 #: Content of results.json.
 Results = Mapping[str, Any]
@@ -141,7 +145,9 @@ def summarise(results: Results) -> list[dict[str, Any]]:
         for method, marks in trajectory.marks.items():
             for budget, epoch in marks.items():
                 record = by_name[trajectory.name][epoch]
-                found = record if method == "sgd" else record["averages"][method]
+                found = record if method == "sgd" else record["averages"].get(method)
+                if found is None:
+                    continue  # FGE's members were not always averaged
                 before = [r for e, r in by_name.get("sgd", {}).items() if e <= trajectory.begin]
                 own = [r for e, r in by_name[trajectory.name].items() if e <= epoch]
                 seconds = sum(r["seconds"][phase] for r in before + own for phase in _TRAINING)
@@ -149,7 +155,7 @@ def summarise(results: Results) -> list[dict[str, Any]]:
                     # What the conventional run averaged is another method's.
                     seconds += sum(r["seconds"]["average"] for r in own)
                     seconds += record["seconds"]["bn"]
-                name = METHODS[method] + (f", {budget:g} budgets" if budget != 1.0 else "")
+                name = TITLES[method] + (f", {budget:g} budgets" if budget != 1.0 else "")
                 rows.append(_row(name, method, budget, epoch, found, record, seconds))
     return rows
 

@@ -17,12 +17,10 @@ from typing import Any
 
 import torch
 
-from .config import METHODS
+from .defaults import METHODS
 from .errors import TrainError, first_line
 from .files import open_regular, write_atomically
 from .results import RESULTS_SCHEMA, RESULTS_VERSION, problem_of
-
-__all__ = ["RunFolder"]
 
 _CHECKPOINT = "swa_fast.train.checkpoint"
 _CHECKPOINT_VERSION = 2

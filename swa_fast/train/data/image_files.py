@@ -13,8 +13,6 @@ from torch import Tensor
 from ..errors import TrainError, import_extra
 from ..files import open_regular
 
-__all__ = ["FORMATS", "Listing", "list_images", "read_rgb"]
-
 #: Pillow's names of the formats that are read. Pillow decides by the content of a file, and for
 #: others (EPS) runs other programs on it.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")

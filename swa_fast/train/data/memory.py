@@ -22,9 +22,8 @@ from .dataset import (
     Placement,
     Statistics,
     balanced_share,
+    validation_split,
 )
-
-__all__ = ["MemoryDataset", "channel_statistics"]
 
 
 @dataclass(eq=False)
@@ -98,6 +97,18 @@ class MemoryDataset(Dataset):
             test_images=self.test_images[test],
             test_labels=self.test_labels[test],
             fraction=fraction,
+        )
+
+    def held_out(self) -> MemoryDataset:
+        """The training set without its
+        :func:`~swa_fast.train.data.dataset.validation_split`, which takes the test set's place."""
+        train, held = validation_split(self.train_labels)
+        return dataclasses.replace(
+            self,
+            train_images=self.train_images[train],
+            train_labels=self.train_labels[train],
+            test_images=self.train_images[held],
+            test_labels=self.train_labels[held],
         )
 
     def resized(self, image_size: int) -> MemoryDataset:

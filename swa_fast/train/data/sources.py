@@ -16,15 +16,6 @@ from ..errors import TrainError, import_extra
 from .image_files import list_images, read_rgb
 from .memory import MemoryDataset
 
-__all__ = [
-    "MIN_SIZE",
-    "Wrap",
-    "load_digits",
-    "load_images",
-    "load_synthetic",
-    "load_torchvision",
-]
-
 #: Wraps the iterator over decoded files, given their number.
 Wrap = Callable[[Iterator[None], int], Iterator[None]]
 
