@@ -75,7 +75,7 @@ def update_bn(
     too. When the pass ends, or the last of several that overlap in threads, also by an exception,
     free memory is returned, and malloc's thresholds are those that glibc arrives at by itself in a
     process that works with large tensors: blocks from 32 MiB on are mapped each for itself, and 64
-    MiB may stay free at the heap's end. They no longer adapt by themselves.
+    MiB may stay free at the end of each thread's heap. They no longer adapt by themselves.
     ``keep_memory=False``, ``SWA_FAST_KEEP_MEMORY=0`` and malloc's own environment variables leave
     malloc alone.
 
