@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.optim import swa_utils
 
 import swa_fast
-from swa_fast.batch_norm.malloc import kept_memory
+from swa_fast.batch_norm.malloc import KeptMemory
 from swa_fast.train.data import Dataset, Placement, load_dataset
 from swa_fast.train.data.memory import MemoryDataset
 from swa_fast.train.models import MODELS, build_model
@@ -288,7 +288,7 @@ def equal_pages(on: bool) -> Iterator[None]:
     """Memory that is kept for all, as a process that has trained has it, so that none waits for
     new pages and none profits from those that another has left: by chance that is up to half of
     torch's time."""
-    with kept_memory(on):
+    with KeptMemory(on):
         before = os.environ.get("SWA_FAST_KEEP_MEMORY")
         os.environ["SWA_FAST_KEEP_MEMORY"] = "0"  # or ours would end it after its first turn
         try:

@@ -107,12 +107,12 @@ PyObject* contents(PyObject*, PyObject* dictionaries) {
   }
   auto result = std::make_unique<Contents>();
   for (Py_ssize_t i = 0; i < PyTuple_Size(dictionaries); ++i) {
-    PyObject *dictionary, *items;
-    if (!PyArg_ParseTuple(PyTuple_GetItem(dictionaries, i), "O!O!", &PyDict_Type, &dictionary,
-                          &PyTuple_Type, &items)) {
+    PyObject *owner, *key, *dictionary, *items;
+    if (!PyArg_ParseTuple(PyTuple_GetItem(dictionaries, i), "O!OO!O!", &PyDict_Type, &owner, &key,
+                          &PyDict_Type, &dictionary, &PyTuple_Type, &items)) {
       return nullptr;
     }
-    result->dictionaries.push_back({dictionary, PyTuple_Size(items) / 2});
+    result->dictionaries.push_back({owner, key, dictionary, PyTuple_Size(items) / 2});
     for (Py_ssize_t k = 0; k < PyTuple_Size(items); ++k) {
       result->items.push_back(PyTuple_GetItem(items, k));
     }
@@ -137,8 +137,9 @@ PyObject* unchanged(PyObject*, PyObject* arguments) {
 
 PyMethodDef functions[] = {
     {"contents", contents, METH_O,
-     "contents(dictionaries: tuple) -> capsule: of pairs of a dictionary and a tuple of its keys "
-     "and values in turn. The tuple must be kept as long as the capsule."},
+     "contents(dictionaries: tuple) -> capsule: of tuples (owner, key, dictionary, items) of a "
+     "dictionary that is owner[key] and a tuple of its keys and values in turn. The tuple must be "
+     "kept as long as the capsule."},
     {"start", start, METH_VARARGS,
      "start(capsule, sample) -> bool: hands over torch.Tensor.__dlpack_c_exchange_api__, without "
      "which no tensor can be asked, and an fp32 tensor of shape [3, 5, 7] or, where torch's layout "

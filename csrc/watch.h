@@ -68,6 +68,7 @@ struct Layout {
   // In TensorImpl, from `shape` on: number of dimensions, five sizes, five strides, offset, number
   // of elements, type with device and flags, dispatch keys.
   static constexpr size_t kShapeBytes = 120;
+  static constexpr size_t kKeys = 112;  // the dispatch keys among them
   static constexpr int64_t kDimensions = 5;  // more of them are kept elsewhere
 
   size_t shape = 0;  // 0: not known, tensors are asked
@@ -115,7 +116,7 @@ class Facts {
   bool hold(size_t i, PyObject* tensor) {
     if (bytes_[i].hold(tensor)) return true;
     const Fact& was = facts_[i];
-    if (Py_TYPE(tensor) != was.type) return false;
+    if (Py_TYPE(tensor) != was.type || bytes_[i].other_keys(tensor)) return false;
     DLTensor now;
     if (exchange->look(tensor, &now) != 0) {
       PyErr_Clear();  // such as one that has become sparse
@@ -180,6 +181,14 @@ class Facts {
                  0;
     }
 
+    // Whether its dispatch keys are known to be others, as those of values that are conjugated or
+    // negated where they lie, of which DLPack does not tell.
+    bool other_keys(PyObject* tensor) const {
+      if (tensor != object || read<const void*>(tensor, Layout::kImpl) != impl) return false;
+      const char* at = static_cast<const char*>(impl) + layout.shape;
+      return std::memcmp(at + Layout::kKeys, shape + Layout::kKeys, 8) != 0;
+    }
+
     void prefetch() const {
       if (object == nullptr) return;
       __builtin_prefetch(object);
@@ -199,11 +208,12 @@ class Facts {
   std::vector<Bytes> bytes_;
 };
 
-// What dictionaries held, in the order in which a check reads it. The pointers are borrowed from
-// the tuple it was made of, which its owner keeps: Python's garbage collector sees through a tuple,
-// and not through a capsule.
+// What dictionaries held and where they were kept themselves, in the order in which a check reads
+// it. The pointers are borrowed from the tuple it was made of, which its owner keeps: Python's
+// garbage collector sees through a tuple, and not through a capsule.
 struct Contents {
   struct Dictionary {
+    PyObject *owner, *key;  // owner[key] is the dictionary
     PyObject* dictionary;
     Py_ssize_t size;
   };
@@ -218,6 +228,7 @@ struct Contents {
     for (size_t d = 0; d < dictionaries.size(); ++d) {
       if (d + kAhead < dictionaries.size()) __builtin_prefetch(dictionaries[d + kAhead].dictionary);
       const Dictionary& each = dictionaries[d];
+      if (PyDict_GetItem(each.owner, each.key) != each.dictionary) return false;
       if (PyDict_Size(each.dictionary) != each.size) return false;
       PyObject *key, *value;
       Py_ssize_t position = 0;

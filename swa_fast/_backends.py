@@ -150,7 +150,7 @@ def cpu_library() -> Any:
     library = importlib.import_module("swa_fast._C")
     # The layout of tensors was read in these releases; others are asked through DLPack alone.
     known = (2, 11) <= _release(torch.__version__) < (2, 15)
-    sample = torch.empty(3, 5, 7) if known else None
+    sample = torch.empty(3, 5, 7, device="cpu") if known else None
     library.start(torch.Tensor.__dlpack_c_exchange_api__, sample)
     return library
 

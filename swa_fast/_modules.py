@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["Filter", "Selection", "check_kind", "inner", "match", "state_tensors"]
+__all__ = ["Filter", "Selection", "check_kind", "inner", "is_loose", "match", "state_tensors"]
 
 Filter = Callable[[str, Tensor], bool] | str | re.Pattern[str]
 
@@ -18,14 +20,20 @@ Filter = Callable[[str, Tensor], bool] | str | re.Pattern[str]
 def inner(model: nn.Module) -> nn.Module:
     """The model inside DataParallel, DistributedDataParallel and torch.compile."""
     while True:
-        wrapped = getattr(model, "_orig_mod", None)
-        if wrapped is None and isinstance(
-            model, nn.DataParallel | nn.parallel.DistributedDataParallel
-        ):
-            wrapped = model.module
-        if not isinstance(wrapped, nn.Module):
+        # Asked for by type: other wrappers forward the attributes of what they wrap.
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif _is_compiled(model):
+            compiled = model._modules["_orig_mod"]
+            assert compiled is not None
+            model = compiled
+        else:
             return model
-        model = wrapped
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # which nothing compiled comes without
+    return dynamo is not None and isinstance(model, dynamo.OptimizedModule)
 
 
 def state_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
@@ -33,17 +41,19 @@ def state_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
     state_dict: tied tensors under each of their names, without non-persistent buffers."""
     for prefix, module in model.named_modules(remove_duplicate=False):
         dot = f"{prefix}." if prefix else ""
+        unsaved = getattr(module, "_non_persistent_buffers_set", ())  # a scripted module has none
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 yield dot + name, parameter, True
         for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
+            if buffer is not None and name not in unsaved:
                 yield dot + name, buffer, False
 
 
 class Selection:
-    """Which tensors of a module or a list are averaged. Found anew at each call, because modules
-    change.
+    """Which tensors of a module or a list are averaged. They are found anew at each call, because
+    modules change. Which names are chosen and which are left out is decided once, at the first
+    call, for each name: a parameter that is frozen for a while stays averaged.
 
     Args:
         params_or_module: a module; or tensors, or pairs of name and tensor.
@@ -71,6 +81,7 @@ class Selection:
             self._keeps = filter
         self.module: nn.Module | None = None
         self._listed: list[tuple[str, Tensor, bool]] = []
+        self._decided: dict[str, bool] = {}
         if isinstance(params_or_module, nn.Module):
             self.module = inner(params_or_module) if unwrap else params_or_module
         else:
@@ -91,12 +102,13 @@ class Selection:
         tensors: list[Tensor] = []
         is_parameter: list[bool] = []
         index: dict[int, int] = {}
+        decided: dict[str, bool] = {}
         for name, tensor, parameter in self._all():
-            if not parameter and not self._buffers:
-                continue
-            if parameter and self._trainable_only and not tensor.requires_grad:
-                continue
-            if self._keeps is not None and not self._keeps(name, tensor):
+            chosen = self._decided.get(name)
+            if chosen is None:
+                chosen = self._chooses(name, tensor, parameter)
+            decided[name] = chosen
+            if not chosen:
                 continue
             if name in names:
                 raise ValueError(f"params_or_module: found the name {name} twice")
@@ -105,7 +117,29 @@ class Selection:
                 tensors.append(tensor)
                 is_parameter.append(parameter)
             names[name] = index[id(tensor)]
+        self._decided = self._decided or decided
         return names, tensors, is_parameter
+
+    def _chooses(self, name: str, tensor: Tensor, parameter: bool) -> bool:
+        if not parameter and not self._buffers:
+            return False
+        if parameter and self._trainable_only and not tensor.requires_grad:
+            return False
+        return self._keeps is None or bool(self._keeps(name, tensor))
+
+    def left_out_buffers(self) -> dict[str, Tensor]:
+        """The buffers of the model that are not averaged, by name."""
+        if all(self._decided.values()):
+            return {}
+        return {
+            name: tensor
+            for name, tensor, parameter in self._all()
+            if not parameter and not self._decided.get(name)
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A predicate may be local to a function; what it has chosen stays chosen.
+        return {**self.__dict__, "_keeps": None}
 
     def what_leaves_nothing(self) -> tuple[str, str]:
         """Which argument leaves no tensor to average, and of how many."""
@@ -118,6 +152,12 @@ class Selection:
                 return "filter", f" among {len(named)} (the first is {named[0][0]!r})"
             return "buffers='skip'", f" among {len(named)}, which are all buffers"
         return "trainable_only", f" among {len(named)}, none of which requires a gradient"
+
+
+def is_loose(tensor: Tensor) -> bool:
+    """Sparse, quantised or nested: torch can copy it, but it has no memory that could be read by
+    address."""
+    return tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized
 
 
 def check_kind(name: str, tensor: object) -> None:
@@ -140,6 +180,20 @@ def check_kind(name: str, tensor: object) -> None:
         raise TypeError(f"{name}: found layout {tensor.layout}, expected torch.strided")
     if tensor.device.type == "meta":
         raise ValueError(f"{name}: it is on the meta device and has no values")
+    if tensor.is_quantized:
+        raise TypeError(f"{name}: found a quantised tensor, expected a plain one")
+    if tensor.numel() > 0:
+        try:
+            address, held = tensor.data_ptr(), tensor.untyped_storage().nbytes()
+        except RuntimeError:  # of a tensor subclass, or within a transformation such as vmap
+            address = held = 0
+        last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        end = (tensor.storage_offset() + last + 1) * tensor.element_size()
+        if address == 0 or end > held:
+            raise ValueError(
+                f"{name}: its {type(tensor).__name__} of shape {tuple(tensor.shape)} needs {end} "
+                f"bytes of memory, of which it has {held}"
+            )
 
 
 def _strip_wrappers(name: str) -> str:
@@ -167,9 +221,11 @@ def match(
     pairs, named = list(averages), list(model)
     sources = dict(named)
     if not all(name in sources for name, _ in pairs):
-        pairs = [(_strip_wrappers(name), tensor) for name, tensor in pairs]
-        named = [(_strip_wrappers(name), tensor) for name, tensor in named]
-        sources = dict(named)
+        stripped = [(_strip_wrappers(name), tensor) for name, tensor in named]
+        # A child may be called as a wrapper is: names that would become one stay apart.
+        if len(dict(stripped)) == len(sources):
+            pairs = [(_strip_wrappers(name), tensor) for name, tensor in pairs]
+            named, sources = stripped, dict(stripped)
 
     found, problems = [], []
     unused = {id(tensor): name for name, tensor in reversed(named)}

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 import logging
+import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import _backends, _ops
-from ._modules import check_kind, inner, match
+from ._applied import applied
+from ._modules import check_kind, inner, is_loose, match
 from ._watch import Watch
 from .avg_fns import AvgFn, MultiAvgFn, by_device_and_dtype, rule_of
 from .engine import Slot, dense_strides
@@ -108,16 +110,20 @@ class AveragedModel(nn.Module):
         if dtype is not None and dtype not in _ops.AVERAGE_DTYPES:
             raise TypeError(f"dtype: expected one of {_ops.AVERAGE_DTYPES}, found {dtype}")
         _backends.check_name(backend)
-        self.module = copy.deepcopy(inner(model) if unwrap else model)
-        if device is not None:
-            self.module = self.module.to(device)
-        if dtype is not None:
-            # Not Module.to(dtype): that would drop the imaginary part of complex tensors.
-            self.module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
-        if device is None:
-            first = next(self.module.parameters(), None)
-            device = None if first is None else first.device
-        self.register_buffer("n_averaged", torch.zeros((), dtype=torch.int64, device=device))
+        if rule is not None and getattr(rule, "schedule", None) is not None:
+            raise TypeError("rule: a decay that is a function is called by Averager alone")
+        # Also where this is called in inference mode, whose tensors could not be changed later.
+        with torch.inference_mode(False), torch.no_grad():
+            self.module = copy.deepcopy(inner(model) if unwrap else model)
+            if device is not None:
+                self.module = self.module.to(device)
+            if dtype is not None:
+                # Not Module.to(dtype): that would drop the imaginary part of complex tensors.
+                self.module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
+            if device is None:
+                first = next(self.module.parameters(), None)
+                device = None if first is None else first.device
+            self.register_buffer("n_averaged", torch.zeros((), dtype=torch.int64, device=device))
         self.avg_fn = avg_fn
         self.multi_avg_fn = multi_avg_fn
         self.rule = rule
@@ -126,11 +132,13 @@ class AveragedModel(nn.Module):
         # Made for a model at its first update, and again whenever something moved.
         self._storage: Storage | None = None
         self._key: tuple[object, ...] = ()
+        self._followed: Rule | None = None  # what the storage goes by
         self._model: Callable[[], nn.Module | None] = _no_model
         self._origin: Callable[[], nn.Module | None] = weakref.ref(model)
         # The counter that an update has left behind.
         self._counted: tuple[int, int] | None = None
         self._handle = ""
+        self._lock = threading.RLock()
         self._warn_of_stagnation()
 
     def _built_in(self) -> Rule | None:
@@ -157,7 +165,11 @@ class AveragedModel(nn.Module):
             "_origin": _no_model,
             "_counted": None,
             "_handle": "",
+            "_lock": None,
         }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_lock": threading.RLock()})  # type: ignore[no-untyped-call]
 
     def _own(self) -> list[tuple[str, Tensor, bool]]:
         """Name and tensor of each part of the average, and whether it is a parameter."""
@@ -193,8 +205,16 @@ class AveragedModel(nn.Module):
         Raises:
             ValueError, TypeError: the model does not fit; nothing has changed then.
         """
-        live = self._match(model)
-        own = self._own()
+        found, every = self._match(model), self._own()
+        loose = [not parameter and is_loose(tensor) for _, tensor, parameter in every]
+        live, loose_live = self._apart(found, loose)
+        own, loose_own = self._apart(every, loose)
+        for (name, tensor, _), source in zip(loose_own, loose_live, strict=True):
+            if (tensor.layout, tensor.dtype) != (source.layout, source.dtype):
+                raise ValueError(
+                    f"buffer {name}: {tensor.layout}, {tensor.dtype} in the average, "
+                    f"{source.layout}, {source.dtype} in the model"
+                )
         slots = []
         for name, tensor, parameter in own:
             check_kind(name, tensor)
@@ -206,25 +226,38 @@ class AveragedModel(nn.Module):
         rule = self._built_in()
         storage = Storage(
             slots,
-            SeparateMemory([tensor for _, tensor, _ in own]),
+            SeparateMemory([[tensor for _, tensor, _ in own]]),
             [SWA() if rule is None else rule],
             counter=self.n_averaged,
             backend=self.backend,
-            captured=None if self._storage is None else self._storage.captured,
+            loose=[[tensor for _, tensor, _ in loose_own]],
+            lock=self._lock,
         )
-        modules = itertools.chain(
-            [self._buffers], Watch.dictionaries_of(self.module), Watch.dictionaries_of(model)
+        places = itertools.chain(
+            [(self.__dict__, "_buffers"), (self.__dict__, "_modules")],
+            Watch.places_of(self.module),
+            Watch.places_of(model),
         )
-        storage.bind(live, modules)
+        storage.bind(live, places, loose_live)
         # The model's tensors are held no longer than the model itself.
         self._model = weakref.ref(model, lambda _: storage.unbind())
-        self._storage, self._key = storage, self._options()
+        self._storage, self._key, self._followed = storage, self._options(), rule
         self._handle = str(id(self))
         _ops.averagers[self._handle] = self
         return storage
 
+    @staticmethod
+    def _apart(items: Sequence[Any], loose: Sequence[bool]) -> tuple[list[Any], list[Any]]:
+        pairs = list(zip(items, loose, strict=True))
+        return [item for item, is_it in pairs if not is_it], [
+            item for item, is_it in pairs if is_it
+        ]
+
     def _options(self) -> tuple[object, ...]:
-        return self.backend, self.use_buffers, self.rule or self.multi_avg_fn or self.avg_fn
+        rule = self._built_in()
+        # Another decay needs no other table.
+        kind = EMA if isinstance(rule, EMA) else rule or self.multi_avg_fn or self.avg_fn
+        return self.backend, self.use_buffers, kind
 
     def _bound(self, model: nn.Module) -> Storage:
         storage = self._storage
@@ -235,13 +268,17 @@ class AveragedModel(nn.Module):
             or not storage.holds()
         ):
             return self._bind(model)
+        rule = self._built_in()
+        if rule is not None and rule != self._followed:
+            storage.set_rule(0, rule)
+            self._followed = rule
         return storage
 
     def _refuse_if_applied(self, what: str) -> None:
-        if self._storage is not None and self._storage.swapped is not None:
+        if self._storage is not None and self._storage.applied is not None:
             raise RuntimeError(
-                f"{what}: the average is applied, so live weights are in its place; leave "
-                "applied() first"
+                f"{what}: the average is applied, so it is in the model's place; leave applied() "
+                "first"
             )
 
     def update_parameters(self, model: nn.Module) -> None:
@@ -290,21 +327,26 @@ class AveragedModel(nn.Module):
     def _update_with(
         self, averages: list[Tensor], counts: list[Tensor], sources: list[Tensor]
     ) -> None:
-        self._refuse_if_applied("update_parameters")
-        assert self._storage is not None
-        self._storage.update_with(averages, counts, sources)
+        with self._lock:
+            self._refuse_if_applied("update_parameters")
+            assert self._storage is not None
+            if self._storage.is_own(averages, counts, sources):
+                self._refresh()
+                self._storage.update()
+            else:
+                self._storage.update_with(averages, counts, sources)
 
     @torch.no_grad()
     def _update(self, model: nn.Module, gate: Gate | None = None) -> None:
-        self._refuse_if_applied("update_parameters")
-        if self._built_in() is None:
-            self._apply_user_function(model)
-            self.n_averaged += 1
-            return
-        self._bound(model).update(gate)
-        # Whether a gate let it through only the device knows.
-        if gate is None:
-            self._counted = self._counter_seen()
+        with self._lock:
+            self._refuse_if_applied("update_parameters")
+            if self._built_in() is None:
+                self._apply_user_function(model)
+                return
+            self._bound(model).update(gate)
+            # Whether a gate let it through only the device knows.
+            if gate is None:
+                self._counted = self._counter_seen()
 
     def _counter_seen(self) -> tuple[int, int] | None:
         """Which counter this is, and how often something other than an update's kernel has written
@@ -323,17 +365,28 @@ class AveragedModel(nn.Module):
             s if s.device == a.device else s.to(a.device)
             for a, s in zip(averages, sources[:averaged], strict=True)
         ]
+        # What functions return, or change in copies, is kept apart until all have run: nothing is
+        # written if one raises.
         if self.n_averaged == 0:
-            _copy_all_(averages, current)
+            results = current
         elif self.multi_avg_fn is not None:
-            for (device, _), group in by_device_and_dtype(averages, current):
+            results = [average.clone() for average in averages]
+            for (device, _), group in by_device_and_dtype(results, current):
                 self.multi_avg_fn(*group, self.n_averaged.to(device))
         else:
             assert self.avg_fn is not None
-            for average, source in zip(averages, current, strict=True):
-                n_averaged = self.n_averaged.to(average.device)
-                average.copy_(self.avg_fn(average, source, n_averaged))
-        _copy_all_(tensors[averaged:], sources[averaged:])
+            results = [
+                self.avg_fn(average.clone(), source, self.n_averaged.to(average.device))
+                for average, source in zip(averages, current, strict=True)
+            ]
+        before = [tensor.clone() for tensor in (*tensors, self.n_averaged)]
+        try:
+            _copy_all_(averages, results)
+            _copy_all_(tensors[averaged:], sources[averaged:])
+            self.n_averaged += 1
+        except BaseException:
+            _copy_all_((*tensors, self.n_averaged), before)
+            raise
 
     def attach(
         self,
@@ -367,31 +420,38 @@ class AveragedModel(nn.Module):
             start,
         )
 
-    @contextlib.contextmanager
-    def applied(self, model: nn.Module) -> Iterator[None]:
+    def applied(self, model: nn.Module) -> AbstractContextManager[None]:
         """Puts the average into ``model`` for the time of a ``with`` block.
 
-        The model's tensors and the average's are swapped in place, without a third copy, where
-        their dtypes and devices agree; where they do not, the model's are kept in a copy. Inside
-        the block this AveragedModel holds the model's weights. The swap is undone when the block
-        ends, also by an exception.
+        The model's values are kept in a copy meanwhile, and this AveragedModel stays what it is, so
+        that it may be saved and copied inside the block. Everything is undone when the block ends,
+        also by an exception or Ctrl-C, at whatever moment. (:meth:`swa_fast.Averager.applied`
+        needs no third copy.)
 
         Args:
             model: as for :meth:`update_parameters`.
 
         Raises:
-            RuntimeError: the average has not been updated yet, is already applied, or was written
-                inside the block.
+            RuntimeError: the average has not been updated yet, or is already applied.
             ValueError, TypeError: as :meth:`update_parameters`.
         """
-        if self._storage is not None and self._storage.swapped is not None:
-            raise RuntimeError("applied: the average is already applied")
-        # Else the device has to be waited for.
-        known = self._counted is not None and self._counted == self._counter_seen()
-        if not known and self.n_averaged == 0:
-            raise RuntimeError("applied: the average has not been updated yet")
-        with self._bound(model).applied(0, lambda: self._match(model)):
-            yield
+
+        def prepare() -> tuple[Storage, int]:
+            if self._storage is not None and self._storage.applied is not None:
+                raise RuntimeError("applied: the average is already applied")
+            # Else the device has to be waited for.
+            known = self._counted is not None and self._counted == self._counter_seen()
+            if not known and self.n_averaged == 0:
+                raise RuntimeError("applied: the average has not been updated yet")
+            return self._bound(model), 0
+
+        def find() -> tuple[list[Tensor], list[Tensor]]:
+            tensors = self._match(model)
+            loose = [not parameter and is_loose(tensor) for _, tensor, parameter in self._own()]
+            live, loose_live = self._apart(tensors, loose)
+            return live, loose_live
+
+        return applied(self._lock, prepare, find, dict, False)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import _backends, _ops
+from ._applied import applied
 from ._layout import MAX_AVERAGES
-from ._modules import Filter, Selection, check_kind
+from ._modules import Filter, Selection, check_kind, is_loose
+from ._state import FORMAT, Differences, read_state, read_weights
 from ._watch import Watch
 from .engine import Engine, Slot, dense_strides
 from .hooks import Attachable, Gate
-from .rules import BUILT_IN, Rule, Window, describe_rule, why_it_stands_still, with_members
-from .storage import FlatMemory, Storage
+from .rules import (
+    BUILT_IN,
+    EMA,
+    Rule,
+    describe_rule,
+    row_names,
+    why_it_stands_still,
+    with_members,
+)
+from .storage import FlatMemory, SeparateMemory, Storage
 
 __all__ = ["Averager"]
+
+_log = logging.getLogger("swa_fast")
 
 
 class Averager(Attachable):
@@ -29,10 +42,11 @@ class Averager(Attachable):
         a_j \leftarrow a_j + w_j(n)\,(b - a_j) \quad\text{for each average } j, \qquad
         n \leftarrow n + 1
 
-    with the weight :math:`w_j` of the average's rule, and :math:`w_j(0) = 1`. One launch per device
-    updates all tensors of all averages, buffers and counters included, and reads every source once:
-    :math:`4 + 8k` bytes per fp32 parameter for :math:`k` averages. An update does not wait for the
-    device and can be captured in a CUDA graph or compiled by ``torch.compile(fullgraph=True)``.
+    with the weight :math:`w_j` of the average's rule, and :math:`w_j(0) = 1` but for ultralytics'
+    warm-up. One launch per device updates all tensors of all averages, buffers and counters
+    included, and reads every source once: :math:`4 + 8k` bytes per fp32 parameter for :math:`k`
+    averages. An update does not wait for the device and can be captured in a CUDA graph or compiled
+    by ``torch.compile(fullgraph=True)``.
 
     Sources are read where they are. A parameter that was moved, replaced or changed to another
     floating type is noticed at the next update.
@@ -126,12 +140,16 @@ class Averager(Attachable):
             )
 
         self._rules = dict(averages)
-        if len(set(self._row_names())) < len(rows):
-            raise ValueError(f"averages: expected other names than a window's rows, {name!r}[0]...")
+        if len(set(row_names(self._rules))) < len(rows):
+            raise ValueError(
+                "averages: expected names other than those of a window's rows, such as NAME[0]; "
+                f"found {', '.join(row_names(self._rules))}"
+            )
         self._rounding = rounding
         self._seed = seed
         self._on_nonfinite = on_nonfinite
         self._dtype = dtype
+        self._backend = backend
         self._device = None if device is None else torch.empty(0, device=device).device
         self._selection = Selection(
             params_or_module, buffers != "skip", trainable_only, filter, unwrap
@@ -142,16 +160,27 @@ class Averager(Attachable):
             raise ValueError(
                 f"{found}: expected at least one tensor to average, found none{left_out}"
             )
-        self._aliases = names
         first_names: dict[int, str] = {}
         for name, at in names.items():
             first_names.setdefault(at, name)
+        loose = [
+            i for i, t in enumerate(tensors) if isinstance(t, Tensor) and is_loose(t)
+            and not is_parameter[i]
+        ]  # fmt: skip
+        place_of_loose = {at: i for i, at in enumerate(loose)}
+        plain = [i for i in range(len(tensors)) if i not in place_of_loose]
+        place_of = {at: i for i, at in enumerate(plain)}
+        # Names, and which slot or which of the loose tensors has each of them.
+        self._aliases = {name: place_of[at] for name, at in names.items() if at in place_of}
+        self._loose = {
+            name: place_of_loose[at] for name, at in names.items() if at in place_of_loose
+        }
         slots = []
-        for i, (tensor, parameter) in enumerate(zip(tensors, is_parameter, strict=True)):
-            name = first_names[i]
+        for i in plain:
+            name, tensor = first_names[i], tensors[i]
             check_kind(name, tensor)
             numeric = tensor.is_floating_point() or tensor.is_complex()
-            averaged = (parameter or buffers == "average") and numeric
+            averaged = (is_parameter[i] or buffers == "average") and numeric
             slots.append(
                 Slot(
                     name,
@@ -161,69 +190,138 @@ class Averager(Attachable):
                     dense_strides(tensor),
                 )
             )
-            for average, rule in averages.items():
-                reason = why_it_stands_still(rule, slots[-1].dtype) if averaged else None
-                if reason and rounding == "nearest":
-                    raise ValueError(
-                        f"averages[{average!r}]: {reason}; use dtype=torch.float32 or, for "
-                        "bfloat16, rounding='stochastic'"
-                    )
-        devices = [self._device or tensor.device for tensor in tensors]
+            if averaged:
+                self._check_that_it_moves(self._rules, slots[-1].dtype)
+        sources = [tensors[i] for i in plain]
+        devices = [self._device or tensor.device for tensor in sources]
+        # Also where this is called in inference mode, whose tensors could not be changed later.
+        with torch.inference_mode(False), torch.no_grad():
+            memory = FlatMemory(slots, devices, len(rows))
+            copies = [[tensors[i].detach().clone() for i in loose] for _ in rows]
+            self._build(slots, memory, copies)
+            for row in self._storage.averages:
+                for own, tensor in zip(row, sources, strict=True):
+                    own.copy_(tensor)
+        self._bind(sources, [tensors[i] for i in loose])
+
+    def _build(
+        self, slots: list[Slot], memory: FlatMemory | SeparateMemory, loose: list[list[Tensor]]
+    ) -> None:
         self._storage = Storage(
             slots,
-            FlatMemory(slots, devices, len(rows)),
-            rows,
-            backend=backend,
-            seed=seed if rounding == "stochastic" else None,
-            skip_nonfinite=on_nonfinite is not None,
+            memory,
+            with_members(list(self._rules.values())),
+            backend=self._backend,
+            seed=self._seed if self._rounding == "stochastic" else None,
+            skip_nonfinite=self._on_nonfinite is not None,
+            loose=loose,
         )
-        # What a traced update reads and writes.
-        self._memory, self._counts = self._storage.memory.tensors, self._storage.counts
-        self._bind(tensors)
-        with torch.no_grad():
-            for row in self._storage.averages:
-                for own, tensor in zip(row, tensors, strict=True):
-                    own.copy_(tensor)
+        # Updates done or tried, which schedules of the decay go by; None: to be asked for.
+        self._calls: int | None = 0
+        self._find_schedules()
         self._known_updated: set[str] = set()
         self._reported = 0
         self._seen = [self._mirror(part.engine) for part in self._storage.parts]
+        self._name_memory()
         self._handle = str(id(self))
         _ops.averagers[self._handle] = self
+
+    def _name_memory(self) -> None:
+        # What a traced update reads and writes.
+        self._memory, self._counts = self._storage.memory.tensors, self._storage.counts
+
+    def _find_schedules(self) -> None:
+        rules = enumerate(self._rules.values())
+        self._scheduled = [
+            row for row, rule in rules if isinstance(rule, EMA) and rule.schedule is not None
+        ]
+
+    def _check_that_it_moves(self, rules: Mapping[str, Rule], dtype: torch.dtype) -> None:
+        for name, rule in rules.items() if self._rounding == "nearest" else ():
+            reason = why_it_stands_still(rule, dtype)
+            if reason is None:
+                continue
+            message = (
+                f"averages[{name!r}]: {reason}; use dtype=torch.float32 or, for bfloat16, "
+                "rounding='stochastic'"
+            )
+            if isinstance(rule, EMA) or dtype != torch.float16:
+                raise ValueError(message)
+            _log.warning("%s", message)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy, a pickle or another process needs; within ``applied`` the averages are those
+        that are applied."""
+        storage = self._storage
+        left_out = (
+            "_storage", "_memory", "_counts", "_seen", "_handle", "_calls", "_known_updated",
+        )  # fmt: skip
+        return {
+            **{key: value for key, value in self.__dict__.items() if key not in left_out},
+            "slots": storage.slots,
+            "averages": [storage.values_of(row) for row in range(len(storage.averages))],
+            "loose": storage.loose,
+            "counters": [(part.engine.n_averaged, part.engine.counters) for part in storage.parts],
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        slots, averages = list(state.pop("slots")), state.pop("averages")
+        loose, counters = state.pop("loose"), state.pop("counters")
+        self.__dict__.update(state)
+        reported = self._reported
+        # Where they are: other processes may see them.
+        self._build(slots, SeparateMemory(averages), loose)
+        for part, (n_averaged, of_device) in zip(self._storage.parts, counters, strict=True):
+            part.engine.n_averaged, part.engine.counters = n_averaged, of_device
+        self._reported, self._calls = reported, None
+        self._name_memory()
 
     def _average_dtype(self, tensor: Tensor) -> torch.dtype:
         if self._dtype is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
             return tensor.dtype
         return self._dtype
 
-    def _bind(self, tensors: list[Tensor]) -> None:
+    def _bind(self, tensors: list[Tensor], loose: list[Tensor]) -> None:
         module = self._selection.module
-        self._storage.bind(tensors, [] if module is None else Watch.dictionaries_of(module))
+        self._storage.bind(tensors, [] if module is None else Watch.places_of(module), loose)
+        self._name_memory()
 
-    def _current(self) -> list[Tensor]:
-        """The model's tensors in the order of the slots, wherever they are now.
+    def _current(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The model's tensors in the order of the slots, wherever they are now, and the loose ones.
 
         Raises:
-            ValueError: they do not fit the averages; all that does not is named.
+            ValueError, TypeError: they do not fit the averages; all that does not is named.
         """
         names, tensors, _ = self._selection.collect()
-        problems = [
-            f"{n}: in the average, not in the model" for n in self._aliases if n not in names
-        ]
-        problems += [
-            f"{n}: in the model, not in the average" for n in names if n not in self._aliases
-        ]
+        ours = {**self._aliases, **self._loose}
+        problems = [f"{n}: in the average, not in the model" for n in ours if n not in names]
+        problems += [f"{n}: in the model, not in the average" for n in names if n not in ours]
         slots, averages = self._storage.slots, self._storage.averages[0]
-        sources: list[Tensor] = [torch.empty(0)] * len(slots)
-        chosen: dict[int, str] = {}
+        sources, loose = list(averages), list(self._storage.loose[0])
+        chosen: dict[int, tuple[str, Tensor]] = {}
         for name, at in names.items():
-            i = self._aliases.get(name)
-            if i is None:
+            tensor = tensors[at]
+            if name in self._loose:
+                i = self._loose[name]
+                own = loose[i]
+                if not is_loose(tensor) or (own.layout, own.dtype) != (tensor.layout, tensor.dtype):
+                    problems.append(
+                        f"{name}: {own.layout}, {own.dtype} in the average, {tensor.layout}, "
+                        f"{tensor.dtype} in the model"
+                    )
+                loose[i] = tensor
                 continue
-            slot, tensor = slots[i], tensors[at]
-            if i in chosen and sources[i] is not tensor:
-                problems.append(f"{name}: tied to {chosen[i]} in the average, not in the model")
+            i = self._aliases.get(name, -1)
+            if i < 0:
                 continue
-            chosen[i], sources[i] = name, tensor
+            slot = slots[i]
+            first = chosen.setdefault(i, (name, tensor))
+            if first[1] is not tensor:
+                problems.append(f"{name}: tied to {first[0]} in the average, not in the model")
+                continue
+            sources[i] = tensor
+            check_kind(name, tensor)
             if tuple(tensor.shape) != slot.shape:
                 problems.append(
                     f"{name}: shape {slot.shape} in the average, {tuple(tensor.shape)} in the model"
@@ -242,14 +340,14 @@ class Averager(Attachable):
                 )
         if problems:
             raise ValueError("the model does not fit the averages\n  " + "\n  ".join(problems))
-        return sources
+        return sources, loose
 
     @staticmethod
     def _mirror(engine: Engine) -> Tensor:
         """Where the count of skipped updates arrives without anyone waiting for it."""
         if engine.device.type != "cuda":
             return engine.skipped
-        return torch.zeros((), dtype=torch.int64, pin_memory=True)
+        return torch.zeros((), dtype=torch.int64, device="cpu", pin_memory=True)
 
     def _raise_if_nonfinite(self, wait: bool = False) -> None:
         if self._on_nonfinite != "raise":
@@ -268,27 +366,33 @@ class Averager(Attachable):
                 f"{', '.join(bad) or 'none'}"
             )
 
-    def update(self) -> None:
+    def update(self, *, decay: float | Mapping[str, float] | None = None) -> None:
         """Takes the current values of all tensors into every average.
+
+        Args:
+            decay: of the exponential averages in this update alone: one for all of them, or by
+                name. None uses their rules'.
 
         Raises:
             RuntimeError: an average is applied at the moment.
-            ValueError: tensors are missing, extra, reshaped, retyped or on another device; all are
-                named in one message.
+            ValueError: tensors are missing, extra, reshaped, retyped or on another device, all
+                named in one message; or a decay outside [0, 1].
             FloatingPointError: see ``on_nonfinite``.
 
         Nothing is written if it raises.
         """
-        if torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
+            self._update(decay=decay)
+        elif decay is not None:
+            raise RuntimeError("update: a decay cannot be given to a compiled update")
+        else:
             _ops.refresh_averager(self._handle)
             _ops.update_averager(self._memory, self._counts, self._storage.live, self._handle)
-        else:
-            self._update()
 
     def _refresh(self) -> None:
         self._storage.settle()
         if not self._storage.holds():
-            self._bind(self._current())
+            self._bind(*self._current())
 
     def _update_with(
         self, averages: list[Tensor], counts: list[Tensor], sources: list[Tensor]
@@ -300,28 +404,118 @@ class Averager(Attachable):
         self,
         given: tuple[list[Tensor], list[Tensor], list[Tensor]] | None = None,
         gate: Gate | None = None,
+        decay: float | Mapping[str, float] | None = None,
     ) -> None:
         """``given``: memory, counters and sources to use instead of the averager's own."""
-        self._refuse_if_applied("update")
-        if self._on_nonfinite == "raise":
-            self._raise_if_nonfinite()
-        if given is None:
+        with self._storage.lock:
+            self._refuse_if_applied("update")
+            if self._on_nonfinite == "raise":
+                self._raise_if_nonfinite()
+            if given is not None and self._storage.is_own(*given):
+                given = None
             self._refresh()
+            if decay is None and not self._scheduled:
+                self._take(given, gate)
+            else:
+                rules = self._rules_now(decay)
+                try:
+                    for row, rule in rules.items():
+                        self._storage.set_rule(row, rule)
+                    self._take(given, gate)
+                finally:
+                    for row in rules:
+                        self._storage.set_rule(row, list(self._rules.values())[row])
+            if self._on_nonfinite == "raise":
+                for part, seen in zip(self._storage.parts, self._seen, strict=True):
+                    if seen.is_pinned():
+                        seen.copy_(part.engine.skipped, non_blocking=True)
+                if all(not seen.is_pinned() for seen in self._seen):
+                    self._raise_if_nonfinite()
+
+    def _take(
+        self, given: tuple[list[Tensor], list[Tensor], list[Tensor]] | None, gate: Gate | None
+    ) -> None:
+        calls, self._calls = self._calls, None  # not known while it is on the way
+        if given is None:
             self._storage.update(gate)
         else:
             self._storage.update_with(*given)
-        if self._on_nonfinite == "raise":
-            for part, seen in zip(self._storage.parts, self._seen, strict=True):
-                if seen.is_pinned():
-                    seen.copy_(part.engine.skipped, non_blocking=True)
-            if all(not seen.is_pinned() for seen in self._seen):
-                self._raise_if_nonfinite()
+        if calls is not None and gate is None:
+            self._calls = calls + 1
+
+    def _rules_now(self, decay: float | Mapping[str, float] | None) -> dict[int, Rule]:
+        """The rules of this update by row, where they are not the averager's own."""
+        rules = list(self._rules.values())
+        if self._scheduled:
+            if self._storage.capturing():
+                raise RuntimeError(
+                    "update: a decay that is a function cannot be captured in a CUDA graph, whose "
+                    "replays do not call it"
+                )
+            if self._calls is None:
+                self._calls = max(self.n_averaged.values()) + self.skipped_updates
+        result: dict[int, Rule] = {}
+        for row in self._scheduled:
+            rule = rules[row]
+            assert isinstance(rule, EMA) and rule.schedule is not None
+            result[row] = rule.with_decay(rule.schedule(self._calls or 0))
+        if decay is None:
+            return result
+        if not isinstance(decay, Mapping):
+            decay = {name: decay for name, rule in self._rules.items() if isinstance(rule, EMA)}
+        if not decay:
+            raise ValueError("decay: expected None, because no average is an EMA")
+        for name, value in decay.items():
+            row = self._exponential(name, "decay")
+            rule = rules[row]
+            assert isinstance(rule, EMA)
+            result[row] = rule.with_decay(value)
+        return result
+
+    def _exponential(self, name: str, argument: str) -> int:
+        if name not in self._rules:
+            raise KeyError(f"{argument}: expected one of {', '.join(self._rules)}, found {name!r}")
+        if not isinstance(self._rules[name], EMA):
+            raise ValueError(f"{argument}: expected the name of an EMA, found {name!r}")
+        return list(self._rules).index(name)
+
+    def set_decay(self, decay: float, name: str | None = None) -> None:
+        """Changes the decay of an exponential average from the next update on, without a new table.
+        A captured CUDA graph goes on with the decay that it was captured with.
+
+        Args:
+            decay: in [0, 1].
+            name: of the average; None takes all that are exponential.
+
+        Raises:
+            KeyError: there is no average of that name.
+            ValueError: it is not exponential, ``decay`` is outside its range or below its warm-up's
+                least one, or the average could not move.
+        """
+        names = [n for n, rule in self._rules.items() if isinstance(rule, EMA)]
+        if name is not None:
+            self._exponential(name, "name")
+            names = [name]
+        if not names:
+            raise ValueError("set_decay: expected an average that is an EMA, found none")
+        new: dict[str, Rule] = {}
+        for each in names:
+            rule = self._rules[each]
+            assert isinstance(rule, EMA)
+            new[each] = rule.with_decay(decay)
+        for dtype in {slot.dtype for slot in self._storage.slots if slot.averaged}:
+            self._check_that_it_moves(new, dtype)
+        with self._storage.lock:
+            for each, rule in new.items():
+                self._rules[each] = rule
+                self._storage.set_rule(list(self._rules).index(each), rule)
+            self._find_schedules()
 
     def _refuse_if_applied(self, what: str) -> None:
-        if self._storage.swapped is not None:
+        if self._storage.applied is not None:
             raise RuntimeError(
-                f"{what}: the average {list(self._rules)[self._storage.swapped]!r} is applied, so "
-                "the live weights are in its place; leave applied() first"
+                f"{what}: the average {list(self._rules)[self._storage.applied.row]!r} is applied, "
+                "so the live weights are in its place; leave applied() first"
             )
 
     def __repr__(self) -> str:
@@ -330,33 +524,36 @@ class Averager(Attachable):
         elements = sum(slot.numel for slot in slots)
         devices = ", ".join(str(part.engine.device) for part in self._storage.parts)
         return (
-            f"{type(self).__name__}({rules}; {len(slots)} tensors of {elements:,} elements "
-            f"on {devices}, backend {', '.join(self._storage.backends)})"
+            f"{type(self).__name__}({rules}; {len(slots) + len(set(self._loose.values()))} tensors "
+            f"of {elements:,} elements on {devices}"
+            + "".join(f", backend {name}" for name in self._storage.backends)
+            + ")"
         )
 
     @property
     def averages(self) -> dict[str, dict[str, Tensor]]:
         """The averages by name; each maps tensor names to the averages themselves, not copies.
-        Before the first update they hold the values at construction."""
+        Before the first update they hold the values at construction. Each tensor has a storage of
+        its own length, and may be saved, copied or moved to shared memory.
+
+        Within :meth:`applied` the applied average is a copy of what the live tensors hold."""
         return self._by_name(list(self._rules))
 
     def _by_name(self, rows: list[str]) -> dict[str, dict[str, Tensor]]:
         self._storage.settle()
+        self._storage.give_away()
         result: dict[str, dict[str, Tensor]] = _ByName()
-        for row, tensors in zip(rows, self._storage.averages, strict=False):
-            result[row] = {name: tensors[at] for name, at in self._aliases.items()}
+        for at, row in enumerate(rows):
+            result[row] = self._named(self._storage.values_of(at), at)
         return result
 
-    def _row_names(self) -> list[str]:
-        """Of the averages, and after them of the sources that windows keep."""
-        windows = {name: rule for name, rule in self._rules.items() if isinstance(rule, Window)}
-        kept = [f"{name}[{at}]" for name, window in windows.items() for at in range(window.k)]
-        return [*self._rules, *kept]
+    def _named(self, tensors: Sequence[Tensor], row: int) -> dict[str, Tensor]:
+        names = {name: tensors[at] for name, at in self._aliases.items()}
+        return names | {name: self._storage.loose[row][at] for name, at in self._loose.items()}
 
     @property
     def n_averaged(self) -> dict[str, int]:
         """Updates that each average has seen. Waits for the device."""
-        # The sources that windows keep follow, counted alike.
         return dict(zip(self._rules, self._counts[0].tolist(), strict=False))
 
     @property
@@ -368,83 +565,136 @@ class Averager(Attachable):
         """Everything that an exact continuation needs: rules with their warm-ups, counters (which
         are also the position in the random numbers), seed, and the averages themselves.
 
-        Only plain values and tensors, so that ``torch.load(weights_only=True)`` reads it.
+        Only plain values and tensors, so that ``torch.load(weights_only=True)`` reads it. The
+        tensors are the averages, not copies: to keep a state in memory while averaging goes on,
+        ``copy.deepcopy`` it. Within :meth:`applied` the applied average is a copy.
         """
         self._raise_if_nonfinite(wait=True)
         return {
-            "format": 1,
+            "format": FORMAT,
             "rules": {name: describe_rule(rule) for name, rule in self._rules.items()},
             "n_averaged": self.n_averaged,
             "rounding": self._rounding,
             "seed": self._seed,
             "skipped_updates": self.skipped_updates,
-            "averages": dict(self._by_name(self._row_names())),
+            "averages": dict(self._by_name(row_names(self._rules))),
         }
 
     @torch.no_grad()
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any], *, strict: bool = True) -> Differences:
         """Continues from a :meth:`state_dict` of an averager with the same rules and tensors.
+
+        Args:
+            state_dict: what was saved.
+            strict: False goes on by this averager's rules, rounding and seed whatever the state's
+                were, converts between floating-point types, leaves averages that the state does not
+                hold as they are, and ignores averages that this averager does not have. The tensors
+                have to be the same all the same.
+
+        Returns:
+            In what the two differ: nothing, if strict.
 
         Raises:
             RuntimeError: an average is applied at the moment.
             ValueError: it does not fit; all differences are named, and nothing is changed.
         """
-        self._refuse_if_applied("load_state_dict")
-        keys = ("n_averaged", "rounding", "rules", "seed", "skipped_updates", "averages")
-        if state_dict.get("format") != 1 or any(key not in state_dict for key in keys):
-            raise ValueError(
-                "state_dict: expected one of an Averager in format 1, found the keys "
-                f"{sorted(map(str, state_dict))}"
-            )
-        problems = []
-        rules = {name: describe_rule(rule) for name, rule in self._rules.items()}
-        expected_settings: dict[str, Any] = {"rules": rules, "rounding": self._rounding}
-        if self._rounding == "stochastic":
-            expected_settings["seed"] = self._seed
-        for key, expected in expected_settings.items():
-            if state_dict[key] != expected:
-                problems.append(f"{key}: expected {expected}, found {state_dict[key]}")
-        own = self._by_name(self._row_names())
-        for average, tensors in own.items():
-            theirs = state_dict["averages"].get(average, {})
-            for name in tensors.keys() | theirs.keys():
-                if name not in theirs or name not in tensors:
-                    where = "missing" if name not in theirs else "unknown"
-                    problems.append(f"averages[{average!r}]: {name} is {where}")
-                elif (theirs[name].shape, theirs[name].dtype) != (
-                    tensors[name].shape,
-                    tensors[name].dtype,
-                ):
-                    problems.append(
-                        f"averages[{average!r}]: {name} expected {tuple(tensors[name].shape)} "
-                        f"{tensors[name].dtype}, found {tuple(theirs[name].shape)} "
-                        f"{theirs[name].dtype}"
-                    )
-        if problems:
-            raise ValueError("state_dict does not fit\n  " + "\n  ".join(sorted(problems)))
-        self._known_updated.clear()
-        for average, tensors in own.items():
-            for name, tensor in tensors.items():
-                tensor.copy_(state_dict["averages"][average][name])
-        of_average = {**state_dict["n_averaged"]}
-        counters = torch.tensor(
-            [of_average.get(name, of_average.get(name.rsplit("[")[0])) for name in own]
-        )
-        self._reported = int(state_dict["skipped_updates"])
-        for part, seen in zip(self._storage.parts, self._seen, strict=True):
-            part.engine.n_averaged.copy_(counters)
-            part.engine.skipped.fill_(self._reported)
-            seen.fill_(self._reported)
+        with self._storage.lock:
+            self._refuse_if_applied("load_state_dict")
+            rules = {name: describe_rule(rule) for name, rule in self._rules.items()}
+            settings: dict[str, Any] = {"rules": rules, "rounding": self._rounding}
+            if self._rounding == "stochastic":
+                settings["seed"] = self._seed
+            own = self._by_name(row_names(self._rules))
+            loaded = read_state(state_dict, own, settings, strict=strict)
+            self._write(loaded.pairs, loaded.counts, loaded.skipped)
+        return loaded.differences
 
-    @contextlib.contextmanager
-    def applied(self, name: str) -> Iterator[None]:
+    @torch.no_grad()
+    def load_average(
+        self,
+        name: str,
+        weights: Mapping[str, Tensor] | Sequence[Tensor],
+        *,
+        n_averaged: int | None = None,
+    ) -> None:
+        """Starts an average from weights of another library: a state dict of its averaged model, of
+        an ``AveragedModel``, or a list of its averaged parameters in the model's order.
+
+        Args:
+            name: of the average.
+            weights: by their names in the model, with ``module.`` before all of them or without; or
+                a list with one tensor for each that is averaged. Buffers may be missing.
+            n_averaged: updates that went into them; None takes the state dict's ``n_averaged``, or
+                1 for an average that is exponential.
+
+        Raises:
+            KeyError: there is no average of that name.
+            RuntimeError: an average is applied at the moment.
+            ValueError: the weights do not fit, or the count is missing or negative; nothing is
+                changed.
+        """
+        if name not in self._rules:
+            raise KeyError(f"name: expected one of {', '.join(self._rules)}, found {name!r}")
+        with self._storage.lock:
+            self._refuse_if_applied("load_average")
+            own = self._by_name(list(self._rules))[name]
+            slots = self._storage.slots
+            averaged = [n for n, at in self._aliases.items() if slots[at].averaged]
+            pairs, found = read_weights(weights, own, averaged)
+            count = found if n_averaged is None else n_averaged
+            if count is None and isinstance(self._rules[name], EMA):
+                count = 1
+            if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+                raise ValueError(f"n_averaged: expected the number of updates, found {count!r}")
+            self._write(pairs, {name: count}, None)
+
+    def _write(
+        self, pairs: list[tuple[Tensor, Tensor]], counts: dict[str, int], skipped: int | None
+    ) -> None:
+        """All of it or, where it is interrupted, nothing."""
+        parts = self._storage.parts
+        counters = [part.engine.n_averaged for part in parts]
+        if skipped is not None:
+            counters += [part.engine.skipped for part in parts]
+        written = [*(own for own, _ in pairs), *counters]
+        before = [tensor.detach().clone() for tensor in written]
+        new = []
+        for count in counters[: len(parts)]:
+            values = count.tolist()
+            for row, name in enumerate(row_names(self._rules)):
+                values[row] = counts.get(name, values[row])
+            new.append(torch.tensor(values, dtype=torch.int64, device="cpu"))
+        self._known_updated.clear()
+        self._calls = None
+        try:
+            for own, value in pairs:
+                own.copy_(value)
+            for count, of_count in zip(counters, new, strict=False):
+                count.copy_(of_count)
+            if skipped is not None:
+                for part, seen in zip(parts, self._seen, strict=True):
+                    part.engine.skipped.fill_(skipped)
+                    seen.fill_(skipped)
+                self._reported = skipped
+        except BaseException:
+            for tensor, value in zip(written, before, strict=True):
+                tensor.copy_(value)
+            raise
+
+    def applied(self, name: str) -> AbstractContextManager[None]:
         """Puts an average into the live tensors for the time of a ``with`` block.
 
         Live values and average are swapped in place, without a third copy, where their dtypes
-        agree; where they do not (an fp32 average of bf16 weights) the live values are kept in a
-        copy. Parameters stay the same objects at the same addresses, so optimizers, tied weights,
-        compiled code and captured graphs are not disturbed. The swap is undone when the block
-        ends, also by an exception.
+        agree; where they do not (an fp32 average of bf16 weights), where tensors share memory and
+        with the reference backend the live values are kept in a copy. Parameters stay the same
+        objects at the same addresses, so optimizers, tied weights, compiled code and captured
+        graphs are not disturbed. Everything is undone when the block ends, also by an exception or
+        Ctrl-C, at whatever moment; so are changes of buffers that are not averaged.
+
+        Inside the block updates are refused. A ``state_dict``, copy or pickle made there, and what
+        ``averages`` gives, holds the average; a tensor that was taken from ``averages`` before
+        holds the live values meanwhile. What the block changes in the live tensors is a change of
+        the average, as BatchNorm statistics that ``update_bn`` finds.
 
         Args:
             name: of an average.
@@ -454,21 +704,25 @@ class Averager(Attachable):
             RuntimeError: it has not been updated yet, an average is already applied, or an average
                 was written inside the block (which would have been to the live values).
         """
-        if name not in self._rules:
-            raise KeyError(f"expected one of {', '.join(self._rules)}, found {name!r}")
-        if self._storage.swapped is not None:
-            applied = list(self._rules)[self._storage.swapped]
-            raise RuntimeError(f"applied: the average {applied!r} is already applied")
-        self._raise_if_nonfinite(wait=True)
-        # Counters only grow, but for load_state_dict: the device is asked once.
-        if name not in self._known_updated:
-            if self.n_averaged[name] == 0:
-                raise RuntimeError(f"applied: the average {name!r} has not been updated yet")
-            self._known_updated.add(name)
-        with torch.no_grad():
+
+        def prepare() -> tuple[Storage, int]:
+            if name not in self._rules:
+                raise KeyError(f"expected one of {', '.join(self._rules)}, found {name!r}")
+            if self._storage.applied is not None:
+                now = list(self._rules)[self._storage.applied.row]
+                raise RuntimeError(f"applied: the average {now!r} is already applied")
+            self._raise_if_nonfinite(wait=True)
+            # Counters only grow, but for load_state_dict: the device is asked once.
+            if name not in self._known_updated:
+                if self.n_averaged[name] == 0:
+                    raise RuntimeError(f"applied: the average {name!r} has not been updated yet")
+                self._known_updated.add(name)
             self._refresh()
-        with self._storage.applied(list(self._rules).index(name), self._current):
-            yield
+            return self._storage, list(self._rules).index(name)
+
+        return applied(
+            self._storage.lock, prepare, self._current, self._selection.left_out_buffers, True
+        )
 
 
 class _ByName(dict[str, dict[str, Tensor]]):

@@ -198,7 +198,7 @@ def _parts_of(
             counted=False,
         )
         if decay is not None:
-            engine.rules = torch.tensor([steady_row(decay)], dtype=torch.float64)
+            engine.rules = torch.tensor([steady_row(decay)], dtype=torch.float64, device="cpu")
         parts.append((engine, engine.plan([current[i] for i in members])))
     return parts
 

@@ -9,7 +9,7 @@ averages (:mod:`swa_fast._watch`), and asks for a new plan when one of them move
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,17 @@ if TYPE_CHECKING:
     from ._gather import Gather
     from .hooks import Gate
 
-__all__ = ["Engine", "Plan", "Slot", "allocate", "averages_in", "bytes_of", "dense_strides"]
+__all__ = [
+    "Engine",
+    "Plan",
+    "Slot",
+    "allocate",
+    "averages_in",
+    "bytes_of",
+    "dense_strides",
+    "distinct",
+    "tensors_in",
+]
 
 _REAL = {
     torch.complex64: torch.float32,
@@ -104,17 +114,40 @@ def allocate(
 def averages_in(slots: Sequence[Slot], memory: Sequence[Tensor]) -> list[list[Tensor]]:
     """The averages in memory laid out by :func:`allocate`: a list for each row, of views with the
     shapes and strides of the slots."""
+    return [
+        [
+            base.as_strided(slot.shape, slot.stride, base.storage_offset() + start)
+            for slot, base, start in row
+        ]
+        for row in _rows(slots, memory)
+    ]
+
+
+def _rows(
+    slots: Sequence[Slot], memory: Sequence[Tensor]
+) -> Iterator[Iterator[tuple[Slot, Tensor, int]]]:
+    """For each row and slot, the memory of its dtype and the slot's first element there."""
     places, _ = _places(slots)
     by_dtype = {tensor.dtype: tensor for tensor in memory}
-    rows = len(memory[0]) if memory else 0
+    for row in range(len(memory[0]) if memory else 0):
+        yield (
+            (slot, by_dtype[slot.dtype], row * by_dtype[slot.dtype].shape[1] + place)
+            for slot, place in zip(slots, places, strict=True)
+        )
+
+
+def tensors_in(slots: Sequence[Slot], memory: Sequence[Tensor]) -> list[list[Tensor]]:
+    """As :func:`averages_in`, in tensors with storages of their own, each as long as its tensor: so
+    they are saved, copied and shared as what they are. They share the memory's version counter."""
     result: list[list[Tensor]] = []
-    for row in range(rows):
-        of_row = {dtype: tensor[row] for dtype, tensor in by_dtype.items()}
-        views = []
-        for slot, place in zip(slots, places, strict=True):
-            base = of_row[slot.dtype]
-            views.append(base.as_strided(slot.shape, slot.stride, base.storage_offset() + place))
-        result.append(views)
+    for row in _rows(slots, memory):
+        tensors = []
+        for slot, base, start in row:
+            size = slot.dtype.itemsize
+            first = (base.storage_offset() + start) * size
+            storage = base.untyped_storage()[first : first + slot.numel * size]
+            tensors.append(base.detach().set_(storage, 0, slot.shape, slot.stride))
+        result.append(tensors)
     return result
 
 
@@ -126,6 +159,36 @@ def _flat(tensor: Tensor) -> Tensor:
 def _reals(tensor: Tensor) -> Tensor:
     """One-dimensional complex memory as twice as many reals."""
     return torch.view_as_real(tensor).view(-1) if tensor.is_complex() else tensor
+
+
+def _overlapping(tensors: Sequence[Tensor]) -> set[int]:
+    """Indices of tensors whose stretches of memory meet another one's, or their own."""
+    extents = []
+    found = set()
+    for i, tensor in enumerate(tensors):
+        if tensor.numel() == 0:
+            continue
+        last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        start = tensor.data_ptr()
+        extents.append((start, start + (last + 1) * tensor.element_size(), i))
+        if last + 1 < tensor.numel():
+            found.add(i)
+    extents.sort()
+    furthest, of = 0, -1
+    for start, end, i in extents:
+        if start < furthest:
+            found |= {i, of}
+        if end > furthest:
+            furthest, of = end, i
+    return found
+
+
+def distinct(target: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Both without what is repeated in the memory of ``target`` because it was expanded."""
+    for dim, (step, size) in enumerate(zip(target.stride(), target.shape, strict=True)):
+        if step == 0 and size > 1:
+            target, value = target.narrow(dim, 0, 1), value.narrow(dim, 0, 1)
+    return target, value
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -160,10 +223,13 @@ class Plan:
     update: Table
     swap: Table
     # Slots that the swap's table serves, and those that it does not: of another dtype, layout or
-    # device. Slots over memory that another one swaps already are in neither.
-    swapped: frozenset[int]
+    # device, or over memory that belongs to several.
+    swapped: list[int]
     others: list[int]
     in_place: list[Tensor]  # sources that a swap writes, to tell autograd
+    # uint8 [1 + averages, 16], whose first line trades places as the sources do: what tells whether
+    # a swap that was interrupted took place.
+    marks: Tensor
     # What torch brings to the averages' device, dtype and layout before each update, and into what.
     staged: list[tuple[Tensor, Tensor]]
     gathers: list[Gather]
@@ -202,14 +268,18 @@ class Engine:
     ) -> None:
         self.slots = tuple(slots)
         self.device = device
-        self._requested = backend
+        self.requested = backend
         self.seed = seed
         self.skip_nonfinite = skip_nonfinite
         self.functions: dict[int, AveragingFunction] = {
             row: rule for row, rule in enumerate(rules) if callable(rule)
         }
-        self.rules = torch.tensor([rule_row(rule) for rule in rules], dtype=torch.float64)
-        self._members = [(row, m) for row, m in enumerate(rules) if isinstance(m, Member)]
+        # On the CPU whatever torch's default device is.
+        self.rules = torch.tensor(
+            [rule_row(rule) for rule in rules], dtype=torch.float64, device="cpu"
+        )
+        self._rules = self.rules.numpy()  # the same memory, written faster
+        self.members = [(row, m) for row, m in enumerate(rules) if isinstance(m, Member)]
         if n_averaged is None:
             n_averaged = torch.zeros(len(rules), dtype=torch.int64, device=device)
         self.n_averaged = n_averaged
@@ -218,13 +288,14 @@ class Engine:
         )
         self._unsettled: Plan | None = None
         self._places, _ = _places(self.slots)
-        self._put(averages)
+        self.put(averages)
 
-    def _put(self, averages: Sequence[Sequence[Tensor]]) -> None:
+    def put(self, averages: Sequence[Sequence[Tensor]]) -> None:
+        """The averages lie there from now on; plans made before no longer serve."""
         self.averages = [list(row) for row in averages]
         # Averages with gaps are updated in gapless memory and copied back.
         self._gapless: list[tuple[Tensor, Tensor]] = []
-        self._written: list[list[Tensor]] = []
+        self.written: list[list[Tensor]] = []  # what kernels write to
         for row in self.averages:
             written = []
             for slot, average in zip(self.slots, row, strict=True):
@@ -235,13 +306,13 @@ class Engine:
                     self._gapless.append((gapless, average))
                     average = gapless
                 written.append(average.detach())
-            self._written.append(written)
+            self.written.append(written)
 
     def with_memory(self, averages: Sequence[Sequence[Tensor]], n_averaged: Tensor) -> Engine:
         """The same engine on other memory, such as a compiler puts in the place of its own."""
         other = copy.copy(self)
         other.n_averaged = n_averaged
-        other._put(averages)
+        other.put(averages)
         return other
 
     @property
@@ -249,6 +320,11 @@ class Engine:
         """int64 scalar on the device: updates that ``skip_nonfinite`` skipped."""
         assert self.counters is not None
         return self.counters[layout.SKIPPED]
+
+    def progress(self) -> Tensor:
+        """A copy of all counters: what an update changes in any case."""
+        counts = self.n_averaged.view(-1)
+        return counts.clone() if self.counters is None else torch.cat((counts, self.counters))
 
     def _unsupported(self, slot: Slot, source: Tensor) -> str | None:
         for role, dtype in (("average", slot.dtype), ("source", source.dtype)):
@@ -275,7 +351,9 @@ class Engine:
                 "table of their addresses cannot be copied to the device during capture"
             )
         # Not earlier: an average may be built on one device, to be moved to another one.
-        backend = _backends.choose_backend(self.device, self._requested)
+        from .windows import means_of
+
+        backend = _backends.choose_backend(self.device, self.requested)
         gathers: list[Gather] = []
         gathered: dict[int, Tensor] = {}
         if self.device.type == "cpu" and any(s.device.type == "cuda" for s in sources):
@@ -285,8 +363,7 @@ class Engine:
         read: list[Tensor] = []
         staged: list[tuple[Tensor, Tensor]] = []
         swapped: list[int] = []
-        in_place: list[int] = []
-        addresses: set[int] = set()
+        overlapping = _overlapping(sources)
         gaps = {id(gapless) for gapless, _ in self._gapless}
         for index, (slot, source) in enumerate(zip(self.slots, sources, strict=True)):
             source = source.detach()
@@ -296,7 +373,7 @@ class Engine:
                 )
             if slot.averaged and (problem := self._unsupported(slot, source)):
                 raise TypeError(problem)
-            average = self._written[0][index]
+            average = self.written[0][index]
             same = slot.dtype == source.dtype
             convertible = slot.dtype in layout.TYPE_CODES and source.dtype in layout.TYPE_CODES
             dense = (
@@ -316,53 +393,44 @@ class Engine:
                 )
                 staged.append((staging, source))
                 source = staging
-            elif same and id(average) not in gaps:
-                in_place.append(index)
-                # Two parameters over the same memory must not be swapped twice.
-                if source.data_ptr() not in addresses:
-                    swapped.append(index)
-                addresses.add(source.data_ptr())
+            elif same and index not in overlapping and id(average) not in gaps:
+                swapped.append(index)
             read.append(source)
         bound = [source.detach() for source in sources]
-        served = set(in_place)
+        served = set(swapped)
+        marks = torch.zeros(1 + len(self.averages), 16, dtype=torch.uint8, device=self.device)
+        marks[1:] = 1
         return Plan(
             backend,
             self.rules.to(self.device if backend == "triton" else "cpu"),
             bound,
             read,
             self._table(range(len(read)), read, backend),
-            self._table(swapped, [read[i] for i in swapped], backend),
-            frozenset(swapped),
+            self._table(
+                swapped,
+                [read[i] for i in swapped],
+                backend,
+                None if backend == "reference" else marks,
+            ),
+            swapped,
             # Listed here, because a list of all tensors takes longer than the swap of small ones.
             [i for i in range(len(bound)) if i not in served],
-            [bound[i] for i in in_place],
+            [bound[i] for i in swapped],
+            marks,
             staged,
             gathers,
             not (staged or gathers or self._gapless or backend == "reference"),
-            self._means(),
+            means_of(self),
         )
 
-    def _means(self) -> list[tuple[Engine, Plan]]:
-        """Takes each source that a window keeps into its mean."""
-        averaged = [i for i, slot in enumerate(self.slots) if slot.averaged]
-        slots = [self.slots[i] for i in averaged]
-        means = []
-        for row, member in self._members:
-            mean = [self.averages[member.window][i] for i in averaged]
-            engine = Engine(
-                slots,
-                [mean],
-                [Filled(member.at)],
-                self.device,
-                n_averaged=self.n_averaged[member.window : member.window + 1],
-                counted=False,
-                backend=self._requested,
-            )
-            means.append((engine, engine.plan([self.averages[row][i] for i in averaged])))
-        return means
-
-    def _table(self, slots: Sequence[int], sources: Sequence[Tensor], backend: str) -> Table:
-        """The table of ``sources``, which belong to the slots of these indices."""
+    def _table(
+        self,
+        slots: Sequence[int],
+        sources: Sequence[Tensor],
+        backend: str,
+        marks: Tensor | None = None,
+    ) -> Table:
+        """The table of ``sources``, which belong to the slots of these indices, and of marks."""
         k = len(self.averages)
         pairs = 0
         columns: list[tuple[int, ...]] = []
@@ -386,7 +454,7 @@ class Engine:
                 pairs |= 1 << (4 * average_code + source_code)
             packed = average_code << layout.AVERAGE_TYPE | source_code << layout.SOURCE_TYPE
             packed |= (not slot.averaged) << layout.COPIED
-            averages = [row[index] for row in self._written]
+            averages = [row[index] for row in self.written]
             if backend == "reference":
                 flats.append(flat)
                 for target, average in zip(targets, averages, strict=True):
@@ -395,6 +463,10 @@ class Engine:
             sizes = flat.numel(), flat.element_size(), average_size
             addresses = (average.data_ptr() for average in averages)
             columns.append((flat.data_ptr(), packed, self._places[index], *addresses, *sizes))
+        if marks is not None and columns:
+            packed = layout.BYTES << layout.AVERAGE_TYPE | layout.BYTES << layout.SOURCE_TYPE
+            places = (mark.data_ptr() for mark in marks)
+            columns.append((next(places), packed | 1 << layout.COPIED, 0, *places, 16, 1, 1))
         table = np.array(columns, dtype=np.int64).reshape(
             len(columns), layout.SEGMENT_HEADER + k + 3
         )
@@ -439,41 +511,36 @@ class Engine:
         """True while a CUDA graph is captured on this engine's device."""
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
+    def set_rule(self, row: int, rule: Rule) -> None:
+        """Average ``row`` follows this rule, which is of the same kind, from now on."""
+        self._rules[row] = rule_row(rule)
+
     def update(self, plan: Plan, gate: Gate | None = None) -> None:
-        """Takes the plan's sources into every average, if the gate lets it."""
+        """Takes the plan's sources into every average, if the gate lets it: into all of them or,
+        where it raises or is interrupted before the launch, into none."""
         self._unsettled = plan if plan.means else None
         for gather in plan.gathers:
             gather()
         for staging, source in plan.staged:
             staging.copy_(source)
-        for row, function in self.functions.items():
-            self._call(row, function, plan)
-        for gapless, average in self._gapless:
-            gapless.copy_(average)
+        if self._gapless or self.functions:
+            self._update_in_steps(plan, gate)
+        else:
+            self._start(plan, gate)
+        self.settle()
+
+    def _start(self, plan: Plan, gate: Gate | None) -> None:
         if len(plan.update) > 0:
             self._launch(plan, () if gate is None else gate.on(self.device))
         elif self.counters is not None:
             self.n_averaged.add_(1)
-        for gapless, average in self._gapless:
-            average.copy_(gapless)
-        self.settle()
 
     def _launch(self, plan: Plan, gate: tuple[Any, ...]) -> None:
         table = plan.update
         _ops.update_(
-            plan.backend,
-            table.averages,
-            table.sources,
-            self.n_averaged,
-            self.counters,
-            plan.rules,
-            table.words,
-            table.pairs,
-            self.seed,
-            self.skip_nonfinite,
-            table.short,
-            *gate,
-        )
+            plan.backend, table.averages, table.sources, self.n_averaged, self.counters, plan.rules,
+            table.words, table.pairs, self.seed, self.skip_nonfinite, table.short, *gate,
+        )  # fmt: skip
 
     def settle(self) -> None:
         """Forms the means of windows, which an update that was interrupted may have left undone."""
@@ -482,15 +549,48 @@ class Engine:
                 engine.update(members)
             self._unsettled = None
 
-    def _call(self, row: int, function: AveragingFunction, plan: Plan) -> None:
+    def _update_in_steps(self, plan: Plan, gate: Gate | None) -> None:
+        # What functions return is kept apart: nothing is written if one of them raises.
+        results = {row: self._call(row, function, plan) for row, function in self.functions.items()}
+        for gapless, average in self._gapless:
+            gapless.copy_(average)
+        before = self.n_averaged.clone()
+
+        def finish() -> None:
+            for row, pairs in results.items():
+                # The first update copies the sources, which the launch has done.
+                first = before.view(-1)[row] == 0
+                for average, result in pairs:
+                    average.copy_(torch.where(first, average, result))
+            for gapless, average in self._gapless:
+                target, value = distinct(average, gapless)
+                target.copy_(value)
+
+        try:
+            self._start(plan, gate)
+            finish()
+        except BaseException:
+            if not torch.equal(before, self.n_averaged):
+                finish()
+            raise
+
+    def _call(
+        self, row: int, function: AveragingFunction, plan: Plan
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Averages, and what the function makes of copies of them."""
+        pairs: list[tuple[Tensor, Tensor]] = []
         groups: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
-        for slot, average, source in zip(self.slots, self.averages[row], plan.read, strict=True):
+        for slot, average, written, source in zip(
+            self.slots, self.averages[row], self.written[row], plan.read, strict=True
+        ):
             if slot.averaged:
                 group = groups.setdefault(slot.dtype, ([], []))
-                group[0].append(average)
+                group[0].append(average.detach().clone())
                 group[1].append(source.to(slot.dtype))
+                pairs.append((written, group[0][-1]))
         for averages, sources in groups.values():
             function(averages, sources, self.n_averaged.view(-1)[row])
+        return pairs
 
     def swap(self, plan: Plan, row: int) -> None:
         """The plan's sources and average ``row`` trade places, but for ``plan.others``."""

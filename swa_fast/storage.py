@@ -1,44 +1,52 @@
 """What :class:`~swa_fast.Averager` and :class:`~swa_fast.AveragedModel` stand on: averages on all
-devices, the live tensors that they are taken from, the watch over both, and the swap."""
+devices, the live tensors that they are taken from, and the watch over both."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import threading
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ._watch import Watch
-from .engine import Engine, Plan, Slot, allocate, averages_in
+from ._modules import check_kind
+from ._watch import Place, Watch
+from .engine import Engine, Plan, Slot, allocate, averages_in, tensors_in
 from .hooks import Gate
 from .rules import Member, Rule
 
+if TYPE_CHECKING:
+    from ._applied import Exchange
+
 __all__ = ["Averages", "FlatMemory", "SeparateMemory", "Storage"]
+
+# What captured graphs read at every replay, for as long as the process lives: a graph does not say
+# when it is gone.
+_captured: list[object] = []
 
 
 class SeparateMemory:
-    """One average, in tensors that somebody else allocated: the memory is the average.
+    """Averages in tensors that somebody else may move or replace: the memory is the averages.
 
     Attributes:
-        tensors: what version counters, compilers and the watch know of.
-        private: False, because the tensors may be moved or replaced by their owner.
+        tensors: what version counters and compilers know of.
     """
 
-    private = False
-
-    def __init__(self, average: Sequence[Tensor]) -> None:
-        self.tensors = list(average)
+    def __init__(self, averages: Sequence[Sequence[Tensor]]) -> None:
+        self._slots = len(averages[0]) if averages else 0
+        self.tensors = [tensor for row in averages for tensor in row]
 
     def averages(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
         """The averages in these tensors, or in others that stand for them."""
-        return [list(tensors)]
+        n = self._slots
+        return [list(tensors[i : i + n]) for i in range(0, len(tensors), n)] if n else []
 
 
 class FlatMemory:
-    """Several averages, in one tensor of shape [averages, elements] for each device and dtype.
+    """Several averages, in one tensor of shape [averages, elements] for each device and dtype: one
+    allocation and one version counter for all of them.
 
     Args:
         slots: the tensors of an average.
@@ -46,11 +54,10 @@ class FlatMemory:
         rows: how many averages.
     """
 
-    private = True
-
     def __init__(self, slots: Sequence[Slot], devices: Sequence[torch.device], rows: int) -> None:
         self._slots = slots
         self._members = _by_device(devices)
+        self._rows = rows
         self.tensors: list[Tensor] = []
         self._parts: list[int] = []  # how many of the tensors are a device's
         for device, members in self._members.items():
@@ -60,13 +67,20 @@ class FlatMemory:
 
     def averages(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
         """The averages in these tensors, or in others that stand for them, as views."""
+        return self._collect(tensors, averages_in)
+
+    def own(self) -> list[list[Tensor]]:
+        """The averages, each tensor with a storage of its own length."""
+        return self._collect(self.tensors, tensors_in)
+
+    def _collect(self, tensors: Sequence[Tensor], cut: Any) -> list[list[Tensor]]:
         rest = iter(tensors)
-        result: list[list[Tensor]] = []
+        result: list[list[Tensor]] = [
+            [torch.empty(0)] * len(self._slots) for _ in range(self._rows)
+        ]
         for members, count in zip(self._members.values(), self._parts, strict=True):
             memory = [next(rest) for _ in range(count)]
-            rows = averages_in([self._slots[i] for i in members], memory)
-            if not result:
-                result = [[rows[0][0]] * len(self._slots) for _ in rows]
+            rows = cut([self._slots[i] for i in members], memory)
             for row, views in zip(result, rows, strict=True):
                 for i, view in zip(members, views, strict=True):
                     row[i] = view
@@ -84,7 +98,7 @@ def _by_device(devices: Sequence[torch.device]) -> dict[torch.device, list[int]]
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """What lives on one device."""
 
     engine: Engine
@@ -106,13 +120,18 @@ class Storage:
         backend: a name of ``BACKENDS``, or None to choose by device.
         seed: for stochastic rounding; None rounds to nearest.
         skip_nonfinite: see :class:`~swa_fast.engine.Engine`.
-        captured: what captured graphs of a predecessor read at replay.
+        loose: for each average, tensors that are copied by torch at every update, because they have
+            no memory that could be read by address: sparse, quantised and nested ones.
+        lock: held while averages or live tensors are written; None makes one.
         engine: what updates the averages of a device.
 
     Attributes:
         averages: for each rule one tensor for each slot.
         live: the tensors bound last, one for each slot.
-        swapped: which average is in the live tensors' place at the moment, or None.
+        loose_live: likewise for ``loose``.
+        applied: what is in the live tensors' place at the moment, or None.
+        lock: held while averages or live tensors are written.
+        given_away: whether somebody else may have moved or replaced an average.
     """
 
     def __init__(
@@ -125,17 +144,22 @@ class Storage:
         backend: str | None = None,
         seed: int | None = None,
         skip_nonfinite: bool = False,
-        captured: list[object] | None = None,
+        loose: Sequence[Sequence[Tensor]] = (),
+        lock: threading.RLock | None = None,
         engine: type[Engine] = Engine,
     ) -> None:
         self.slots = tuple(slots)
         self.memory = memory
-        self.averages = memory.averages(memory.tensors)
+        self.given_away = isinstance(memory, SeparateMemory)
+        self.averages = (
+            memory.own() if isinstance(memory, FlatMemory) else memory.averages(memory.tensors)
+        )
         self.live: list[Tensor] = []
-        self.swapped: int | None = None
-        self.captured: list[object] = [] if captured is None else captured
+        self.loose, self.loose_live = [list(row) for row in loose], list[Tensor]()
+        self.applied: Exchange | None = None
+        self.lock = threading.RLock() if lock is None else lock
         self.counter = counter
-        self.parts: list[_Part] = []
+        self.parts: list[Part] = []
         devices = [average.device for average in self.averages[0]] if self.averages else []
         for device, members in _by_device(devices).items():
             of_device = engine(
@@ -148,11 +172,15 @@ class Storage:
                 seed=seed,
                 skip_nonfinite=skip_nonfinite,
             )
-            self.parts.append(_Part(of_device, tuple(members)))
-        self._plans: list[Plan] = []
+            self.parts.append(Part(of_device, tuple(members)))
+        self.plans: list[Plan] = []
         self._watch: Watch | None = None
+        self._note_memory()
+
+    def _note_memory(self) -> None:
         # Inference tensors have no version counters.
-        self._versioned = [tensor for tensor in memory.tensors if not tensor.is_inference()]
+        self._versioned = [tensor for tensor in self.memory.tensors if not tensor.is_inference()]
+        self._addresses = [tensor.data_ptr() for row in self.averages for tensor in row]
 
     def _counts(self, device: torch.device) -> bool:
         """Whether the update of this device advances the common counter."""
@@ -166,7 +194,7 @@ class Storage:
     @property
     def backends(self) -> list[str]:
         """Which backends serve the tensors bound last."""
-        return sorted({plan.backend for plan in self._plans})
+        return sorted({plan.backend for plan in self.plans})
 
     @property
     def devices(self) -> list[torch.device]:
@@ -179,7 +207,7 @@ class Storage:
         counted = self.counter is None or any(self._counts(device) for device in self.devices)
         return counted and all(
             not part.engine.functions and len(plan.update) > 0
-            for part, plan in zip(self.parts, self._plans, strict=False)
+            for part, plan in zip(self.parts, self.plans, strict=False)
         )
 
     def settle(self) -> None:
@@ -191,47 +219,114 @@ class Storage:
         """True while a CUDA graph is captured on one of the devices."""
         return any(part.engine.capturing() for part in self.parts)
 
-    def bind(self, live: list[Tensor], dictionaries: Iterable[dict[str, Any]]) -> None:
+    def bind(
+        self, live: list[Tensor], places: Iterable[Place], loose: Sequence[Tensor] = ()
+    ) -> None:
         """Averages ``live`` from now on, one tensor for each slot.
 
         Args:
             live: of the slots' shapes.
-            dictionaries: whose contents must not change either, see :class:`Watch`.
+            places: of dictionaries that must not change either, see :class:`Watch`.
+            loose: what is copied by torch.
 
         Raises:
-            TypeError, RuntimeError: see :meth:`Engine.plan`; nothing has changed then.
+            TypeError, ValueError, RuntimeError: see :meth:`Engine.plan`, or an average was changed
+                to something else; nothing has changed then.
         """
+        for slot, tensor in zip(self.slots, live, strict=True):
+            check_kind(slot.name, tensor)
+        self._find_averages()
         plans = [part.engine.plan(part.of(live)) for part in self.parts]
         watched = list(live)
-        if not self.memory.private:
-            watched += self.memory.tensors
+        if self.given_away:
+            watched += (tensor for row in self.averages for tensor in row)
         if self.counter is not None:
             watched.append(self.counter)
-        watch = Watch(watched, dictionaries)
-        self._plans, self.live, self._watch = plans, live, watch
+        watch = Watch(watched, places)
+        self.plans, self.live, self._watch = plans, live, watch
+        self.loose_live = list(loose)
+
+    def _find_averages(self) -> None:
+        """Looks where the averages lie now, if they may have been moved.
+
+        Raises:
+            TypeError, ValueError: one of them is no longer what it was.
+        """
+        if not self.given_away:
+            return
+        devices = {i: part.engine.device for part in self.parts for i in part.members}
+        for row in self.averages:
+            for i, (slot, tensor) in enumerate(zip(self.slots, row, strict=True)):
+                check_kind(f"the average of {slot.name}", tensor)
+                found = (tuple(tensor.shape), tensor.dtype, tensor.device)
+                if found != (slot.shape, slot.dtype, devices[i]):
+                    raise ValueError(
+                        f"the average of {slot.name}: expected shape {slot.shape}, {slot.dtype} on "
+                        f"{devices[i]}, found {found[0]}, {found[1]} on {found[2]}"
+                    )
+        addresses = [tensor.data_ptr() for row in self.averages for tensor in row]
+        if addresses != self._addresses:
+            self.memory = SeparateMemory(self.averages)
+            for part in self.parts:
+                part.engine.put([part.of(row) for row in self.averages])
+            self._note_memory()
+
+    def give_away(self) -> None:
+        """Somebody else gets to see the averages, and may move them: they are watched from now
+        on."""
+        if not self.given_away:
+            self.given_away = True
+            self._watch = None
 
     def unbind(self) -> None:
         """Lets go of the live tensors."""
-        self._plans, self.live, self._watch = [], [], None
+        self.plans, self.live, self._watch, self.loose_live = [], [], None, []
 
     def holds(self) -> bool:
         """True while everything is where it was when it was bound."""
         return self._watch is not None and self._watch.holds()
 
+    def set_rule(self, row: int, rule: Rule) -> None:
+        """Average ``row`` follows this rule, which is of the same kind, from now on."""
+        for part in self.parts:
+            part.engine.set_rule(row, rule)
+        for part, plan in zip(self.parts, self.plans, strict=False):
+            if plan.rules is not part.engine.rules:
+                plan.rules.copy_(part.engine.rules)
+
+    def values_of(self, row: int) -> list[Tensor]:
+        """Average ``row``: the tensors themselves or, where it is applied and the live values lie
+        there, copies of what it is."""
+        tensors = list(self.averages[row])
+        if self.applied is not None and self.applied.row == row:
+            for i, value in self.applied.values().items():
+                tensors[i] = value
+        return tensors
+
     def update(self, gate: Gate | None = None) -> None:
         """Takes the live tensors into every average, if the gate lets it."""
-        for part, plan in zip(self.parts, self._plans, strict=True):
+        for part, plan in zip(self.parts, self.plans, strict=True):
             if part.engine.capturing():
-                # A captured graph reads what it was captured with at every replay.
-                self.captured.append((part.engine, plan))
-        self._update(self.parts, self._plans, gate=gate)
-        # The kernels write to addresses: without this, autograd would not notice that a tensor it
-        # saved for backward has changed.
+                _captured.append((part.engine, plan, self.memory))
+        # Before the rest, because torch may find that it cannot.
+        for row in self.loose:
+            for own, live in zip(row, self.loose_live, strict=True):
+                own.copy_(live)
+        self._update(self.parts, self.plans, gate=gate)
+        self.note_written()
+
+    def note_written(self) -> None:
+        """The kernels write to addresses: without this, autograd would not notice that a tensor it
+        saved for backward has changed."""
         torch.autograd.graph.increment_version(self._versioned)
+
+    def versions(self) -> list[int]:
+        """How often the averages were written."""
+        return [tensor._version for tensor in self._versioned]
 
     def _update(
         self,
-        parts: Sequence[_Part],
+        parts: Sequence[Part],
         plans: Sequence[Plan],
         counter: Tensor | None = None,
         gate: Gate | None = None,
@@ -241,19 +336,33 @@ class Storage:
             for part in parts:
                 if not self._counts(part.engine.device):
                     part.engine.n_averaged.copy_(counter, non_blocking=True)
-        for part, plan in zip(parts, plans, strict=True):
-            part.engine.update(plan, gate)
-        if counter is not None and not any(self._counts(p.engine.device) for p in parts):
-            counter += 1
+        apart = counter is not None and not any(self._counts(p.engine.device) for p in parts)
+        if len(parts) == 1 and not apart:
+            parts[0].engine.update(plans[0], gate)
+            return
+        before = [part.engine.progress() for part in parts]
+        try:
+            for part, plan in zip(parts, plans, strict=True):
+                part.engine.update(plan, gate)
+        except BaseException:
+            # All devices or none: what the first one has taken in, the others take in too.
+            left = [torch.equal(p.engine.progress(), b) for p, b in zip(parts, before, strict=True)]
+            if not all(left):
+                for part, plan, missing in zip(parts, plans, left, strict=True):
+                    if missing:
+                        part.engine.update(plan, gate)
+                if apart and counter is not None:
+                    counter.add_(1)
+            raise
+        if apart and counter is not None:
+            counter.add_(1)
 
     def update_with(
         self, memory: list[Tensor], counts: list[Tensor], live: Sequence[Tensor]
     ) -> None:
         """:meth:`update` on given tensors, which a compiler may have put in the place of the
         averages' memory, the counters and the live tensors."""
-        ours = [*self.memory.tensors, *self.counts, *self.live]
-        theirs = [*memory, *counts, *live]
-        if all(a.data_ptr() == b.data_ptr() for a, b in zip(ours, theirs, strict=True)):
+        if self.is_own(memory, counts, live):
             self.update()
             return
         averages = self.memory.averages(memory)
@@ -265,93 +374,16 @@ class Storage:
             elif self._counts(part.engine.device):
                 n = counts[0]
             rows = [part.of(row) for row in averages]
-            parts.append(_Part(part.engine.with_memory(rows, n), part.members))
+            parts.append(Part(part.engine.with_memory(rows, n), part.members))
         plans = [part.engine.plan(part.of(live)) for part in parts]
         self._update(parts, plans, None if self.counter is None else counts[0])
 
-    @contextlib.contextmanager
-    def applied(self, row: int, current: Callable[[], list[Tensor]]) -> Iterator[None]:
-        """Average ``row`` and the live tensors trade places for the time of a ``with`` block.
-
-        In place where dtype, layout and device agree, through a copy of the live tensor elsewhere.
-
-        Args:
-            row: which average.
-            current: the live tensors where they are now, asked for if one of them moved within the
-                block.
-
-        Raises:
-            RuntimeError: an average was written within the block.
-        """
-        swap = _Swap(self, row)
-        swap.do()
-        self.swapped = row
-        versions = [tensor._version for tensor in self._versioned]
-        try:
-            yield
-        finally:
-            written = versions != [tensor._version for tensor in self._versioned]
-            self.swapped = None
-            if self.holds():
-                swap.undo()
-            else:
-                live = self.live
-                try:
-                    live = current()
-                finally:
-                    # A model that no longer fits gets its weights back all the same.
-                    swap.undo_into(live)
-                    self.unbind()
-        if written:
-            raise RuntimeError(
-                "applied: an average was written while one was applied; if that one was written, "
-                "the live weights now hold what was written"
-            )
-
-
-class _Swap:
-    """The live tensors of a storage and one average trade places, and back."""
-
-    def __init__(self, storage: Storage, row: int) -> None:
-        self._storage = storage
-        self._row = row
-        self._parts = list(zip(storage.parts, storage._plans, strict=True))
-        self._live = list(storage.live)
-        # Live values whose dtype, layout or device is not the average's. They are kept in a copy,
-        # because one side could not hold the other's without a loss.
-        self._kept: dict[int, Tensor] = {}
-
-    def _trade(self) -> None:
-        for part, plan in self._parts:
-            part.engine.swap(plan, self._row)
-        torch.autograd.graph.increment_version(self._storage._versioned)
-
-    @torch.no_grad()
-    def do(self) -> None:
-        average = self._storage.averages[self._row]
-        others = [part.members[i] for part, plan in self._parts for i in plan.others]
-        self._kept = {i: self._live[i].clone() for i in others}
-        self._trade()
-        for i in others:
-            self._live[i].copy_(average[i])
-
-    @torch.no_grad()
-    def undo(self) -> None:
-        """Between the same tensors."""
-        self._trade()
-        for i, live in self._kept.items():
-            self._live[i].copy_(live)
-
-    @torch.no_grad()
-    def undo_into(self, live: Sequence[Tensor]) -> None:
-        """Tensor by tensor: the averages come back from the tensors that got them, wherever these
-        lie now, and the live values go into ``live``."""
-        average = self._storage.averages[self._row]
-        for part, plan in self._parts:
-            for at in plan.swapped:
-                i = part.members[at]
-                value = average[i].clone()
-                average[i].copy_(self._live[i])
-                live[i].copy_(value)
-        for i, value in self._kept.items():
-            live[i].copy_(value)
+    def is_own(
+        self, memory: Sequence[Tensor], counts: Sequence[Tensor], live: Sequence[Tensor]
+    ) -> bool:
+        """Whether these tensors are the averages' memory, the counters and the live tensors."""
+        ours = [*self.memory.tensors, *self.counts, *self.live]
+        theirs = [*memory, *counts, *live]
+        return len(ours) == len(theirs) and all(
+            a.data_ptr() == b.data_ptr() for a, b in zip(ours, theirs, strict=True)
+        )

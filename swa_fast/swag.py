@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from . import _backends, _ops
+from ._applied import applied
 from ._modules import Filter, Selection, check_kind
 from ._watch import Watch
 from .batch_norm import update_bn
@@ -137,7 +138,7 @@ class SWAG:
 
     def _watched(self, tensors: list[Tensor]) -> None:
         module = self._selection.module
-        self._storage.bind(tensors, [] if module is None else Watch.dictionaries_of(module))
+        self._storage.bind(tensors, [] if module is None else Watch.places_of(module))
 
     def _current(self) -> list[Tensor]:
         names, tensors, _ = self._selection.collect()
@@ -159,7 +160,7 @@ class SWAG:
         return found
 
     def _refuse_if_sampled(self, what: str) -> None:
-        if self._storage.swapped is not None:
+        if self._storage.applied is not None:
             raise RuntimeError(f"{what}: a sample is in the model's place; leave sampled() first")
 
     @torch.no_grad()
@@ -261,16 +262,17 @@ class SWAG:
         self._draw(scale, seed)
         return {name: tensor.clone() for name, tensor in self._row(-1).items()}
 
-    @contextlib.contextmanager
-    def sampled(self, *, scale: float = 0.5, seed: int) -> Iterator[None]:
+    def sampled(self, *, scale: float = 0.5, seed: int) -> contextlib.AbstractContextManager[None]:
         """Puts a :meth:`sample` into the live parameters for the time of a ``with`` block, in
         place; they are back afterwards, also by an exception."""
-        self._draw(scale, seed)
-        with torch.no_grad():
+
+        def prepare() -> tuple[Storage, int]:
+            self._draw(scale, seed)
             if not self._storage.holds():
                 self._watched(self._current())
-        with self._storage.applied(_DEVIATIONS + self.k, self._current):
-            yield
+            return self._storage, _DEVIATIONS + self.k
+
+        return applied(self._storage.lock, prepare, lambda: (self._current(), []), dict, True)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that an exact continuation needs; plain values and tensors."""

@@ -53,14 +53,17 @@ def test_every_average_follows_its_rule(
 ) -> None:
     need(backend, device)
     model = of_dtype(Net(), source_dtype).to(device)
-    averager = Averager(model, RULES, dtype=dtype, buffers=buffers, backend=backend)
-    exact: dict[str, dict[str, np.ndarray]] = {rule: {} for rule in RULES}
-    by_torch: dict[str, dict[str, Tensor]] = {rule: {} for rule in RULES}
+    # Equal weights in bfloat16 are refused.
+    bf16 = dtype is None and source_dtype == torch.bfloat16
+    rules = {name: rule for name, rule in RULES.items() if not (bf16 and name == "swa")}
+    averager = Averager(model, rules, dtype=dtype, buffers=buffers, backend=backend)
+    exact: dict[str, dict[str, np.ndarray]] = {rule: {} for rule in rules}
+    by_torch: dict[str, dict[str, Tensor]] = {rule: {} for rule in rules}
     for n in range(4):
         step(model)
         averager.update()
         for (rule, how), (name, tensor) in itertools.product(
-            RULES.items(), model.state_dict().items()
+            rules.items(), model.state_dict().items()
         ):
             w = how.weight(n) if is_averaged(name, tensor, buffers) else 1.0
             now = tensor.cpu()
@@ -75,8 +78,8 @@ def test_every_average_follows_its_rule(
                 )
                 old = by_torch[rule][name]
                 by_torch[rule][name] = torch.lerp(old, now.to(old.dtype), w)
-    assert averager.n_averaged == dict.fromkeys(RULES, 4)
-    for rule in RULES:
+    assert averager.n_averaged == dict.fromkeys(rules, 4)
+    for rule in rules:
         averages = averager.averages[rule]
         expected = set(model.state_dict())
         if buffers == "skip":

@@ -183,15 +183,18 @@ def test_memory_shared_until_it_is_written(way: str) -> None:
 def test_watch_of_many(way: str) -> None:
     tensors = [torch.randn(3) for _ in range(5)]
     place: dict[str, object] = {"a": tensors[0], "b": None}
+    owner: dict[str, object] = {"before": {}, "place": place, "after": {}}
     changes: tuple[Callable[[], object], ...] = (
         lambda: place.update(c=1),
         lambda: place.pop("b"),
         lambda: place.update(a=tensors[1]),
         lambda: tensors[2].resize_(2),
         lambda: tensors[3].set_(torch.randn(3)),
+        lambda: owner.update(place=dict(place)),
+        lambda: owner.pop("after"),
     )
     for change in changes:
-        watch = Watch(tensors, [{}, place, {}])
+        watch = Watch(tensors, [(owner, key) for key in owner])
         assert watch.holds()
         change()
         assert not watch.holds()

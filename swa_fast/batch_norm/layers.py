@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from ..averaged_model import AveragedModel
 from .options import Options
 
 if TYPE_CHECKING:
+    from .lent import Lent
     from .statistics import Statistics
 
 
@@ -86,6 +87,18 @@ class Layer:
             or "forward" in module.__dict__
             or type(module).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
         )
+        # What stands in for the module's forward, if that is BatchNorm's; it can clamp at 0, too.
+        self.compute: Callable[..., Tensor]
+        # Whether a forward that updates the buffers by itself does so with the module's momentum.
+        self.honours_momentum = False
+        # What lend sets: the buffers lent to the module, the tensors whose memory they are, the
+        # version counters of these as they were last seen, the values that they were given, and at
+        # which moment of the pass (batches, uses in this one).
+        self.lent: tuple[Lent, Lent]
+        self.plain: tuple[Tensor, Tensor]
+        self.versions: tuple[int, int]
+        self.known: tuple[Tensor | float, Tensor | float]
+        self.shown: tuple[int, int] | None
         # How often the present forward has used the layer.
         self.uses = 0
         # The layer's position among the calls of the first forward that used it.

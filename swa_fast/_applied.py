@@ -1,0 +1,282 @@
+"""An average in the place of the live tensors for a while, and back whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .engine import Plan, distinct
+from .storage import Part, Storage
+
+__all__ = ["Exchange", "applied"]
+
+Prepare = Callable[[], tuple[Storage, int]]
+Find = Callable[[], tuple[list[Tensor], list[Tensor]]]
+LeftOut = Callable[[], Mapping[str, Tensor]]
+
+
+@contextlib.contextmanager
+def applied(
+    lock: threading.RLock, prepare: Prepare, find: Find, left_out: LeftOut, exchange: bool
+) -> Iterator[None]:
+    """An average is in the live tensors for the time of a ``with`` block.
+
+    Args:
+        lock: of the averages.
+        prepare: checks whether this may be, and returns the storage, bound to the live tensors, and
+            which of its averages.
+        find: the live tensors where they are now and the loose ones, asked for if one of them moved
+            within the block.
+        left_out: other tensors of the model by name, whose values are put back too.
+        exchange: the live values take the average's place meanwhile, where dtype, layout and device
+            agree; False keeps a copy of them all.
+
+    Raises:
+        RuntimeError: the average was written within the block, or a tensor was made such that its
+            values could not be put back.
+        ValueError: the model no longer fits; its values were put back where they were taken.
+    """
+    change = Exchange(find, left_out)
+    # Twice, because an interrupt may come while the first is at work: the second goes on where that
+    # one stopped, and does nothing where it was done.
+    try:
+        try:
+            change.enter(lock, prepare, exchange)
+            yield
+        finally:
+            change.leave()
+    finally:
+        change.leave()
+    change.report()
+
+
+class _Trade:
+    """The exchange on one device. One launch does the whole of it, so it is done or not; what an
+    interrupt leaves unknown is asked from the marks, which the same launch exchanges."""
+
+    def __init__(self, part: Part, plan: Plan) -> None:
+        self.part, self.plan = part, plan
+        self._done: bool | None = False
+
+    def done(self) -> bool:
+        if self._done is None:
+            self._done = bool(self.plan.marks[0, 0])
+        return self._done
+
+    def turn(self, row: int) -> None:
+        then = not self.done()
+        self._done = None
+        self.part.engine.swap(self.plan, row)
+        self._done = then
+
+    @property
+    def slots(self) -> list[tuple[int, int]]:
+        """What is exchanged: indices within the device and among all."""
+        return [(at, self.part.members[at]) for at in self.plan.swapped]
+
+
+class _Kept:
+    """Tensors that are overwritten, and copies of what they held."""
+
+    def __init__(self, targets: Sequence[Tensor]) -> None:
+        self.targets = targets
+        self.values = [target.detach().clone() for target in targets]
+
+
+def put(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copies values into tensors, also expanded ones, and those made in inference mode."""
+    plain: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for target, value in zip(targets, values, strict=True):
+        strided = target.layout == torch.strided and not target.is_nested
+        if strided and not target.is_quantized and not target.is_inference():
+            if 0 in target.stride():
+                target, value = distinct(target, value)
+            plain[0].append(target)
+            plain[1].append(value)
+        else:
+            with torch.inference_mode(target.is_inference()):
+                target.copy_(value)
+    if plain[0]:
+        torch._foreach_copy_(*plain)
+
+
+class Exchange:
+    """The live tensors of a storage get the values of one average, and theirs back.
+
+    Whatever is done is noted before, or can be asked for: :meth:`leave` may be called again after
+    it was interrupted, and finishes then.
+
+    Attributes:
+        row: which average, once it is known.
+    """
+
+    def __init__(self, find: Find, left_out: LeftOut) -> None:
+        self.row = -1
+        self._find, self._find_left_out = find, left_out
+        self._storage: Storage | None = None
+        self._trades: list[_Trade] = []
+        self._others: list[int] = []
+        self._kept = self._loose_kept = _Kept(())
+        self._left_out: dict[str, tuple[Tensor, int, Tensor]] = {}
+        self._versions: list[int] = []
+        self._copies: list[tuple[Tensor, int]] = []
+        # Of the way back.
+        self._looked = self._written = self._held = False
+        self._live: tuple[list[Tensor], list[Tensor]] | None = None
+        self._values: list[tuple[int, Tensor]] | None = None
+        self._returned = False
+        self._problems: list[Exception] = []
+
+    @torch.no_grad()
+    def enter(self, lock: threading.RLock, prepare: Prepare, exchange: bool) -> None:
+        """Puts the average in place.
+
+        Raises:
+            Whatever ``prepare`` raises, and what happens on the way: then :meth:`leave` undoes it.
+        """
+        with lock:
+            storage, self.row = prepare()
+            self._storage = storage
+            storage.applied = self
+            # Every copy before the first write.
+            pairs = list(zip(storage.parts, storage.plans, strict=True))
+            # The reference exchanges tensor by tensor, and could be interrupted in between.
+            whole = [exchange and plan.backend != "reference" for _, plan in pairs]
+            others = [
+                part.members[at]
+                for (part, plan), swaps in zip(pairs, whole, strict=True)
+                for at in (plan.others if swaps else range(len(part.members)))
+            ]
+            # What is averaged comes last, and so is right where it overlaps with what is not.
+            others.sort(key=lambda i: storage.slots[i].averaged)
+            self._others = others
+            self._kept = _Kept([storage.live[i] for i in others])
+            self._loose_kept = _Kept(storage.loose_live)
+            self._left_out = {
+                name: (tensor, _version(tensor), tensor.detach().clone())
+                for name, tensor in self._find_left_out().items()
+            }
+            self._trades = [
+                _Trade(*pair) for pair, swaps in zip(pairs, whole, strict=True) if swaps
+            ]
+
+            average = storage.averages[self.row]
+            for trade in self._trades:
+                trade.turn(self.row)
+            if self._trades:
+                storage.note_written()
+            put(self._kept.targets, [average[i] for i in others])
+            if storage.loose:
+                put(self._loose_kept.targets, storage.loose[self.row])
+            self._versions = storage.versions() if self._trades else []
+
+    @torch.no_grad()
+    def values(self) -> dict[int, Tensor]:
+        """Copies of what lies in the live tensors' memory and is the average's, by slot. A write to
+        one of them is found when the average goes back."""
+        copies = {
+            i: trade.plan.sources[at].clone()
+            for trade in self._trades
+            if trade.done()
+            for at, i in trade.slots
+        }
+        self._copies += [(copy, copy._version) for copy in copies.values()]
+        return copies
+
+    @torch.no_grad()
+    def leave(self) -> None:
+        """Puts everything back."""
+        storage = self._storage
+        if storage is None or storage.applied is not self:
+            return
+        with storage.lock:
+            if not self._looked:
+                self._written = bool(self._versions) and self._versions != storage.versions()
+                self._written |= any(_version(copy) != was for copy, was in self._copies)
+                self._held = storage.holds()
+                self._looked = True
+            if self._held:
+                self._back()
+            else:
+                self._back_to_what_moved()
+            for name, now in self._find_left_out().items() if self._left_out else ():
+                if name in self._left_out:
+                    tensor, version, value = self._left_out[name]
+                    if tensor is not now or version != _version(now):
+                        self._try(now, value)
+            storage.applied = None
+
+    def _back(self) -> None:
+        assert self._storage is not None
+        for trade in self._trades:
+            if trade.done():
+                trade.turn(self.row)
+        if self._trades:
+            self._storage.note_written()
+        put(self._kept.targets, self._kept.values)
+        put(self._loose_kept.targets, self._loose_kept.values)
+
+    def _back_to_what_moved(self) -> None:
+        """Tensor by tensor. What was exchanged still lies where it was: a tensor that was moved or
+        retyped took a copy with it."""
+        storage = self._storage
+        assert storage is not None
+        if self._live is None:
+            try:
+                self._live = self._find()
+            except (TypeError, ValueError) as error:
+                self._problems.append(error)
+                self._live = list(storage.live), list(storage.loose_live)
+        live, loose = self._live
+        traded = [trade for trade in self._trades if trade.done()]
+        if self._values is None:
+            self._values = [
+                (i, trade.part.engine.written[self.row][at].clone())
+                for trade in traded
+                for at, i in trade.slots
+            ]
+        if not self._returned:
+            for trade in traded:
+                for at, i in trade.slots:
+                    # What is not averaged may have been renewed within the block.
+                    renewed = live[i].dtype == storage.slots[i].dtype
+                    source = trade.plan.sources[at]
+                    if renewed and not storage.slots[i].averaged:
+                        source = live[i]
+                    self._try(storage.averages[self.row][i], source)
+            self._returned = True
+        for i, value in self._values:
+            self._try(live[i], value)
+        for i, value in zip(self._others, self._kept.values, strict=False):
+            self._try(live[i], value)
+        for target, value in zip(loose, self._loose_kept.values, strict=False):
+            self._try(target, value)
+        storage.unbind()
+
+    def _try(self, target: Tensor, value: Tensor) -> None:
+        try:
+            put([target], [value])
+        except RuntimeError as error:  # the others get their values all the same
+            self._problems.append(error)
+
+    def report(self) -> None:
+        """Raises what was found on the way back.
+
+        Raises:
+            RuntimeError, ValueError: see :func:`applied`.
+        """
+        if self._problems:
+            raise self._problems[0]
+        if self._written:
+            raise RuntimeError(
+                "applied: an average was written while one was applied; if that one was written, "
+                "the live weights now hold what was written"
+            )
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
