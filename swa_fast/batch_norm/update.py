@@ -90,8 +90,8 @@ def update_bn(
     ``F.batch_norm`` on a layer's buffers count as uses of the layer, whoever makes them: the own
     forward of a subclass, on parts of a batch or with parts of it side by side, whatever momentum
     it passes, or the model itself. A forward that updates the buffers by hand is run with momentum
-    1, and refused if what it writes still depends on what was there (its first batch is run through it a
-    second time to see that). Updates that are not seen, such as by a scripted function, are refused
+    1, and refused if what it writes still depends on what was there (its first batch is run through
+    it a second time to see that). Updates that are not seen, such as by a scripted function, are refused
     at the end of the pass. Who reads the buffers during the pass finds what torch's pass would have
     there. Forwards may take derivatives. Lazy modules are initialised by a forward of the first
     batch. SyncBatchNorm that normalises over several ranks keeps doing so; unless the estimator is
