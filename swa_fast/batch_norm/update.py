@@ -91,13 +91,13 @@ def update_bn(
     forward of a subclass, on parts of a batch or with parts of it side by side, whatever momentum
     it passes, or the model itself. A forward that updates the buffers by hand is run with momentum
     1, and refused if what it writes still depends on what was there (its first batch is run through
-    it a second time to see that). Updates that are not seen, such as by a scripted function, are refused
-    at the end of the pass. Who reads the buffers during the pass finds what torch's pass would have
-    there. Forwards may take derivatives. Lazy modules are initialised by a forward of the first
-    batch. SyncBatchNorm that normalises over several ranks keeps doing so; unless the estimator is
-    ``torch`` it needs ``group``, and it cannot have ``tolerance``. On the CPU, where it cannot
-    synchronise, it is BatchNorm. Scripted models have no layers that could be seen, and are
-    refused: re-estimate first, then script.
+    it a second time to see that). Updates that are not seen, such as by a scripted function, are
+    refused at the end of the pass. Who reads the buffers during the pass finds what torch's pass
+    would have there. Forwards may take derivatives. Lazy modules are initialised by a forward of
+    the first batch. SyncBatchNorm that normalises over several ranks keeps doing so; unless the
+    estimator is ``torch`` it needs ``group``, and it cannot have ``tolerance``. On the CPU, where
+    it cannot synchronise, it is BatchNorm. Scripted models have no layers that could be seen, and
+    are refused: re-estimate first, then script.
 
     Whatever raises, forwards, modes and momenta are restored, and no statistics have changed.
 
