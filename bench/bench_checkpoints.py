@@ -30,14 +30,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import OtherWork, facts
+from harness import facts
 from rows import write_table
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 COLUMNS = [
     "contender", "inputs", "GiB each", "seconds", "fastest", "slowest", "GB/s read", "peak MiB",
-    "device", "threads", "torch", "commit", "date", "others",
+    "device", "threads", "torch", "commit", "date",
 ]  # fmt: skip
 HIDDEN, INNER, VOCABULARY = 1024, 4096, 32000
 
@@ -267,7 +267,6 @@ def measure(base: Path, options: Any) -> list[dict[str, Any]]:
     for seed, folder in enumerate(folders):
         make(folder, options.gib, seed)
     readv(folders, base)
-    others = OtherWork()
     names = [*CONTENDERS, *(["mergekit linear"] if options.mergekit else [])]
     found: dict[str, list[tuple[float, int]]] = {name: [] for name in names}
     for number in range(options.rounds):
@@ -286,7 +285,6 @@ def measure(base: Path, options: Any) -> list[dict[str, Any]]:
                 shutil.rmtree(out) if out.is_dir() else out.unlink()
             os.sync()
     total = sum(path.stat().st_size for path in files_of(folders))
-    share = others.share()
     rows = []
     for name in names:
         times = [seconds for seconds, _ in found[name]]
@@ -297,7 +295,7 @@ def measure(base: Path, options: Any) -> list[dict[str, Any]]:
             "fastest": f"{min(times):.2f}", "slowest": f"{max(times):.2f}",
             "GB/s read": f"{total / seconds / 1e9:.2f}",
             "peak MiB": round(max(peak for _, peak in found[name]) / 2**20),
-            "others": "" if share is None else f"{share:.2f}", **facts(torch.device("cpu")),
+            **facts(torch.device("cpu")),
         })  # fmt: skip
     return rows
 

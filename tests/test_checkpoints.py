@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -271,6 +272,8 @@ def test_formats(three: list[dict[str, Tensor]], tmp_path: Path, suffix: str, ta
     if target == "a.pth":
         found = torch.load(out, weights_only=True)
         assert_same(torch.load(out, weights_only=True, mmap=True), expected)
+        with zipfile.ZipFile(out) as archive:
+            assert archive.testzip() is None
     else:
         found = load_file(out if out.is_file() else out / "model.safetensors")
     assert_same(found, expected)

@@ -8,6 +8,8 @@ import json
 import math
 import os
 import shutil
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -122,6 +124,9 @@ class Output:
             self._files.append(file)
             if not self._layout.is_folder:
                 self._lock(os.dup(file))
+                if not os.path.samestat(os.fstat(file), os.stat(self._partial)):
+                    # Between opening and locking it another process put it in its place.
+                    raise CheckpointError(f"{self.path}: another process has just written it")
             os.ftruncate(file, 0)
             if self._layout.is_torch:
                 places = self._start_torch(number, tensors)
@@ -192,6 +197,8 @@ class Output:
                 if places and places[0] != self._places[tensors[0][0]][1]:
                     raise AssertionError("the metadata changed its length")
                 _write(self._files[number], start, 0)
+        else:
+            _seal(self._file(0), self._files[0])
         for file in self._files:
             os.fsync(file)
         if not self._layout.is_folder:
@@ -247,6 +254,31 @@ class Output:
                 self._partial.unlink()
         for descriptor in self._locks:
             os.close(descriptor)
+
+
+def _seal(path: Path, file: int) -> None:
+    """Corrects the checksums of tensors in a file of :func:`torch.save`, a zip archive: they were
+    made before the values. torch does not look at them, programs for archives do."""
+    with zipfile.ZipFile(path) as archive:
+        members, at = archive.infolist(), archive.start_dir
+    # The directory at the end lists the members in the order of infolist().
+    for member in members:
+        if "/data/" in member.filename:
+            names = os.pread(file, 4, member.header_offset + 26)
+            lengths = [int.from_bytes(names[i : i + 2], "little") for i in (0, 2)]
+            start, crc = member.header_offset + 30 + sum(lengths), 0
+            end = start + member.file_size
+            for first in range(start, end, 1 << 20):
+                crc = zlib.crc32(os.pread(file, min(1 << 20, end - first), first), crc)
+            sealed = crc.to_bytes(4, "little")
+            os.pwrite(file, sealed, at + 16)
+            if member.flag_bits & 8:  # it follows the data
+                assert os.pread(file, 4, end) == b"PK\x07\x08"
+                os.pwrite(file, sealed, end + 4)
+            else:
+                os.pwrite(file, sealed, member.header_offset + 14)
+        fields = os.pread(file, 6, at + 28)
+        at += 46 + sum(int.from_bytes(fields[i : i + 2], "little") for i in (0, 2, 4))
 
 
 def check_output(path: Path, layout: Layout, overwrite: bool) -> None:
