@@ -305,7 +305,7 @@ def test_opcheck(backend: str, device: str) -> None:
     need(backend, device)
     live = [torch.randn(33).bfloat16().to(device), torch.randn(5).to(device)]
     swag = SWAG(live, k=2, backend=backend)
-    (part,), (plan,) = swag._storage.parts, swag._storage._plans
+    (part,), (plan,) = swag._storage.parts, swag._storage.plans
     engine, table = part.engine, plan.update
     found, steps = torch.zeros(1, device=device), torch.zeros(1, dtype=torch.int64, device=device)
     arguments = (
@@ -321,7 +321,7 @@ def test_opcheck(backend: str, device: str) -> None:
 def test_raw_operator_checks_its_arguments() -> None:
     need("cpu", "cpu")
     swag = SWAG([torch.randn(5)], k=2, backend="cpu")
-    (part,), (plan,) = swag._storage.parts, swag._storage._plans
+    (part,), (plan,) = swag._storage.parts, swag._storage.plans
     table, n, counters = plan.update, part.engine.n_averaged, part.engine.counters
     good = [[], [], n[:1], counters, table.words, table.pairs, 2]
     torch.ops.swa_fast.swag_.cpu(*good)
