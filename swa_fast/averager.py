@@ -58,7 +58,9 @@ class Averager(Saved, Decays, Attachable):
             first update then copies the sources over its result.
         dtype: of the averages of floating-point tensors: float32, float64, bfloat16 or float16.
             A float64 tensor's average is float64 all the same, complex tensors keep their dtype,
-            and None keeps every tensor's own.
+            and None keeps every tensor's own. float64 is worth its memory where steps are small
+            beside the weights and updates many: in float32 an update's weight times the difference
+            is rounded away below :math:`2^{-24}` of the average.
         device: where the averages live; None keeps each beside its tensor. On the CPU, an update of
             a model on a GPU waits once, for the copy of its tensors, which takes as much pinned
             memory and up to 256 MiB of the GPU's.
@@ -81,8 +83,11 @@ class Averager(Saved, Decays, Attachable):
 
     Raises:
         TypeError: a dtype or tensor that cannot be averaged.
-        ValueError: an argument outside its range, no tensor left, or an EMA that could not move
-            because ``1 - decay`` is below the resolution of ``dtype``.
+        ValueError: an argument outside its range, no tensor left, or an average that would stand
+            still, rounded to nearest: an EMA because ``1 - decay`` is below the resolution of
+            ``dtype``, equal weights in bfloat16.
+
+    Copies and pickles of an averager bring their model with them; several threads may use one.
 
     Source: Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization",
     UAI 2018.
