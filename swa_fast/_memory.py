@@ -151,7 +151,7 @@ def overlapping(tensors: Sequence[Tensor]) -> set[int]:
     extents = []
     found = set()
     for i, tensor in enumerate(tensors):
-        if tensor.numel() == 0:
+        if tensor.layout != torch.strided or tensor.numel() == 0:
             continue
         last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
         start = tensor.data_ptr()

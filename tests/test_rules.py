@@ -204,7 +204,7 @@ def test_window_is_the_mean_of_the_last(backend: str, device: str, dtype: torch.
         pytest.skip("Triton's interpreter truncates to bfloat16")
     model = Net().to(device)
     averager = Averager(
-        model, {"lawa": Window(3), "swa": SWA(), "one": Window(1)}, dtype=dtype, backend=backend
+        model, {"lawa": Window(3), "ema": EMA(0.5), "one": Window(1)}, dtype=dtype, backend=backend
     )
     seen: list[dict[str, Tensor]] = []
     for n in range(7):

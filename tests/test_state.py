@@ -160,6 +160,8 @@ def test_a_copy_is_another_averager(how: str) -> None:
     assert repr(other) == repr(averager)
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
 @pytest.mark.parametrize("kind", ["sparse", "quantised", "nested"])
 @pytest.mark.parametrize("drop_in", [False, True])
 def test_buffers_without_an_address_are_copied(kind: str, drop_in: bool) -> None:
@@ -187,6 +189,8 @@ def test_buffers_without_an_address_are_copied(kind: str, drop_in: bool) -> None
         average.load_state_dict(copy.deepcopy(average.state_dict()))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.*:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")
 def test_scripted_models() -> None:
     model = torch.jit.script(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)))
     averager, averaged = Averager(model, {"s": SWA()}), AveragedModel(model)
