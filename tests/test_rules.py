@@ -225,7 +225,7 @@ def test_window_is_the_mean_of_the_last(backend: str, device: str, dtype: torch.
             real = torch.float32 if found.is_complex() else found.dtype
             error = (found.to(wide) - exact).abs().max().item() if found.numel() else 0.0
             assert error <= 3 * torch.finfo(real).eps * scale, (n, name)
-    assert averager.n_averaged == {"lawa": 7, "swa": 7, "one": 7}
+    assert averager.n_averaged == {"lawa": 7, "ema": 7, "one": 7}
 
 
 @backends
