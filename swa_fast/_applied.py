@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .engine import Plan, distinct
+from ._memory import distinct
+from .engine import Plan
 from .storage import Part, Storage
 
 __all__ = ["Exchange", "applied"]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from . import _ops
-from .engine import Engine, Plan, Slot, allocate, averages_in, bytes_of
+from ._memory import Slot, allocate, averages_in, bytes_of
+from .engine import Engine, Plan
 from .rules import SWA
 
 __all__ = ["CHUNK", "Gather", "gather_from_gpus"]

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from . import _backends, _ops
 from ._applied import applied
+from ._memory import Slot, dense_strides
 from ._modules import check_kind, inner, is_loose, match
 from ._watch import Watch
 from .avg_fns import AvgFn, MultiAvgFn, by_device_and_dtype, rule_of
-from .engine import Slot, dense_strides
 from .hooks import Attachment, Gate, attach
 from .rules import EMA, SWA, Power, Rule, why_it_stands_still
 from .storage import SeparateMemory, Storage

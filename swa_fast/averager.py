@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import _backends, _ops
 from ._applied import applied
+from ._decays import Decays
 from ._layout import MAX_AVERAGES
+from ._memory import Slot, dense_strides
 from ._modules import Filter, Selection, check_kind, is_loose
-from ._state import FORMAT, Differences, read_state, read_weights
+from ._saved import Saved
 from ._watch import Watch
-from .engine import Engine, Slot, dense_strides
+from .engine import Engine
 from .hooks import Attachable, Gate
 from .rules import (
     BUILT_IN,
     EMA,
     Rule,
-    describe_rule,
     row_names,
     why_it_stands_still,
     with_members,
@@ -35,7 +34,7 @@ __all__ = ["Averager"]
 _log = logging.getLogger("swa_fast")
 
 
-class Averager(Attachable):
+class Averager(Saved, Decays, Attachable):
     r"""Running averages of a model's weights, several at once, without a copy of the model.
 
     .. math::
@@ -61,7 +60,9 @@ class Averager(Attachable):
             first update then copies the sources over its result.
         dtype: of the averages of floating-point tensors: float32, float64, bfloat16 or float16.
             A float64 tensor's average is float64 all the same, complex tensors keep their dtype,
-            and None keeps every tensor's own.
+            and None keeps every tensor's own. float64 is worth its memory where steps are small
+            beside the weights and updates many: in float32 an update's weight times the difference
+            is rounded away below :math:`2^{-24}` of the average.
         device: where the averages live; None keeps each beside its tensor. On the CPU, an update of
             a model on a GPU waits once, for the copy of its tensors, which takes as much pinned
             memory and up to 256 MiB of the GPU's.
@@ -84,8 +85,11 @@ class Averager(Attachable):
 
     Raises:
         TypeError: a dtype or tensor that cannot be averaged.
-        ValueError: an argument outside its range, no tensor left, or an EMA that could not move
-            because ``1 - decay`` is below the resolution of ``dtype``.
+        ValueError: an argument outside its range, no tensor left, or an average that would stand
+            still, rounded to nearest: an EMA because ``1 - decay`` is below the resolution of
+            ``dtype``, equal weights in bfloat16.
+
+    Copies and pickles of an averager bring their model with them; several threads may use one.
 
     Source: Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization",
     UAI 2018.
@@ -230,12 +234,6 @@ class Averager(Attachable):
         # What a traced update reads and writes.
         self._memory, self._counts = self._storage.memory.tensors, self._storage.counts
 
-    def _find_schedules(self) -> None:
-        rules = enumerate(self._rules.values())
-        self._scheduled = [
-            row for row, rule in rules if isinstance(rule, EMA) and rule.schedule is not None
-        ]
-
     def _check_that_it_moves(self, rules: Mapping[str, Rule], dtype: torch.dtype) -> None:
         for name, rule in rules.items() if self._rounding == "nearest" else ():
             reason = why_it_stands_still(rule, dtype)
@@ -248,34 +246,6 @@ class Averager(Attachable):
             if isinstance(rule, EMA) or dtype != torch.float16:
                 raise ValueError(message)
             _log.warning("%s", message)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What a copy, a pickle or another process needs; within ``applied`` the averages are those
-        that are applied."""
-        storage = self._storage
-        left_out = (
-            "_storage", "_memory", "_counts", "_seen", "_handle", "_calls", "_known_updated",
-        )  # fmt: skip
-        return {
-            **{key: value for key, value in self.__dict__.items() if key not in left_out},
-            "slots": storage.slots,
-            "averages": [storage.values_of(row) for row in range(len(storage.averages))],
-            "loose": storage.loose,
-            "counters": [(part.engine.n_averaged, part.engine.counters) for part in storage.parts],
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        state = dict(state)
-        slots, averages = list(state.pop("slots")), state.pop("averages")
-        loose, counters = state.pop("loose"), state.pop("counters")
-        self.__dict__.update(state)
-        reported = self._reported
-        # Where they are: other processes may see them.
-        self._build(slots, SeparateMemory(averages), loose)
-        for part, (n_averaged, of_device) in zip(self._storage.parts, counters, strict=True):
-            part.engine.n_averaged, part.engine.counters = n_averaged, of_device
-        self._reported, self._calls = reported, None
-        self._name_memory()
 
     def _average_dtype(self, tensor: Tensor) -> torch.dtype:
         if self._dtype is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
@@ -443,74 +413,6 @@ class Averager(Attachable):
         if calls is not None and gate is None:
             self._calls = calls + 1
 
-    def _rules_now(self, decay: float | Mapping[str, float] | None) -> dict[int, Rule]:
-        """The rules of this update by row, where they are not the averager's own."""
-        rules = list(self._rules.values())
-        if self._scheduled:
-            if self._storage.capturing():
-                raise RuntimeError(
-                    "update: a decay that is a function cannot be captured in a CUDA graph, whose "
-                    "replays do not call it"
-                )
-            if self._calls is None:
-                self._calls = max(self.n_averaged.values()) + self.skipped_updates
-        result: dict[int, Rule] = {}
-        for row in self._scheduled:
-            rule = rules[row]
-            assert isinstance(rule, EMA) and rule.schedule is not None
-            result[row] = rule.with_decay(rule.schedule(self._calls or 0))
-        if decay is None:
-            return result
-        if not isinstance(decay, Mapping):
-            decay = {name: decay for name, rule in self._rules.items() if isinstance(rule, EMA)}
-        if not decay:
-            raise ValueError("decay: expected None, because no average is an EMA")
-        for name, value in decay.items():
-            row = self._exponential(name, "decay")
-            rule = rules[row]
-            assert isinstance(rule, EMA)
-            result[row] = rule.with_decay(value)
-        return result
-
-    def _exponential(self, name: str, argument: str) -> int:
-        if name not in self._rules:
-            raise KeyError(f"{argument}: expected one of {', '.join(self._rules)}, found {name!r}")
-        if not isinstance(self._rules[name], EMA):
-            raise ValueError(f"{argument}: expected the name of an EMA, found {name!r}")
-        return list(self._rules).index(name)
-
-    def set_decay(self, decay: float, name: str | None = None) -> None:
-        """Changes the decay of an exponential average from the next update on, without a new table.
-        A captured CUDA graph goes on with the decay that it was captured with.
-
-        Args:
-            decay: in [0, 1].
-            name: of the average; None takes all that are exponential.
-
-        Raises:
-            KeyError: there is no average of that name.
-            ValueError: it is not exponential, ``decay`` is outside its range or below its warm-up's
-                least one, or the average could not move.
-        """
-        names = [n for n, rule in self._rules.items() if isinstance(rule, EMA)]
-        if name is not None:
-            self._exponential(name, "name")
-            names = [name]
-        if not names:
-            raise ValueError("set_decay: expected an average that is an EMA, found none")
-        new: dict[str, Rule] = {}
-        for each in names:
-            rule = self._rules[each]
-            assert isinstance(rule, EMA)
-            new[each] = rule.with_decay(decay)
-        for dtype in {slot.dtype for slot in self._storage.slots if slot.averaged}:
-            self._check_that_it_moves(new, dtype)
-        with self._storage.lock:
-            for each, rule in new.items():
-                self._rules[each] = rule
-                self._storage.set_rule(list(self._rules).index(each), rule)
-            self._find_schedules()
-
     def _refuse_if_applied(self, what: str) -> None:
         if self._storage.applied is not None:
             raise RuntimeError(
@@ -529,157 +431,6 @@ class Averager(Attachable):
             + "".join(f", backend {name}" for name in self._storage.backends)
             + ")"
         )
-
-    @property
-    def averages(self) -> dict[str, dict[str, Tensor]]:
-        """The averages by name; each maps tensor names to the averages themselves, not copies.
-        Before the first update they hold the values at construction. Each tensor has a storage of
-        its own length, and may be saved, copied or moved to shared memory.
-
-        Within :meth:`applied` the applied average is a copy of what the live tensors hold."""
-        return self._by_name(list(self._rules))
-
-    def _by_name(self, rows: list[str]) -> dict[str, dict[str, Tensor]]:
-        self._storage.settle()
-        self._storage.give_away()
-        result: dict[str, dict[str, Tensor]] = _ByName()
-        for at, row in enumerate(rows):
-            result[row] = self._named(self._storage.values_of(at), at)
-        return result
-
-    def _named(self, tensors: Sequence[Tensor], row: int) -> dict[str, Tensor]:
-        names = {name: tensors[at] for name, at in self._aliases.items()}
-        return names | {name: self._storage.loose[row][at] for name, at in self._loose.items()}
-
-    @property
-    def n_averaged(self) -> dict[str, int]:
-        """Updates that each average has seen. Waits for the device."""
-        return dict(zip(self._rules, self._counts[0].tolist(), strict=False))
-
-    @property
-    def skipped_updates(self) -> int:
-        """Updates skipped by ``on_nonfinite``. Waits for the device."""
-        return max(int(part.engine.skipped) for part in self._storage.parts)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that an exact continuation needs: rules with their warm-ups, counters (which
-        are also the position in the random numbers), seed, and the averages themselves.
-
-        Only plain values and tensors, so that ``torch.load(weights_only=True)`` reads it. The
-        tensors are the averages, not copies: to keep a state in memory while averaging goes on,
-        ``copy.deepcopy`` it. Within :meth:`applied` the applied average is a copy.
-        """
-        self._raise_if_nonfinite(wait=True)
-        return {
-            "format": FORMAT,
-            "rules": {name: describe_rule(rule) for name, rule in self._rules.items()},
-            "n_averaged": self.n_averaged,
-            "rounding": self._rounding,
-            "seed": self._seed,
-            "skipped_updates": self.skipped_updates,
-            "averages": dict(self._by_name(row_names(self._rules))),
-        }
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: Mapping[str, Any], *, strict: bool = True) -> Differences:
-        """Continues from a :meth:`state_dict` of an averager with the same rules and tensors.
-
-        Args:
-            state_dict: what was saved.
-            strict: False goes on by this averager's rules, rounding and seed whatever the state's
-                were, converts between floating-point types, leaves averages that the state does not
-                hold as they are, and ignores averages that this averager does not have. The tensors
-                have to be the same all the same.
-
-        Returns:
-            In what the two differ: nothing, if strict.
-
-        Raises:
-            RuntimeError: an average is applied at the moment.
-            ValueError: it does not fit; all differences are named, and nothing is changed.
-        """
-        with self._storage.lock:
-            self._refuse_if_applied("load_state_dict")
-            rules = {name: describe_rule(rule) for name, rule in self._rules.items()}
-            settings: dict[str, Any] = {"rules": rules, "rounding": self._rounding}
-            if self._rounding == "stochastic":
-                settings["seed"] = self._seed
-            own = self._by_name(row_names(self._rules))
-            loaded = read_state(state_dict, own, settings, strict=strict)
-            self._write(loaded.pairs, loaded.counts, loaded.skipped)
-        return loaded.differences
-
-    @torch.no_grad()
-    def load_average(
-        self,
-        name: str,
-        weights: Mapping[str, Tensor] | Sequence[Tensor],
-        *,
-        n_averaged: int | None = None,
-    ) -> None:
-        """Starts an average from weights of another library: a state dict of its averaged model, of
-        an ``AveragedModel``, or a list of its averaged parameters in the model's order.
-
-        Args:
-            name: of the average.
-            weights: by their names in the model, with ``module.`` before all of them or without; or
-                a list with one tensor for each that is averaged. Buffers may be missing.
-            n_averaged: updates that went into them; None takes the state dict's ``n_averaged``, or
-                1 for an average that is exponential.
-
-        Raises:
-            KeyError: there is no average of that name.
-            RuntimeError: an average is applied at the moment.
-            ValueError: the weights do not fit, or the count is missing or negative; nothing is
-                changed.
-        """
-        if name not in self._rules:
-            raise KeyError(f"name: expected one of {', '.join(self._rules)}, found {name!r}")
-        with self._storage.lock:
-            self._refuse_if_applied("load_average")
-            own = self._by_name(list(self._rules))[name]
-            slots = self._storage.slots
-            averaged = [n for n, at in self._aliases.items() if slots[at].averaged]
-            pairs, found = read_weights(weights, own, averaged)
-            count = found if n_averaged is None else n_averaged
-            if count is None and isinstance(self._rules[name], EMA):
-                count = 1
-            if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-                raise ValueError(f"n_averaged: expected the number of updates, found {count!r}")
-            self._write(pairs, {name: count}, None)
-
-    def _write(
-        self, pairs: list[tuple[Tensor, Tensor]], counts: dict[str, int], skipped: int | None
-    ) -> None:
-        """All of it or, where it is interrupted, nothing."""
-        parts = self._storage.parts
-        counters = [part.engine.n_averaged for part in parts]
-        if skipped is not None:
-            counters += [part.engine.skipped for part in parts]
-        written = [*(own for own, _ in pairs), *counters]
-        before = [tensor.detach().clone() for tensor in written]
-        new = []
-        for count in counters[: len(parts)]:
-            values = count.tolist()
-            for row, name in enumerate(row_names(self._rules)):
-                values[row] = counts.get(name, values[row])
-            new.append(torch.tensor(values, dtype=torch.int64, device="cpu"))
-        self._known_updated.clear()
-        self._calls = None
-        try:
-            for own, value in pairs:
-                own.copy_(value)
-            for count, of_count in zip(counters, new, strict=False):
-                count.copy_(of_count)
-            if skipped is not None:
-                for part, seen in zip(parts, self._seen, strict=True):
-                    part.engine.skipped.fill_(skipped)
-                    seen.fill_(skipped)
-                self._reported = skipped
-        except BaseException:
-            for tensor, value in zip(written, before, strict=True):
-                tensor.copy_(value)
-            raise
 
     def applied(self, name: str) -> AbstractContextManager[None]:
         """Puts an average into the live tensors for the time of a ``with`` block.
@@ -723,13 +474,3 @@ class Averager(Attachable):
         return applied(
             self._storage.lock, prepare, self._current, self._selection.left_out_buffers, True
         )
-
-
-class _ByName(dict[str, dict[str, Tensor]]):
-    """Averages by name. Pickled as a type that ``torch.load(weights_only=True)`` allows."""
-
-    def __reduce__(self) -> Any:
-        return OrderedDict, (), None, None, iter(self.items())
-
-    def __missing__(self, name: object) -> dict[str, Tensor]:
-        raise KeyError(f"averages: expected one of {', '.join(self)}, found {name!r}")

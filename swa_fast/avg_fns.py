@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from . import _backends, _ops
-from .engine import Engine, Plan, Slot, dense_strides
+from ._memory import Slot, dense_strides
+from .engine import Engine, Plan
 from .rules import EMA, SWA, Rule, check_decay, steady_row
 
 __all__ = [

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ._memory import Slot, allocate, averages_in, tensors_in
 from ._modules import check_kind
 from ._watch import Place, Watch
-from .engine import Engine, Plan, Slot, allocate, averages_in, tensors_in
+from .engine import Engine, Plan
 from .hooks import Gate
 from .rules import Member, Rule
 

@@ -14,12 +14,13 @@ from torch.optim import Optimizer
 
 from . import _backends, _ops
 from ._applied import applied
+from ._memory import Slot, dense_strides
 from ._modules import Filter, Selection, check_kind
 from ._watch import Watch
 from .batch_norm import update_bn
 from .batch_norm.batches import move
 from .batch_norm.options import device_of
-from .engine import Engine, Plan, Slot, dense_strides
+from .engine import Engine, Plan
 from .hooks import Attachment, Gate, attach
 from .rules import SWA
 from .storage import FlatMemory, Storage

@@ -205,7 +205,7 @@ def test_window_is_the_mean_of_the_last(backend: str, device: str, dtype: torch.
         pytest.skip("Triton's interpreter is slow, and truncates to bfloat16")
     model = Net().to(device)
     averager = Averager(
-        model, {"lawa": Window(3), "swa": SWA(), "one": Window(1)}, dtype=dtype, backend=backend
+        model, {"lawa": Window(3), "ema": EMA(0.5), "one": Window(1)}, dtype=dtype, backend=backend
     )
     seen: list[dict[str, Tensor]] = []
     for n in range(5 if interpreted else 7):
@@ -226,7 +226,7 @@ def test_window_is_the_mean_of_the_last(backend: str, device: str, dtype: torch.
             real = torch.float32 if found.is_complex() else found.dtype
             error = (found.to(wide) - exact).abs().max().item() if found.numel() else 0.0
             assert error <= 3 * torch.finfo(real).eps * scale, (n, name)
-    assert averager.n_averaged == dict.fromkeys(("lawa", "swa", "one"), n + 1)
+    assert averager.n_averaged == dict.fromkeys(("lawa", "ema", "one"), n + 1)
 
 
 @backends

@@ -1,0 +1,109 @@
+"""Decays that change on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from .rules import EMA, Rule
+
+if TYPE_CHECKING:
+    from .storage import Storage
+
+__all__ = ["Decays"]
+
+
+class Decays:
+    """What an averager's exponential averages decay by, at every update."""
+
+    _rules: dict[str, Rule]
+    _storage: Storage
+    # Updates done or tried, which schedules of the decay go by; None: to be asked for.
+    _calls: int | None
+
+    @property
+    def n_averaged(self) -> dict[str, int]:
+        raise NotImplementedError
+
+    @property
+    def skipped_updates(self) -> int:
+        raise NotImplementedError
+
+    def _check_that_it_moves(self, rules: Mapping[str, Rule], dtype: torch.dtype) -> None:
+        raise NotImplementedError
+
+    def _find_schedules(self) -> None:
+        rules = enumerate(self._rules.values())
+        self._scheduled = [
+            row for row, rule in rules if isinstance(rule, EMA) and rule.schedule is not None
+        ]
+
+    def _rules_now(self, decay: float | Mapping[str, float] | None) -> dict[int, Rule]:
+        """The rules of this update by row, where they are not the averager's own."""
+        rules = list(self._rules.values())
+        if self._scheduled:
+            if self._storage.capturing():
+                raise RuntimeError(
+                    "update: a decay that is a function cannot be captured in a CUDA graph, whose "
+                    "replays do not call it"
+                )
+            if self._calls is None:
+                self._calls = max(self.n_averaged.values()) + self.skipped_updates
+        result: dict[int, Rule] = {}
+        for row in self._scheduled:
+            rule = rules[row]
+            assert isinstance(rule, EMA) and rule.schedule is not None
+            result[row] = rule.with_decay(rule.schedule(self._calls or 0))
+        if decay is None:
+            return result
+        if not isinstance(decay, Mapping):
+            decay = {name: decay for name, rule in self._rules.items() if isinstance(rule, EMA)}
+        if not decay:
+            raise ValueError("decay: expected None, because no average is an EMA")
+        for name, value in decay.items():
+            row = self._exponential(name, "decay")
+            rule = rules[row]
+            assert isinstance(rule, EMA)
+            result[row] = rule.with_decay(value)
+        return result
+
+    def _exponential(self, name: str, argument: str) -> int:
+        if name not in self._rules:
+            raise KeyError(f"{argument}: expected one of {', '.join(self._rules)}, found {name!r}")
+        if not isinstance(self._rules[name], EMA):
+            raise ValueError(f"{argument}: expected the name of an EMA, found {name!r}")
+        return list(self._rules).index(name)
+
+    def set_decay(self, decay: float, name: str | None = None) -> None:
+        """Changes the decay of an exponential average from the next update on, without a new table.
+        A captured CUDA graph goes on with the decay that it was captured with.
+
+        Args:
+            decay: in [0, 1].
+            name: of the average; None takes all that are exponential.
+
+        Raises:
+            KeyError: there is no average of that name.
+            ValueError: it is not exponential, ``decay`` is outside its range or below its warm-up's
+                least one, or the average could not move.
+        """
+        names = [n for n, rule in self._rules.items() if isinstance(rule, EMA)]
+        if name is not None:
+            self._exponential(name, "name")
+            names = [name]
+        if not names:
+            raise ValueError("set_decay: expected an average that is an EMA, found none")
+        new: dict[str, Rule] = {}
+        for each in names:
+            rule = self._rules[each]
+            assert isinstance(rule, EMA)
+            new[each] = rule.with_decay(decay)
+        for dtype in {slot.dtype for slot in self._storage.slots if slot.averaged}:
+            self._check_that_it_moves(new, dtype)
+        with self._storage.lock:
+            for each, rule in new.items():
+                self._rules[each] = rule
+                self._storage.set_rule(list(self._rules).index(each), rule)
+            self._find_schedules()
