@@ -298,7 +298,7 @@ def test_equal_pages(bench: Any, before: str | None, monkeypatch: pytest.MonkeyP
         monkeypatch.setenv(variable, before)
     kept: list[bool] = []
     monkeypatch.setattr(
-        bench.bench_update_bn, "kept_memory",
+        bench.bench_update_bn, "KeptMemory",
         lambda on: contextlib.nullcontext(kept.append(os.environ.get(variable) == "0")),
     )  # fmt: skip
     with bench.bench_update_bn.equal_pages(True):

@@ -240,10 +240,10 @@ def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
         for record in results["records"]:
             del record["seconds"]
     assert a["records"] == b["records"] and b["status"] == "complete"
-    names = sorted(p.name for p in (tmp_path / "whole").glob("model_*.pt"))
-    assert names == ["model_ema.pt", "model_fge-01.pt", "model_sgd.pt", "model_swa.pt"]
+    names = sorted(p.stem for p in (tmp_path / "whole").glob("model_*.pt"))
+    assert names == [f"model_{x}" for x in ("ema", "fge-01", "fge-average", "sgd", "swa")]
     for name in names:
-        x, y = (torch.load(tmp_path / folder / name) for folder in ("whole", "stopped"))
+        x, y = (torch.load(tmp_path / folder / f"{name}.pt") for folder in ("whole", "stopped"))
         assert all(torch.equal(x[key], y[key]) for key in x), name
 
 

@@ -134,8 +134,10 @@ def test_opcheck(backend: str, device: str, seed: int | None, on_nonfinite: str 
     need(backend, device)
     sources = [torch.randn(33).bfloat16().to(device), torch.randn(5).to(device)]
     averager = Averager(
-        sources, {"a": SWA(), "b": EMA(0.9)}, dtype=torch.bfloat16, backend=backend,
+        # Equal weights that are rounded to nearest in bfloat16 are refused.
+        sources, {"a": EMA(0.5) if seed is None else SWA(), "b": EMA(0.9)}, dtype=torch.bfloat16,
         rounding="nearest" if seed is None else "stochastic", on_nonfinite=on_nonfinite,
+        backend=backend,
     )  # fmt: skip
     update, swap = raw_arguments(averager)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .defaults import METHODS
+from .defaults import TITLES
 from .errors import TrainError, first_line
 from .files import open_regular, write_atomically
 from .results import RESULTS_SCHEMA, RESULTS_VERSION, problem_of
@@ -27,7 +27,7 @@ _CHECKPOINT_VERSION = 2
 
 #: Names of the files that a run writes: below its folder, in checkpoints, and in the folders of
 #: tensorboard. What is called otherwise is somebody else's.
-_TRAJECTORY = "|".join(METHODS)
+_TRAJECTORY = "|".join(TITLES)
 _MODEL = rf"model_(merged|(capture-)?({_TRAJECTORY})(-[0-9.e+-]+)?)\.pt"
 _FILE = rf"results\.json|curves\.png|log\.txt|{_MODEL}"
 _STATE = rf"({_TRAJECTORY})-([0-9]{{5,}}-[0-9]{{7,}}|branch-[0-9]{{5,}}(-copy)?)\.pt"
