@@ -253,6 +253,7 @@ def extensions(info: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
             [
                 "csrc/module_cpu.cpp",
                 "csrc/batch_norm_cpu.cpp",
+                "csrc/combine_cpu.cpp",
                 "csrc/update_cpu.cpp",
             ],
             extra_compile_args={"cxx": cxx},

@@ -25,6 +25,7 @@ MODULES = (
     "swa_fast/py.typed",
     "swa_fast/_build_info.json",
     "swa_fast/batch_norm/run.py",
+    "swa_fast/checkpoints/averaging.py",
     "swa_fast/kernels/update.py",
     "swa_fast/train/cli.py",
     "swa_fast/train/data/memory.py",

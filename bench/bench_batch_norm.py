@@ -25,7 +25,7 @@ from rows import OURS
 from torch import Tensor
 
 from swa_fast import _ops
-from swa_fast.batch_norm.malloc import kept_memory
+from swa_fast.batch_norm.malloc import KeptMemory
 
 EPS = 1e-5
 # The layers of PreResNet-164 at batch size 128, and of ResNet-50 at batch size 16.
@@ -173,7 +173,7 @@ def cases(device: torch.device) -> list[Case]:
             {name: _contender(name, side) for name, side in sides.items()},
             quick=shape in QUICK and layout == "channels_last" and dtype == torch.float32,
             modes=("warm", "graph", "graph cold"),
-            around=functools.partial(kept_memory, device.type == "cpu"),
+            around=functools.partial(KeptMemory, device.type == "cpu"),
         )
         for op, (times, sides) in OPS.items()
         for shape in SHAPES

@@ -2,11 +2,14 @@
 
     python bench/bench_update_bn.py                        # random images, see bench/harness.py
     python bench/bench_update_bn.py --run runs/NAME/seed1  # a trained network: time and accuracy
+    python bench/bench_update_bn.py --alone                # each in a process of its own
 
 The limit of the first is the forward alone, with the layers in eval mode: what convolutions and
 activations cost without any statistics. The second is the whole pass over the training images of a
 ``swa-fast`` run by torch, by swa_fast, and by swa_fast with a tolerance, and the test accuracy
-after each.
+after each. The third is what a user finds: a fresh process for each contender in which nothing is
+set, and beside it the same with malloc set alike for all by glibc's environment variables, which
+update_bn respects.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import functools
 import json
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,14 +30,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Case, Contender, Run, Size, Suite, Work, main, pytest_cases
+from harness import (
+    Case,
+    Contender,
+    Run,
+    Size,
+    Suite,
+    Work,
+    device_name,
+    main,
+    pytest_cases,
+)
 from precise_bn_reference import update_bn_stats
 from rows import OURS
 from torch import Tensor, nn
 from torch.optim import swa_utils
 
 import swa_fast
-from swa_fast.batch_norm.malloc import kept_memory
+from swa_fast.batch_norm.malloc import KeptMemory
 from swa_fast.train.data import Dataset, Placement, load_dataset
 from swa_fast.train.data.memory import MemoryDataset
 from swa_fast.train.models import MODELS, build_model
@@ -288,7 +302,7 @@ def equal_pages(on: bool) -> Iterator[None]:
     """Memory that is kept for all, as a process that has trained has it, so that none waits for
     new pages and none profits from those that another has left: by chance that is up to half of
     torch's time."""
-    with kept_memory(on):
+    with KeptMemory(on):
         before = os.environ.get("SWA_FAST_KEEP_MEMORY")
         os.environ["SWA_FAST_KEEP_MEMORY"] = "0"  # or ours would end it after its first turn
         try:
@@ -335,7 +349,59 @@ def trained_main(arguments: Sequence[str]) -> int:
     return 0
 
 
+# glibc's malloc as update_bn sets it for the time of its pass.
+_EQUAL_MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+_ALONE = (LIMIT, *(name for name in CONTENDERS if "bf16" not in name))
+
+
+def alone_main(arguments: Sequence[str]) -> int:
+    """Times every contender in a process of its own, as found and at equal malloc."""
+    parser = argparse.ArgumentParser(description=str(alone_main.__doc__))
+    parser.add_argument("--alone", action="store_true")
+    parser.add_argument("--model", default="preresnet164")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--count", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3, help="passes of which the median counts")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--contender", choices=_ALONE, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.contender is not None:
+        torch.set_num_threads(options.threads)
+        update, last, _, _ = PASSES[options.contender]
+        model, batches = make(options.model, options.batch, options.count)
+        given = channels_last(batches) if last else batches
+        seconds = []
+        for _ in range(1 + options.rounds):
+            start = time.perf_counter()
+            update(given, model)
+            seconds.append(time.perf_counter() - start)
+        print(statistics.median(seconds[1:]))  # the first one loads what is loaded when first used
+        return 0
+    malloc = ("MALLOC_", "GLIBC_TUNABLES", "SWA_FAST_KEEP_MEMORY")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(malloc)}
+    print(
+        f"{device_name(torch.device('cpu'))}, {options.threads} threads, torch {torch.__version__}"
+    )
+    print(
+        f"{options.model}, {options.count} x {options.batch} images: milliseconds a pass, median "
+        f"of {options.rounds}"
+    )
+    print(f"{'':36}{'as found':>12}{'equal malloc':>14}")
+    for name in _ALONE:
+        found = []
+        for extra in ({}, _EQUAL_MALLOC):
+            answer = subprocess.run(
+                [sys.executable, __file__, *arguments, "--contender", name],
+                env={**clean, **extra}, stdout=subprocess.PIPE, text=True, check=True,
+            )  # fmt: skip
+            found.append(1e3 * float(answer.stdout))
+        print(f"{name:36}{found[0]:12.0f}{found[1]:14.0f}", flush=True)
+    return 0
+
+
 if __name__ == "__main__":
     given = sys.argv[1:]
+    if "--alone" in given:
+        sys.exit(alone_main(given))
     with_run = any(word.split("=")[0] == "--run" for word in given)
     sys.exit(trained_main(given) if with_run else main([SUITE], str(__doc__)))

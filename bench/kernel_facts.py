@@ -46,6 +46,7 @@ RESIDENT = {
     "update_kernel": (256, 3),
     "nonfinite_kernel": (256, 4),
     "swap_kernel": (256, 4),
+    "swag_kernel": (256, 4),
     "statistics_kernel": (256, 3),
     "normalise_kernel": (256, 3),
 }
@@ -205,7 +206,7 @@ def _launches() -> dict[str, Callable[[], object]]:
     import torch
 
     from swa_fast import _layout
-    from swa_fast.kernels import batch_norm, update
+    from swa_fast.kernels import batch_norm, swag, update
 
     def vector(dtype: torch.dtype, count: int = 4096) -> Any:
         return torch.zeros(count, dtype=dtype)
@@ -219,6 +220,10 @@ def _launches() -> dict[str, Callable[[], object]]:
         return lambda: update.update_(
             [], [], n_averaged, counters, rules, table, pairs, seed, skip_nonfinite
         )
+
+    def capturing(pairs: int) -> Any:
+        wide = torch.zeros((3, _layout.SEGMENT_HEADER + 23), dtype=torch.int64)
+        return lambda: swag.swag_([], [], n_averaged[:1], counters, wide, pairs, 20)
 
     def collecting(dtype: torch.dtype, layout: torch.memory_format) -> Any:
         x = torch.zeros((16, 64, 16, 16), dtype=dtype).contiguous(memory_format=layout)
@@ -238,6 +243,8 @@ def _launches() -> dict[str, Callable[[], object]]:
         "fp32, skip_nonfinite": updating(1 << 0, None, True),
         "fp32 of bf16": updating(1 << 2),
         "bf16, stochastic": updating(1 << 10, 1),
+        "SWAG, fp32": capturing(1 << 0),
+        "SWAG, fp32 of bf16": capturing(1 << 2),
         "any": lambda: update.swap_([], [], table, 0),
         "fp32 contiguous": collecting(fp32, contiguous),
         "fp32 channels-last": collecting(fp32, last),

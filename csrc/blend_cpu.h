@@ -111,12 +111,12 @@ struct Lanes<double> {
   SWA_FAST_AVX2 static inline Register load(const float* p) {
     return _mm256_cvtps_pd(_mm_loadu_ps(p));
   }
-  template <typename Narrow>
-  SWA_FAST_AVX2 static inline Register load(const Narrow* p) {
-    static_assert(sizeof(Narrow) == 2);
-    Narrow eight[8] = {};
-    std::memcpy(eight, p, kCount * sizeof(Narrow));
-    return _mm256_cvtps_pd(_mm256_castps256_ps128(Lanes<float>::load(eight)));
+  SWA_FAST_AVX2 static inline Register load(const BFloat16* p) {
+    const __m128i four = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return _mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(four), 16)));
+  }
+  SWA_FAST_AVX2 static inline Register load(const Half* p) {
+    return _mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   }
 
   SWA_FAST_AVX2 static inline void store(double* p, Register v) { _mm256_storeu_pd(p, v); }

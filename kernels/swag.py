@@ -13,17 +13,16 @@ from .update import (
     BLOCK,
     DOUBLE,
     HEADER,
-    LANES,
     NUM_WARPS,
+    REGISTERS,
     SOURCE_TYPE,
     TICKET,
     TYPES,
-    _gate,
     _load_row,
-    _load_scalar,
     _segment,
     on_device,
 )
+from .weights import LANES, gate, load_scalar
 
 __all__ = ["swag_"]
 
@@ -100,12 +99,12 @@ def _swag_kernel(
     words = _load_row(table_ptr, rows)
     source, packed, _, mean = _segment(words, 0)
     squares = _address(words, 1)
-    n = _load_scalar(n_averaged_ptr)
+    n = load_scalar(n_averaged_ptr)
     column = _address(words, 2 + (n % columns).to(tl.int32))
     count = packed & 0xFFFFFFFF
     code = (packed >> SOURCE_TYPE) & 0xFF
     wide = (source | count | mean | squares | column) % 16 == 0
-    counted, due = _gate(found_inf_ptr, steps_ptr, every, offset)
+    counted, due = gate(found_inf_ptr, steps_ptr, every, offset)
     if due != 0:
         for candidate in tl.static_range(4):
             # Averages of fp64 come from sources of fp64. Nested, because the outer condition is
@@ -130,7 +129,7 @@ def _swag_kernel(
     drawn = tl.atomic_add(counters_ptr + TICKET, 1)
     if drawn == tl.num_programs(0) - 1:
         tl.store(counters_ptr + TICKET, 0)
-        counted, due = _gate(found_inf_ptr, steps_ptr, every, offset)
+        counted, due = gate(found_inf_ptr, steps_ptr, every, offset)
         if steps_ptr is not None:
             tl.store(steps_ptr, tl.load(steps_ptr) + counted)
         tl.store(n_averaged_ptr, tl.load(n_averaged_ptr) + due)
@@ -169,4 +168,5 @@ def swag_(
             PAIRS=pairs,
             BLOCK=BLOCK // 2,
             num_warps=NUM_WARPS,
+            maxnreg=REGISTERS,
         )

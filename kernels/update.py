@@ -10,7 +10,6 @@ finish advances them, when every other program has read them.
 """
 
 import contextlib
-import os
 
 import torch
 import triton
@@ -18,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from swa_fast import _layout as layout
+
+from .weights import INTERPRETED, LANES, gate, load_scalar, weight_of
 
 __all__ = ["on_device", "swap_", "update_"]
 
@@ -27,10 +28,6 @@ NUM_WARPS = 4  # with BLOCK: 32 elements, or eight 16-byte fp32 packs, per threa
 # compiler spills for one more.
 REGISTERS, STOCHASTIC_REGISTERS = 128, 168
 TYPES = tl.constexpr((tl.float32, tl.float64, tl.bfloat16, tl.float16))  # by type code
-LANES = tl.constexpr(128)  # threads of a program: what is loaded by LANES is loaded once
-# Triton's interpreter reduces tuples lane by lane, in Python: a hundred times slower than sums.
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-WARP = tl.constexpr(32)  # what is loaded by WARP every warp has a copy of, without a barrier
 
 FLOAT, DOUBLE = tl.constexpr(layout.FLOAT), tl.constexpr(layout.DOUBLE)
 BFLOAT16, HALF = tl.constexpr(layout.BFLOAT16), tl.constexpr(layout.HALF)
@@ -40,16 +37,7 @@ PLACE_WORD, HEADER = tl.constexpr(layout.PLACE), tl.constexpr(layout.SEGMENT_HEA
 AVERAGE_TYPE = tl.constexpr(layout.AVERAGE_TYPE)
 SOURCE_TYPE = tl.constexpr(layout.SOURCE_TYPE)
 COPIED, ALIGNMENT = tl.constexpr(layout.COPIED), tl.constexpr(layout.ALIGNMENT)
-DECAY, MIN_DECAY = tl.constexpr(layout.DECAY), tl.constexpr(layout.MIN_DECAY)
-GAMMA, POWER = tl.constexpr(layout.GAMMA), tl.constexpr(layout.POWER)
-UPDATE_AFTER_STEP = tl.constexpr(layout.UPDATE_AFTER_STEP)
 RULE_COLUMNS = tl.constexpr(layout.RULE_COLUMNS)
-CONSTANT = tl.constexpr(layout.CONSTANT)
-SWA, INVERSE_GAMMA = tl.constexpr(layout.SWA), tl.constexpr(layout.INVERSE_GAMMA)
-RATIO, EXTERNAL = tl.constexpr(layout.RATIO), tl.constexpr(layout.EXTERNAL)
-POWER_LAW, DEBIASED = tl.constexpr(layout.POWER_LAW), tl.constexpr(layout.DEBIASED)
-EXPONENTIAL = tl.constexpr(layout.EXPONENTIAL)
-RING, FILLED = tl.constexpr(layout.RING), tl.constexpr(layout.FILLED)
 TICKET, NON_FINITE = tl.constexpr(layout.TICKET), tl.constexpr(layout.NON_FINITE)
 SKIPPED = tl.constexpr(layout.SKIPPED)
 
@@ -88,93 +76,6 @@ def _segment(words, average):
 def _average(words, average):
     lane = tl.arange(0, LANES)
     return tl.sum(tl.where(lane == average + HEADER, words, tl.zeros_like(words)))
-
-
-@triton.jit
-def _load_scalar(pointer):
-    lane = tl.arange(0, WARP)
-    return tl.sum(tl.load(pointer + lane, mask=lane == 0, other=0))
-
-
-@triton.jit
-def _add5(a0, a1, a2, a3, a4, b0, b1, b2, b3, b4):
-    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4
-
-
-@triton.jit
-def _expm1(x):
-    """exp(x) - 1 in fp64 for x < 0 without the error of the difference (Kahan)."""
-    power = tl.exp(x)
-    result = power - 1.0
-    # Where the difference is exact anyway the quotient would be one by an infinity or by zero.
-    if (power > 0.5) & (power < 1.0):
-        result *= x / tl.log(power)
-    elif power == 1.0:
-        result = x
-    return result
-
-
-@triton.jit
-def _weight(rule_ptr, n):
-    """The source's weight in fp64, see WeightRule in csrc/update.h."""
-    kind = _load_scalar(rule_ptr)
-    one = tl.full([], 1.0, tl.float64)
-    count = n.to(tl.float64)
-    weight = one / (count + 1.0)
-    if kind == EXTERNAL:
-        weight = tl.where(n == 0, one, 0.0 * one)
-    elif kind > SWA:
-        column = tl.arange(0, LANES)
-        rule = tl.load(
-            rule_ptr + column, mask=(column >= DECAY) & (column <= UPDATE_AFTER_STEP), other=0.0
-        )
-        zero = tl.zeros_like(rule)
-        decay = tl.where(column == DECAY, rule, zero)
-        min_decay = tl.where(column == MIN_DECAY, rule, zero)
-        gamma = tl.where(column == GAMMA, rule, zero)
-        power = tl.where(column == POWER, rule, zero)
-        after = tl.where(column == UPDATE_AFTER_STEP, rule, zero)
-        if INTERPRETED:
-            decay, min_decay, gamma = tl.sum(decay), tl.sum(min_decay), tl.sum(gamma)
-            power, after = tl.sum(power), tl.sum(after)
-        else:
-            decay, min_decay, gamma, power, after = tl.reduce(
-                (decay, min_decay, gamma, power, after), 0, _add5
-            )
-        s = count - after
-        if kind == RING:
-            # Exact for counts below 2^48; a division of integers takes more registers.
-            rest = count - gamma * tl.floor(count / gamma)
-            weight = tl.where(rest == power, one, 0.0 * one)
-        elif kind == FILLED:
-            weight = tl.where(count > power, one / (power + 1.0), 0.0 * one)
-        elif s <= 0.0:
-            weight = one
-        elif kind == CONSTANT:
-            weight = 1.0 - decay
-        else:
-            d = (1.0 + s) / (10.0 + s)
-            if kind != RATIO:
-                x = power * (s + 1.0)
-                if kind == INVERSE_GAMMA:
-                    x = -power * tl.log(1.0 + s / gamma)
-                elif kind == POWER_LAW:
-                    # The logarithm's argument loses what 1 / (s + 1) rounds off at 1.
-                    below = -1.0 / (s + 1.0)
-                    u = 1.0 + below
-                    x = power * (tl.log(u) + (below - (u - 1.0)) / u)
-                elif kind == EXPONENTIAL:
-                    x = -s / gamma
-                d = -_expm1(x)
-            if kind == POWER_LAW:
-                weight = d
-            elif kind == DEBIASED:
-                weight = (1.0 - decay) / d
-            else:
-                if kind == EXPONENTIAL:
-                    d *= decay
-                weight = 1.0 - tl.maximum(tl.minimum(d, decay), min_decay)
-    return weight
 
 
 @triton.jit
@@ -233,10 +134,10 @@ def _rows(
     mask = element < count
     source = tl.load(source_ptr + element, mask=mask).to(MATH)
     for row in range(rows):
-        n = _load_scalar(n_averaged_ptr + row)
+        n = load_scalar(n_averaged_ptr + row)
         weight64 = tl.full([], 1.0, tl.float64)
         if copied == 0:
-            weight64 = _weight(rules_ptr + row * RULE_COLUMNS, n)
+            weight64 = weight_of(rules_ptr + row * RULE_COLUMNS, n)
         weight = weight64.to(MATH)
         average_ptr = average_address + start * (AVERAGE_WIDTH // 8)
         average_ptr = average_ptr.to(tl.pointer_type(AVERAGE))
@@ -286,18 +187,6 @@ def _copy_bytes(target_address, source_address, count, wide, BLOCK: tl.constexpr
 
 
 @triton.jit
-def _gate(found_inf_ptr, steps_ptr, every, offset):
-    """1 or 0 each: what the optimiser's step counts for, and whether an update is due after it."""
-    counted, due = tl.full([], 1, tl.int64), tl.full([], 1, tl.int64)
-    if found_inf_ptr is not None:
-        counted = (_load_scalar(found_inf_ptr) == 0.0).to(tl.int64)
-    if steps_ptr is not None:
-        step = _load_scalar(steps_ptr) + offset
-        due = ((step >= 0) & (step % every == 0)).to(tl.int64)
-    return counted, due * counted
-
-
-@triton.jit
 def _update_kernel(
     rows,
     table_ptr,  # int64 [segments, HEADER + rows]
@@ -322,8 +211,8 @@ def _update_kernel(
     wide = ((source | count) % 16 == 0) & ((packed >> ALIGNMENT) & 7 == 4)
     skip = tl.full([], 0, tl.int64)
     if SKIP_NONFINITE:
-        skip = _load_scalar(counters_ptr + NON_FINITE)
-    counted, due = _gate(found_inf_ptr, steps_ptr, every, offset)
+        skip = load_scalar(counters_ptr + NON_FINITE)
+    counted, due = gate(found_inf_ptr, steps_ptr, every, offset)
 
     if (skip == 0) & (due != 0):
         if pair == BYTES * 4 + BYTES:
@@ -367,7 +256,7 @@ def _update_kernel(
         if drawn == tl.num_programs(0) - 1:
             tl.store(counters_ptr + TICKET, 0)
             # Again, because what is kept takes registers all the while.
-            counted, due = _gate(found_inf_ptr, steps_ptr, every, offset)
+            counted, due = gate(found_inf_ptr, steps_ptr, every, offset)
             if steps_ptr is not None:
                 tl.store(steps_ptr, tl.load(steps_ptr) + counted)
             if skip != 0:

@@ -26,6 +26,7 @@ __all__ = [
     "batch_norm_collect",
     "batch_norm_merge_",
     "batch_norm_tickets",
+    "combine_",
     "refresh_averager",
     "same_dense_layout",
     "swag_",
@@ -51,6 +52,12 @@ def _swap_fake(
     torch._check(0 <= row < table.shape[1] - _layout.SEGMENT_HEADER)
 
 
+def _combine_fake(
+    outputs: Sequence[Tensor], sources: Sequence[Tensor], coefficients: Tensor, *_: object
+) -> None:
+    torch._check(coefficients.shape == (len(outputs), len(sources)))
+
+
 def _collect_fake(x: Tensor, *others: Any) -> Tensor:
     *_, normalise, batch, _ = others
     torch._check(x.dim() >= 2 and batch.shape == (4, x.shape[1]))
@@ -72,22 +79,27 @@ def _in_kernels(module: str, name: str) -> Callable[..., Any]:
     return call
 
 
-# The reference, what it writes to, the fake kernel, and the file of the Triton kernels.
-_FAMILIES: tuple[tuple[Callable[..., Any], tuple[str, ...], Callable[..., Any], str], ...] = (
+# The reference, what it writes to, the fake kernel, and the file of the Triton kernels; without one
+# the family has no kernels for GPUs.
+_FAMILIES: tuple[tuple[Callable[..., Any], tuple[str, ...], Callable[..., Any], str | None], ...]
+_FAMILIES = (
     (reference.update_, ("averages", "n_averaged", "counters", "steps"), _update_fake, "update"),
     (reference.swag_, ("averages", "n_averaged", "counters", "steps"), _update_fake, "swag"),
     (reference.swap_, ("averages", "sources"), _swap_fake, "update"),
     (reference.batch_norm_collect, ("batch", "tickets"), _collect_fake, "batch_norm"),
     (reference.batch_norm_merge_, ("accumulators", "batch"), _merge_fake, "batch_norm"),
+    (reference.combine_, ("outputs",), _combine_fake, None),
 )
 for _function, _written, _fake, _module in _FAMILIES:
-    _name = _function.__name__
+    _name: str = _function.__name__
     # Plain integers: what they are the sizes of is known to the table's addresses alone.
     _schema = torch.library.infer_schema(_function, mutates_args=_written).replace("SymInt", "int")
-    for _backend in _backends.BACKENDS:
+    for _backend in _backends.BACKENDS if _module else _backends.CPU_BACKENDS:
         _library.define(f"{_name}.{_backend}{_schema}")
         torch.library.register_fake(f"swa_fast::{_name}.{_backend}", _fake, lib=_library)
     _library.impl(f"{_name}.reference", _function, "CompositeExplicitAutograd")
+    if _module is None:
+        continue
     # Both keys, because Triton's interpreter runs the kernels on CPU tensors.
     _library.impl(f"{_name}.triton", _in_kernels(_module, _name), "CUDA")
     _library.impl(f"{_name}.triton", _in_kernels(_module, _name), "CPU")
@@ -377,3 +389,78 @@ def batch_norm_merge_(
     )
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version((accumulators, batch))
+
+
+@torch.no_grad()
+def combine_(
+    outputs: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    coefficients: Tensor,
+    *,
+    double_precision: bool = False,
+    backend: str | None = None,
+) -> None:
+    r"""K weighted sums of r rows, :math:`y_k = \sum_j c_{kj} x_j`, in one pass over them.
+
+    Reads :math:`r` and writes :math:`K` rows once: :math:`4 r + 4 K` bytes per fp32 element.
+
+    Args:
+        outputs: K tensors of float32, float64, bfloat16 or float16, contiguous, all of one number
+            of elements and on one device; overwritten.
+        sources: r tensors likewise, of the same number of elements; none may share memory with an
+            output.
+        coefficients: float64 [K, r] on the CPU.
+        double_precision: sum in float64; else in float32, unless a tensor is float64.
+        backend: ``cpu`` or ``reference``; None takes ``cpu`` for tensors on the CPU where its
+            library is there, else ``reference``.
+
+    Raises:
+        TypeError: another dtype or layout.
+        ValueError: sizes, devices or strides that do not match.
+        BackendError: the requested backend cannot serve the tensors.
+    """
+    tensors = [*((t, f"outputs[{i}]") for i, t in enumerate(outputs))]
+    tensors += [(t, f"sources[{j}]") for j, t in enumerate(sources)]
+    if not outputs or not sources:
+        raise ValueError(
+            f"combine_: expected at least one output and one source, found {len(outputs)} and "
+            f"{len(sources)}"
+        )
+    count, device = outputs[0].numel(), outputs[0].device
+    for tensor, name in tensors:
+        _check_floating(tensor, name)
+        if tensor.numel() != count or tensor.device != device or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name}: expected {count} contiguous elements on {device} as outputs[0], found "
+                f"shape {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
+            )
+    if coefficients.dtype != torch.float64:
+        raise TypeError(f"coefficients: expected dtype float64, found {_dtype_name(coefficients)}")
+    if coefficients.shape != (len(outputs), len(sources)) or coefficients.device.type != "cpu":
+        raise ValueError(
+            f"coefficients: expected shape ({len(outputs)}, {len(sources)}) on the CPU, found "
+            f"{tuple(coefficients.shape)} on {coefficients.device}"
+        )
+    served = combine_backend(device, backend)
+    getattr(torch.ops.swa_fast.combine_, served)(
+        list(outputs), list(sources), coefficients.contiguous(), double_precision
+    )
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(tuple(outputs))
+
+
+def combine_backend(device: torch.device, requested: str | None = None) -> str:
+    """Which of :data:`_backends.CPU_BACKENDS` serves :func:`combine_` on a device.
+
+    Raises:
+        BackendError: the requested one cannot.
+    """
+    if requested is not None and requested not in _backends.CPU_BACKENDS:
+        _backends.check_name(requested)
+        raise _backends.BackendError(
+            f"backend={requested}: combine_ has no such kernel; expected one of "
+            f"{', '.join(_backends.CPU_BACKENDS)}"
+        )
+    if requested is None and _backends.why_unusable("cpu", device):
+        return "reference"
+    return _backends.choose_backend(device, requested or "cpu")

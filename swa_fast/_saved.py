@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._memory import Slot
 from ._state import FORMAT, Differences, read_state, read_weights
-from .rules import EMA, Rule, Window, describe_rule
+from .rules import EMA, Rule, describe_rule, row_names
 from .storage import FlatMemory, SeparateMemory
 
 if TYPE_CHECKING:
@@ -98,16 +98,9 @@ class Saved:
         names = {name: tensors[at] for name, at in self._aliases.items()}
         return names | {name: self._storage.loose[row][at] for name, at in self._loose.items()}
 
-    def _row_names(self) -> list[str]:
-        """Of the averages, and after them of the sources that windows keep."""
-        windows = {name: rule for name, rule in self._rules.items() if isinstance(rule, Window)}
-        kept = [f"{name}[{at}]" for name, window in windows.items() for at in range(window.k)]
-        return [*self._rules, *kept]
-
     @property
     def n_averaged(self) -> dict[str, int]:
         """Updates that each average has seen. Waits for the device."""
-        # The sources that windows keep follow, counted alike.
         return dict(zip(self._rules, self._counts[0].tolist(), strict=False))
 
     @property
@@ -131,7 +124,7 @@ class Saved:
             "rounding": self._rounding,
             "seed": self._seed,
             "skipped_updates": self.skipped_updates,
-            "averages": dict(self._by_name(self._row_names())),
+            "averages": dict(self._by_name(row_names(self._rules))),
         }
 
     @torch.no_grad()
@@ -158,7 +151,7 @@ class Saved:
             settings: dict[str, Any] = {"rules": rules, "rounding": self._rounding}
             if self._rounding == "stochastic":
                 settings["seed"] = self._seed
-            own = self._by_name(self._row_names())
+            own = self._by_name(row_names(self._rules))
             loaded = read_state(state_dict, own, settings, strict=strict)
             self._write(loaded.pairs, loaded.counts, loaded.skipped)
         return loaded.differences
@@ -215,7 +208,7 @@ class Saved:
         new = []
         for count in counters[: len(parts)]:
             values = count.tolist()
-            for row, name in enumerate(self._row_names()):
+            for row, name in enumerate(row_names(self._rules)):
                 values[row] = counts.get(name, values[row])
             new.append(torch.tensor(values, dtype=torch.int64, device="cpu"))
         self._known_updated.clear()

@@ -23,6 +23,7 @@ from .rules import (
     BUILT_IN,
     EMA,
     Rule,
+    row_names,
     why_it_stands_still,
     with_members,
 )
@@ -40,10 +41,11 @@ class Averager(Saved, Decays, Attachable):
         a_j \leftarrow a_j + w_j(n)\,(b - a_j) \quad\text{for each average } j, \qquad
         n \leftarrow n + 1
 
-    with the weight :math:`w_j` of the average's rule, and :math:`w_j(0) = 1`. One launch per device
-    updates all tensors of all averages, buffers and counters included, and reads every source once:
-    :math:`4 + 8k` bytes per fp32 parameter for :math:`k` averages. An update does not wait for the
-    device and can be captured in a CUDA graph or compiled by ``torch.compile(fullgraph=True)``.
+    with the weight :math:`w_j` of the average's rule, and :math:`w_j(0) = 1` but for ultralytics'
+    warm-up. One launch per device updates all tensors of all averages, buffers and counters
+    included, and reads every source once: :math:`4 + 8k` bytes per fp32 parameter for :math:`k`
+    averages. An update does not wait for the device and can be captured in a CUDA graph or compiled
+    by ``torch.compile(fullgraph=True)``.
 
     Sources are read where they are. A parameter that was moved, replaced or changed to another
     floating type is noticed at the next update.
@@ -142,8 +144,11 @@ class Averager(Saved, Decays, Attachable):
             )
 
         self._rules = dict(averages)
-        if len(set(self._row_names())) < len(rows):
-            raise ValueError(f"averages: expected other names than a window's rows, {name!r}[0]...")
+        if len(set(row_names(self._rules))) < len(rows):
+            raise ValueError(
+                "averages: expected names other than those of a window's rows, such as NAME[0]; "
+                f"found {', '.join(row_names(self._rules))}"
+            )
         self._rounding = rounding
         self._seed = seed
         self._on_nonfinite = on_nonfinite

@@ -106,7 +106,7 @@ class Engine:
     ) -> None:
         self.slots = tuple(slots)
         self.device = device
-        self._requested = backend
+        self.requested = backend
         self.seed = seed
         self.skip_nonfinite = skip_nonfinite
         self.functions: dict[int, AveragingFunction] = {
@@ -117,7 +117,7 @@ class Engine:
             [rule_row(rule) for rule in rules], dtype=torch.float64, device="cpu"
         )
         self._rules = self.rules.numpy()  # the same memory, written faster
-        self._members = [(row, m) for row, m in enumerate(rules) if isinstance(m, Member)]
+        self.members = [(row, m) for row, m in enumerate(rules) if isinstance(m, Member)]
         if n_averaged is None:
             n_averaged = torch.zeros(len(rules), dtype=torch.int64, device=device)
         self.n_averaged = n_averaged
@@ -189,7 +189,9 @@ class Engine:
                 "table of their addresses cannot be copied to the device during capture"
             )
         # Not earlier: an average may be built on one device, to be moved to another one.
-        backend = _backends.choose_backend(self.device, self._requested)
+        from .windows import means_of
+
+        backend = _backends.choose_backend(self.device, self.requested)
         gathers: list[Gather] = []
         gathered: dict[int, Tensor] = {}
         if self.device.type == "cpu" and any(s.device.type == "cuda" for s in sources):
@@ -256,27 +258,8 @@ class Engine:
             staged,
             gathers,
             not (staged or gathers or self._gapless or backend == "reference"),
-            self._means(),
+            means_of(self),
         )
-
-    def _means(self) -> list[tuple[Engine, Plan]]:
-        """Takes each source that a window keeps into its mean."""
-        averaged = [i for i, slot in enumerate(self.slots) if slot.averaged]
-        slots = [self.slots[i] for i in averaged]
-        means = []
-        for row, member in self._members:
-            mean = [self.averages[member.window][i] for i in averaged]
-            engine = Engine(
-                slots,
-                [mean],
-                [Filled(member.at)],
-                self.device,
-                n_averaged=self.n_averaged[member.window : member.window + 1],
-                counted=False,
-                backend=self._requested,
-            )
-            means.append((engine, engine.plan([self.averages[row][i] for i in averaged])))
-        return means
 
     def _table(
         self,
@@ -393,19 +376,9 @@ class Engine:
     def _launch(self, plan: Plan, gate: tuple[Any, ...]) -> None:
         table = plan.update
         _ops.update_(
-            plan.backend,
-            table.averages,
-            table.sources,
-            self.n_averaged,
-            self.counters,
-            plan.rules,
-            table.words,
-            table.pairs,
-            self.seed,
-            self.skip_nonfinite,
-            table.short,
-            *gate,
-        )
+            plan.backend, table.averages, table.sources, self.n_averaged, self.counters, plan.rules,
+            table.words, table.pairs, self.seed, self.skip_nonfinite, table.short, *gate,
+        )  # fmt: skip
 
     def settle(self) -> None:
         """Forms the means of windows, which an update that was interrupted may have left undone."""

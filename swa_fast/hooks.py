@@ -142,9 +142,11 @@ class Attachment:
         steps = state_dict.get("steps")
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
             raise ValueError(f"state_dict: expected the number of steps, found {steps!r}")
+        if self._counting:
+            self._counted = steps
+        # What was counted here stays, because captured graphs know it.
         for counter in self._steps.values():
-            counter.zero_()
-        self._counted = steps
+            counter.fill_(steps - self._counted)
 
     def remove(self) -> None:
         """No update any more."""

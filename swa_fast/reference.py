@@ -11,7 +11,15 @@ from torch import Tensor
 
 from . import _layout as layout
 
-__all__ = ["batch_norm_collect", "batch_norm_merge_", "philox", "swag_", "swap_", "update_"]
+__all__ = [
+    "batch_norm_collect",
+    "batch_norm_merge_",
+    "combine_",
+    "philox",
+    "swag_",
+    "swap_",
+    "update_",
+]
 
 
 def _math_dtype(average: Tensor, source: Tensor) -> torch.dtype:
@@ -290,6 +298,40 @@ def swap_(
         kept = memory.clone()
         memory.copy_(source)
         source.copy_(kept)
+
+
+def combine_(
+    outputs: list[Tensor],
+    sources: list[Tensor],
+    coefficients: Tensor,
+    double_precision: bool = False,
+) -> None:
+    r"""K weighted sums of r rows in one pass over them:
+
+    .. math:: y_k = \sum_{j=1}^{r} c_{kj}\, x_j
+
+    in float32, or in float64 with ``double_precision`` or when a row is float64: one product, then
+    fused multiply-adds in the order of the sources, rounded once to the output's dtype.
+
+    Args:
+        outputs: :math:`y_k`, contiguous, all of one number of elements; overwritten.
+        sources: :math:`x_j`, contiguous, of the same number of elements; none shares memory with
+            an output.
+        coefficients: :math:`c`, float64 [K, r], contiguous, on the CPU.
+        double_precision: sum in float64 whatever the dtypes.
+    """
+    rows = [*outputs, *sources]
+    wide = double_precision or any(row.dtype == torch.float64 for row in rows)
+    for output, row in zip(outputs, coefficients.tolist(), strict=True):
+        total = torch.zeros(())
+        for j, (source, c) in enumerate(zip(sources, row, strict=True)):
+            x = source.reshape(-1)
+            if wide:
+                total = x.double() * c if j == 0 else torch.add(total, x.double(), alpha=c)
+            else:
+                factor = torch.tensor(c, dtype=torch.float32, device=x.device)
+                total = x.float() * factor if j == 0 else _fma(factor, x.float(), total)
+        output.view(-1).copy_(total)
 
 
 def batch_norm_collect(

@@ -30,7 +30,7 @@ comparisons = 0
 def raw_arguments(averager: Averager) -> tuple[list[object], list[object]]:
     """What the operators ``update_`` and ``swap_`` (of average 0) are called with for an averager
     of tensors on one device, without their optional arguments."""
-    (part,), (plan,) = averager._storage.parts, averager._storage._plans
+    (part,), (plan,) = averager._storage.parts, averager._storage.plans
     engine, update, swap = part.engine, plan.update, plan.swap
     return [
         update.averages, update.sources, engine.n_averaged, engine.counters, plan.rules,

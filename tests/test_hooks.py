@@ -162,6 +162,32 @@ def test_attachment_resumes() -> None:
         assert torch.equal(run(cut), expected)
 
 
+def test_attachment_resumes_where_the_device_counts() -> None:
+    weight = nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.SGD([weight], lr=0.1, fused=True)
+    averager = Averager([weight], {"a": SWA()})
+    attachment = averager.attach(optimizer, every=3)
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            weight.grad, optimizer.found_inf = torch.ones(3), torch.zeros(1)
+            optimizer.step()
+
+    steps(4)
+    state = attachment.state_dict()
+    assert state == {"steps": 4} and averager.n_averaged == {"a": 1}
+    attachment.load_state_dict({"steps": 2})
+    steps(1)
+    assert averager.n_averaged == {"a": 2} and attachment.steps == 3
+    attachment.remove()
+    again = averager.attach(optimizer, every=3)
+    again.load_state_dict(state)
+    steps(1)
+    assert averager.n_averaged == {"a": 2} and again.steps == 5
+    steps(1)
+    assert averager.n_averaged == {"a": 3}
+
+
 def test_what_attach_refuses() -> None:
     model = nn.Linear(3, 5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -418,6 +444,10 @@ def test_captured_steps_update_at_every_replay(backend: str) -> None:
     assert attachment.steps == steps
     assert averager.n_averaged == {"last": 3}
     assert float(averager.averages["last"]["0"][0]) == steps
+    attachment.load_state_dict({"steps": 1})
+    found.zero_()
+    graph.replay()
+    assert attachment.steps == 2 and averager.n_averaged == {"last": 4}
 
 
 def test_averager_saves_windows_as_plain_tensors() -> None:

@@ -51,7 +51,7 @@ def test_triton_takes_the_size_of_a_segment_from_here(
     averager = Averager([source], {"swa": SWA()}, backend="triton")
     source.fill_(3)
     averager.update()
-    assert len(averager._storage._plans[0].update.words) == -(-10_007 // size)
+    assert len(averager._storage.plans[0].update.words) == -(-10_007 // size)
     assert torch.equal(averager.averages["swa"]["0"], source)
 
 

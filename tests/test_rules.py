@@ -200,14 +200,15 @@ def test_debiased_is_adams() -> None:
 def test_window_is_the_mean_of_the_last(backend: str, device: str, dtype: torch.dtype) -> None:
     """Beside another average, with copied buffers and tied, strided and complex tensors."""
     need(backend, device)
-    if dtype == torch.bfloat16 and backend == "triton" and device == "cpu":
-        pytest.skip("Triton's interpreter truncates to bfloat16")
+    interpreted = backend == "triton" and device == "cpu"
+    if interpreted and dtype != torch.float32:
+        pytest.skip("Triton's interpreter is slow, and truncates to bfloat16")
     model = Net().to(device)
     averager = Averager(
         model, {"lawa": Window(3), "ema": EMA(0.5), "one": Window(1)}, dtype=dtype, backend=backend
     )
     seen: list[dict[str, Tensor]] = []
-    for n in range(7):
+    for n in range(5 if interpreted else 7):
         step(model)
         averager.update()
         seen = [*seen, snapshot(model)][-3:]
@@ -225,7 +226,7 @@ def test_window_is_the_mean_of_the_last(backend: str, device: str, dtype: torch.
             real = torch.float32 if found.is_complex() else found.dtype
             error = (found.to(wide) - exact).abs().max().item() if found.numel() else 0.0
             assert error <= 3 * torch.finfo(real).eps * scale, (n, name)
-    assert averager.n_averaged == {"lawa": 7, "ema": 7, "one": 7}
+    assert averager.n_averaged == dict.fromkeys(("lawa", "ema", "one"), n + 1)
 
 
 @backends
@@ -247,7 +248,7 @@ def test_all_rules_resume_to_the_bit(backend: str, device: str) -> None:
     source = torch.zeros(37, device=device)
     through = Averager([source], rules, backend=backend)
     run(through, source, values)
-    for cut in (1, 4, 5):
+    for cut in (4,) if backend == "triton" else (1, 4, 5):
         source = torch.zeros(37, device=device)
         first = Averager([source], rules, backend=backend)
         run(first, source, values[:cut])
@@ -322,7 +323,7 @@ def test_rules_refuse() -> None:
             make()
     for rules, message in (
         ({"a": Window(16)}, r"1 to 16 rules, found 17 \(a Window counts as k \+ 1\)"),
-        ({"a": Window(2), "a[0]": SWA()}, "other names than a window's rows"),
+        ({"a": Window(2), "a[0]": SWA()}, "other than those of a window's rows"),
     ):
         with pytest.raises(ValueError, match=message):
             Averager([torch.zeros(2)], rules)

@@ -300,6 +300,87 @@ def test_a_failing_update_is_whole_or_nothing() -> None:
     assert at_every_line(make) > 5
 
 
+@backends
+def test_opcheck(backend: str, device: str) -> None:
+    need(backend, device)
+    live = [torch.randn(33).bfloat16().to(device), torch.randn(5).to(device)]
+    swag = SWAG(live, k=2, backend=backend)
+    (part,), (plan,) = swag._storage.parts, swag._storage.plans
+    engine, table = part.engine, plan.update
+    found, steps = torch.zeros(1, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    arguments = (
+        table.averages, table.sources, engine.n_averaged[:1], engine.counters, table.words,
+        table.pairs, 2, table.short, found, steps, 2, 0,
+    )  # fmt: skip
+    torch.library.opcheck(
+        getattr(torch.ops.swa_fast.swag_, backend), arguments,
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )  # fmt: skip
+
+
+def test_raw_operator_checks_its_arguments() -> None:
+    need("cpu", "cpu")
+    swag = SWAG([torch.randn(5)], k=2, backend="cpu")
+    (part,), (plan,) = swag._storage.parts, swag._storage.plans
+    table, n, counters = plan.update, part.engine.n_averaged, part.engine.counters
+    good = [[], [], n[:1], counters, table.words, table.pairs, 2]
+    torch.ops.swa_fast.swag_.cpu(*good)
+    for at, bad, message in (
+        (2, n, "n_averaged must hold one int64"),
+        (3, torch.zeros(2, dtype=torch.int64), "counters must hold 3 int64"),
+        (4, torch.zeros(1, 6, dtype=torch.int64), r"table must be int64 of shape \[segments, 7"),
+        (5, 1 << 4, "expected averages of fp32 or fp64"),
+        (6, 0, "expected 1 column or more, found 0"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.swa_fast.swag_.cpu(*good[:at], bad, *good[at + 1 :])
+    with pytest.raises(RuntimeError, match="found_inf must hold one fp32"):
+        torch.ops.swa_fast.swag_.cpu(*good, 0, torch.zeros(1, dtype=torch.int64))
+
+
+def test_a_load_that_fails_is_whole_or_nothing() -> None:
+    weight = torch.randn(5)
+    other = SWAG([("w", weight + 1)], k=2)
+    for _ in range(3):
+        other.update()
+    state = other.state_dict()
+
+    def make() -> tuple[Callable[[], object], Callable[[], None]]:
+        swag = SWAG([("w", weight)], k=2)
+        swag.update()
+        rows = {row: t["w"].clone() for row, t in swag.state_dict()["rows"].items()}
+
+        def check() -> None:
+            found = swag.state_dict()
+            whole = found["n_averaged"] == 3
+            assert whole or found["n_averaged"] == 1
+            for row, tensors in found["rows"].items():
+                assert torch.equal(tensors["w"], state["rows"][row]["w"] if whole else rows[row])
+
+        return lambda: swag.load_state_dict(state), check
+
+    assert at_every_line(make, "swag.py") > 20
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_rows_on_the_cpu_of_a_model_on_a_gpu(backend: str | None) -> None:
+    weight = torch.zeros(40, device="cuda")
+    there = SWAG([("w", weight)], k=2, device="cpu", backend=backend)
+    here = SWAG([("w", weight)], k=2)
+    for value in (1.0, 3.0, 2.0):
+        weight.fill_(value)
+        there.update()
+        here.update()
+    assert there.mean["w"].device.type == "cpu"
+    for theirs, ours in ((there.mean, here.mean), (there.variance(), here.variance())):
+        torch.testing.assert_close(theirs["w"], ours["w"].cpu())
+    with there.sampled(seed=1):
+        torch.testing.assert_close(weight.cpu(), there._storage.live[0].cpu())
+        assert float(weight.std()) > 0
+    assert weight.tolist() == [2.0] * 40
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_one_launch_and_24_bytes(simulator: Any, backend: str) -> None:

@@ -95,6 +95,28 @@ def test_cyclic_average_continues_the_conventional_run(finished: Path) -> None:
         torch.testing.assert_close(average[name].double(), mean, rtol=1e-6, atol=1e-7)
 
 
+def test_the_members_of_an_ensemble_are_averaged_too(tmp_path: Path) -> None:
+    """The mean of their weights, with statistics of its own."""
+    assert cli.main(arguments(tmp_path, methods="fge", epochs=6, fge_start=0.3)) == 0
+    members = [load(path) for path in sorted(tmp_path.glob("model_fge-[0-9]*.pt"))]
+    average = load(tmp_path / "model_fge-average.pt")
+    model = build_model("preresnet8", in_channels=1, num_classes=3, width=2)
+    for name, _ in model.named_parameters():
+        mean = torch.stack([member[name].double() for member in members]).mean(0)
+        torch.testing.assert_close(average[name].double(), mean, rtol=1e-6, atol=1e-7)
+    model.load_state_dict(average)
+    trainer = Trainer(TrainConfig.from_options({**OPTIONS, "epochs": 6}), small_digits(), World())
+    trainer.evaluation.renew_statistics(model, 6)
+    for name, buffer in model.named_buffers():
+        torch.testing.assert_close(average[name], buffer)
+    rows = json.loads((tmp_path / "results.json").read_text())["summary"]
+    assert [(r["name"], r["captures"]) for r in rows] == [
+        ("FGE", 3),
+        ("FGE, average of members", 3),
+    ]
+    assert rows[1]["test_accuracy"] == pytest.approx(trainer.evaluation.score(model)[1])
+
+
 def test_ensemble_averages_probabilities(tmp_path: Path) -> None:
     """Two members, by hand, from their saved weights."""
     assert cli.main(arguments(tmp_path, methods="sgd,fge", epochs=6, fge_start=0.3)) == 0
@@ -103,7 +125,7 @@ def test_ensemble_averages_probabilities(tmp_path: Path) -> None:
     }
     config = TrainConfig.from_options({**OPTIONS, "epochs": 6})
     trainer = Trainer(config, small_digits(), World())
-    members = sorted(tmp_path.glob("model_fge-*.pt"))
+    members = sorted(tmp_path.glob("model_fge-[0-9]*.pt"))
     assert len(members) == summary["fge"]["captures"] == 3
     outputs = []
     labels = small_digits().test_labels

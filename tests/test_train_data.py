@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import os
 import pickle
 import urllib.error
 import urllib.request
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from swa_fast.train.data import Placement, load_dataset
-from swa_fast.train.data.dataset import Normalise, balanced_share
+from swa_fast.train.data.dataset import Normalise, balanced_share, validation_split
 from swa_fast.train.data.memory import MemoryDataset, channel_statistics
 from swa_fast.train.data.sources import load_digits, load_images, load_synthetic
 from swa_fast.train.errors import TrainError, import_extra
@@ -351,6 +352,29 @@ def test_fraction_of_a_dataset() -> None:
         assert [label_of[image.numpy().tobytes()] for image in images] == labels.tolist()
 
 
+@pytest.mark.parametrize(
+    ("labels", "held"),
+    [
+        ([0, 1] * 15, [27, 28, 29]),  # the last tenth, as of CIFAR's 50,000
+        ([1, 0], [1]),
+        ([0] * 20 + [1] * 10 + [2] * 2, [18, 19, 29, 31]),  # of each class in a folder's order
+    ],
+)
+def test_validation_split(labels: list[int], held: list[int]) -> None:
+    train, validation = validation_split(torch.tensor(labels))
+    assert validation.tolist() == held
+    assert train.tolist() == [i for i in range(len(labels)) if i not in held]
+
+
+def test_validation_images_are_training_images() -> None:
+    whole, split = load_dataset("digits"), load_dataset("digits", validation=True)
+    assert isinstance(whole, MemoryDataset) and isinstance(split, MemoryDataset)
+    assert torch.equal(split.train_images, whole.train_images[:-143])
+    assert torch.equal(split.test_images, whole.train_images[-143:])
+    assert torch.equal(split.test_labels, whole.train_labels[-143:])
+    assert split.sha256 != whole.sha256
+
+
 def test_synthetic_is_deterministic_and_learnable() -> None:
     dataset = load_synthetic(classes=5, image_size=12, train_images=503, test_images=200)
     again = load_synthetic(classes=5, image_size=12, train_images=503, test_images=200)
@@ -627,6 +651,36 @@ def test_image_modes_and_resizing(folder: Path) -> None:
     assert (by_name["alpha"] == 60).all()
     assert ((by_name["grey"].int() - 90).abs() <= 2).all()
     assert (by_name["palette"] == 90).all()
+
+
+@pytest.mark.parametrize("kind", ["eps", "eps named png", "pipe", "folder by a link"])
+def test_only_regular_files_of_named_formats_are_images(folder: Path, kind: str) -> None:
+    """Pillow hands EPS to Ghostscript, and would wait for a pipe."""
+    path = folder / ("train/dark/9.eps" if kind == "eps" else "train/dark/9.png")
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind.startswith("eps"):
+        Image.fromarray(np.full((10, 12, 3), 40, dtype=np.uint8)).save(path, format="EPS")
+    else:
+        path.symlink_to(folder / "train")
+    if kind == "eps":
+        assert load_images(folder).skipped_files == 1
+        return
+    if kind == "folder by a link":
+        assert load_images(folder).skipped_files == 0  # os.walk does not follow it
+        return
+    with pytest.raises(TrainError, match=r"9\.png: expected a readable image"):
+        load_images(folder)
+
+
+def test_names_that_are_no_text(folder: Path) -> None:
+    """Bytes that are not UTF-8."""
+    for part in ("train", "test"):
+        (folder / part / "dark").rename(os.fsdecode(bytes(folder / part) + b"/\xff"))
+    write(Path(os.fsdecode(bytes(folder / "train/bright") + b"/\xfe.png")),
+          np.full((10, 12, 3), 40, dtype=np.uint8))  # fmt: skip
+    dataset = load_images(folder)
+    assert len(dataset.classes) == 2 and len(dataset.sha256) == 64
 
 
 def test_image_progress(folder: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from train_runs import STEPS, arguments, assert_same_runs, kill_after, load
 
 from swa_fast.train import averages, cli
-from swa_fast.train.config import METHODS
+from swa_fast.train.defaults import METHODS
 
 pytestmark = pytest.mark.usefixtures("small")
 

@@ -127,17 +127,37 @@ def test_imagenet() -> None:
 def test_fge() -> None:
     found = trajectories("cifar100-vgg16")
     fge = found["fge"]
-    assert (fge.begin, fge.end, found["sgd"].branches) == (160, 200, (160,))
-    assert captures(fge, 200) == 20  # as in the authors' code: cycles of 2 epochs
-    taken = [e for e in range(160, 201) if fge.captures["fge"](e)]  # type: ignore[misc]
-    assert taken[:3] == [161, 163, 165]
+    assert (fge.begin, fge.end, found["sgd"].branches) == (156, 200, (156,))
+    taken = [e for e in range(156, 201) if fge.captures["fge"](e)]  # type: ignore[misc]
+    assert taken == list(range(157, 201, 2)) and len(taken) == 22
+    assert fge.captures["fge-average"] == fge.captures["fge"]
     # The least rate of a triangle is reached where a member is taken.
-    assert fge.rate(160, 0, STEPS) == 0.01
-    assert fge.rate(161, 0, STEPS) == pytest.approx(5e-4)
-    assert fge.rate(162, 0, STEPS) == 0.01
+    assert fge.rate(156, 0, STEPS) == 0.01
+    assert fge.rate(157, 0, STEPS) == pytest.approx(5e-4)
+    assert fge.rate(158, 0, STEPS) == 0.01
     wide = trajectories("cifar100-wrn28-10")["fge"]
-    assert [e for e in range(160, 201) if wide.captures["fge"](e)][:2] == [162, 166]  # type: ignore[misc]
-    assert wide.rate(161, 0, STEPS) == pytest.approx(0.5 * (0.05 + 5e-4))
+    taken = [e for e in range(176, 201) if wide.captures["fge"](e)]  # type: ignore[misc]
+    assert taken == [178, 182, 186, 190, 194, 198]
+    assert wide.rate(177, 0, STEPS) == pytest.approx(0.5 * (0.05 + 5e-4))
+
+
+@pytest.mark.parametrize(
+    ("preset", "counts"),
+    [
+        ("cifar100-pyramidnet272", (50, 51)),
+        ("cifar10-shakeshake26-2x64d", (9, 10)),
+        ("imagenet-resnet50", (10, 11)),
+        ("cifar100-preresnet164-cyclic-0.05", (5, 6)),
+    ],
+)
+def test_cyclical_averages_with_and_without_the_initial_weights(
+    preset: str, counts: tuple[int, int]
+) -> None:
+    for initial, count in zip((False, True), counts, strict=True):
+        swa = trajectories(preset, include_initial=initial)["swa-cyclic"]
+        captured = swa.captures["swa-cyclic"]
+        assert captured is not None and captured(swa.begin) == initial
+        assert captures(swa, swa.end) == count
 
 
 def test_study_of_the_learning_rate() -> None:
@@ -170,25 +190,48 @@ def test_methods_share_the_conventional_run() -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.parametrize("scale", [1.0, 0.3, 0.01, 0.001])
-def test_presets_make_sense_at_every_scale(name: str, scale: float) -> None:
+@pytest.mark.parametrize("scale", [1.0, 0.3, 0.1, 0.01, 0.001])
+def test_presets_keep_their_shape_at_every_scale(name: str, scale: float) -> None:
+    """Rates, captures and members by hand: nothing is captured before the rate is the paper's, four
+    captures (or all) are in the first average that is reported, and FGE's cycle is even."""
     preset = PRESETS[name]
     options = {**scaled(preset.options, scale), "data_dir": "."}
     config = TrainConfig.from_options(options)
+    whole = {t.name: t for t in plan(TrainConfig.from_options({**preset.options, "data_dir": "."}))}
     found = plan(config)
     keys = {
         (method, budget) for t in found for method, marks in t.marks.items() for budget in marks
     }
     if config.pretrained is not None:
         keys.add((None, 0.0))  # type: ignore[arg-type]
-    if scale == 1.0:
-        assert set(preset.published) <= keys
+    if scale == 1.0:  # FGE's of two and three budgets are of as many runs
+        assert {key for key in preset.published if key[1] <= 1.5} <= keys
+    assert [t.name for t in found] == list(whole)
     for trajectory in found:
+        name = trajectory.name
         assert trajectory.begin < trajectory.end
         for epoch in range(trajectory.begin, min(trajectory.end, 30)):
             assert 0 < trajectory.rate(epoch, 0, 3) <= 0.5
-    if scale < 1:
-        assert config.epochs <= max(8, preset.options["epochs"] * scale + 1)
+        if name == "sgd":
+            continue
+        counts = []
+        for one in (trajectory, whole[name]):
+            captured = one.captures[name]
+            assert captured is not None
+            end = min(one.marks[name].values())
+            counts.append([e for e in range(one.begin + 1, end + 1) if captured(e)])
+        least = len(counts[1]) // 3 if name == "fge" else len(counts[1])
+        assert len(counts[0]) >= min(4, least), counts
+        if name == "swa":
+            for epoch in counts[0]:
+                assert trajectory.rate(epoch - 1, 0, 3) == pytest.approx(config.swa_lr, rel=1e-12)
+        if name == "swa-cyclic":  # the last step before a capture has the least rate of its cycle
+            lows = [trajectory.rate(epoch - 1, 2, 3) for epoch in counts[0]]
+            assert lows == pytest.approx([trajectory.rate(counts[0][0] - 1, 2, 3)] * len(lows))
+        if name == "fge":
+            assert config.fge_cycle % 2 == 0
+            for epoch in counts[0]:  # the triangle's foot is the next epoch's first step
+                assert trajectory.rate(epoch, 0, 3) == pytest.approx(config.fge_lr_min)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ def test_records(finished: Path) -> None:
         "swa": {3: 1, 4: 2, 5: 3, 6: 4},
         "swa-cyclic": {4: 1, 5: 1, 6: 2},
         "fge": {3: 1, 4: 1},
+        "fge-average": {3: 1, 4: 1},
         "swa-fixed": {3: 1, 4: 2, 5: 3, 6: 4},
     }
     for record in found:
@@ -70,12 +71,14 @@ def test_summary_and_tables(finished: Path) -> None:
         ("swa-cyclic", 1.0, 4, 1),
         ("swa-cyclic", 1.5, 6, 2),
         ("fge", 1.0, 4, 1),
+        ("fge-average", 1.0, 4, 1),
         ("swa-fixed", 1.0, 4, 2),
         ("swa-fixed", 1.5, 6, 4),
     ]
     for row in rows:
         method = row["method"]
-        record = by_key["sgd" if method == "ema" else method, row["epochs"]]
+        trajectory = {"ema": "sgd", "fge-average": "fge"}.get(method, method)
+        record = by_key[trajectory, row["epochs"]]
         source = record if method == "sgd" else record["averages"][method]
         assert row["test_accuracy"] == source["test_accuracy"]
         assert row["test_loss"] == source["test_loss"]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ from train_runs import (
     words,
 )
 
-from swa_fast.train import cli, data
+from swa_fast.train import cli, data, session
 from swa_fast.train.averages import Average, Ensemble, WeightAverage
 from swa_fast.train.data.memory import MemoryDataset
 from swa_fast.train.errors import Stopped
@@ -49,6 +51,7 @@ def test_all_files(finished: Path) -> None:
         "log.txt",
         "model_ema.pt",
         "model_fge-01.pt",
+        "model_fge-average.pt",
         "model_sgd.pt",
         "model_swa-1.pt",
         "model_swa-cyclic-1.pt",
@@ -99,6 +102,46 @@ KILLS = [
     10 * STEPS + 1,
     21 * STEPS + 1,
 ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_other_signals_stop_a_run_like_an_interrupt(
+    number: signal.Signals,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """And with the terminal gone, the folder's log says how to go on."""
+
+    class Gone(io.TextIOWrapper):
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        kill_after(3, patch, 1, number)
+        if number == signal.SIGHUP:
+            patch.setattr(sys, "stdout", Gone(io.BytesIO()))
+            patch.setattr(sys, "stderr", Gone(io.BytesIO()))
+        assert cli.main(["train", "--out", str(tmp_path), *words(ALL)]) == 130
+    assert signal.getsignal(number) == before
+    log = (tmp_path / "log.txt").read_text()
+    assert f"Continue with:\n  swa-fast train --resume {tmp_path}" in log
+    if number == signal.SIGTERM:
+        assert "its state is in" in capsys.readouterr().err
+    state = load(newest(tmp_path, "sgd"))
+    assert state["step"] + STEPS * state["epoch"] == 3
+
+
+def test_a_hangup_stays_ignored_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with session.interrupts() as interrupted:
+            signal.raise_signal(signal.SIGHUP)
+            assert not interrupted()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("signals", [1, 2])
@@ -330,7 +373,8 @@ def test_initial_weights_count_where_asked_for(tmp_path: Path) -> None:
 def test_evaluation_every_third_epoch_and_at_the_end(tmp_path: Path) -> None:
     assert cli.main(arguments(tmp_path, eval_every=3)) == 0
     found = records(tmp_path)
-    assert [r["test_loss"] is not None for r in found] == [False, False, True, True] * 2
+    # And after the first, as in the authors' code.
+    assert [r["test_loss"] is not None for r in found] == [True, False, True, True] * 2
     averages = [r["averages"]["swa"] for r in found[4:]]
     assert [a["test_loss"] is not None for a in averages] == [False, False, True, True]
     # How often one looks does not change what one sees.
@@ -338,7 +382,7 @@ def test_evaluation_every_third_epoch_and_at_the_end(tmp_path: Path) -> None:
     # The end of a run that others only go on from is looked at, too.
     assert cli.main(arguments(tmp_path / "fge", eval_every=3, methods="fge", fge_start=0.5)) == 0
     found = records(tmp_path / "fge")
-    assert [r["test_loss"] is not None for r in found] == [False, True, True, True]
+    assert [r["test_loss"] is not None for r in found] == [True, True, True, True]
 
 
 def test_looking_does_not_change_the_result(finished: Path, tmp_path: Path) -> None:

@@ -98,6 +98,16 @@ def test_fraction(folder: Path) -> None:
     assert dataset.to_json()["fraction"] == 0.5
 
 
+def test_validation(folder: Path) -> None:
+    """The last of every class that is trained on."""
+    whole, split = load_stream(folder), load_stream(folder, validation=True)
+    files = dict(zip(whole.train_files, whole.train_labels.tolist(), strict=True))
+    last = {label: file for file, label in files.items()}  # one of fewer than twenty
+    assert split.test_files == tuple(last.values())
+    assert split.train_files == tuple(f for f in files if f not in last.values())
+    assert split.test_labels.tolist() == list(last)
+
+
 def test_an_epoch_holds_every_image_once(folder: Path) -> None:
     dataset = load_stream(folder, image_size=16)
     batches = training(dataset)

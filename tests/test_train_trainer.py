@@ -51,6 +51,23 @@ def test_two_epochs_by_hand() -> None:
     assert epoch == 1
 
 
+def test_initial_scales_of_2018() -> None:
+    """BatchNorm's scales are uniform; everything else starts as it does without the option."""
+    models = [
+        Trainer(TrainConfig.from_options({**OPTIONS, "bn_gamma": gamma}), small_digits(), World())
+        .build()
+        .state_dict()
+        for gamma in ("ones", "uniform")
+    ]
+    norms = [name for name in models[0] if name.replace("weight", "running_var") in models[0]]
+    norms = [name for name in norms if name.endswith("weight")]
+    assert norms
+    for name, value in models[0].items():
+        assert torch.equal(models[1][name], value) != (name in norms), name
+    scales = torch.cat([models[1][name] for name in norms])
+    assert 0 <= scales.min() < 0.2 and 0.8 < scales.max() < 1
+
+
 def test_training_goes_on_from_the_iterate_not_from_the_average() -> None:
     *_, (_, averaging) = follow(OPTIONS, "swa")
     config = TrainConfig.from_options(OPTIONS)

@@ -130,7 +130,7 @@ def test_the_table_has_short_segments_last() -> None:
     sources = mixed()
     averager = Averager(sources, RULES, dtype=None, backend="cuda")
     averager.update()
-    table = averager._storage._plans[0].update
+    table = averager._storage.plans[0].update
     size = {code: dtype.itemsize for dtype, code in layout.TYPE_CODES.items()}
     packed = table.words.cpu()[:, layout.PACKED].tolist()
     lengths = [(p & 0xFFFFFFFF) * size[(p >> layout.AVERAGE_TYPE) & 0xFF] for p in packed]
@@ -180,11 +180,11 @@ def test_the_result_does_not_depend_on_how_segments_share_blocks(on_nonfinite: s
     for short in (0, 5, None):
         averager = Averager(sources, RULES, dtype=None, backend="cuda", on_nonfinite=on_nonfinite)
         averager.update()
-        table = averager._storage._plans[0].update
+        table = averager._storage.plans[0].update
         if short is not None:
             table.short = short
         averager.update()
-        assert averager._storage._plans[0].update is table
+        assert averager._storage.plans[0].update is table
         results.append(averager)
     assert_same(results[0], results[1])
     assert_same(results[0], results[2])

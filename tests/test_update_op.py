@@ -165,6 +165,16 @@ def test_raw_operators_check_their_arguments() -> None:
     ):
         with pytest.raises(RuntimeError, match=message):
             torch.ops.swa_fast.update_.cpu(*good[:at], bad, *good[at + 1 :])
+    for gate, message in (
+        ([torch.zeros(2)], "found_inf must hold one fp32"),
+        ([torch.zeros(1, dtype=torch.float64)], "found_inf must hold one fp32"),
+        ([None, torch.zeros(1)], "steps must hold one int64"),
+        ([None, torch.zeros(1, dtype=torch.int64), 0], "every must be 1 or more, found 0"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.swa_fast.update_.cpu(*good, 0, *gate)
+    with pytest.raises(RuntimeError, match="found_inf and steps need counters"):
+        torch.ops.swa_fast.update_.cpu(*good[:3], None, *good[4:], 0, torch.zeros(1))
     with pytest.raises(RuntimeError, match="skip_nonfinite needs counters"):
         torch.ops.swa_fast.update_.cpu(*good[:3], None, *good[4:8], True)
     for at, wrong, message in (

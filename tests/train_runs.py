@@ -142,7 +142,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def kill_after(steps: int, patch: pytest.MonkeyPatch, signals: int = 2) -> None:
+def kill_after(
+    steps: int,
+    patch: pytest.MonkeyPatch,
+    signals: int = 2,
+    number: signal.Signals = signal.SIGINT,
+) -> None:
     """Ends the run after the trainer's ``steps``-th step: one signal asks it to stop there and to
     save its state, two stop it at once."""
     done = 0
@@ -152,7 +157,7 @@ def kill_after(steps: int, patch: pytest.MonkeyPatch, signals: int = 2) -> None:
         done += 1
         if done == steps:
             for _ in range(signals):
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(number)
 
     patch.setattr(progress.Progress, "step", step)
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data.distributed import DistributedSampler
 
 from .options import Options
 
@@ -15,8 +19,9 @@ EMPTY = "loader: expected at least one batch, found none"
 
 
 def move(item: Any, device: torch.device | None, channels_last: bool) -> Any:
-    """Moves the tensors of a batch to ``device``, whatever they are nested in. ``channels_last``
-    gives images on the CPU that memory format."""
+    """Moves the tensors of a batch to ``device``, whatever they are nested in: lists, tuples,
+    dicts, dataclasses, and objects with a method ``to``. ``channels_last`` gives images on the CPU
+    that memory format. What contains no tensor that changes is handed on as it is."""
     if isinstance(item, Tensor):
         if device is not None:
             # A copy to the CPU has to be waited for. Other copies are read on their device only.
@@ -24,22 +29,60 @@ def move(item: Any, device: torch.device | None, channels_last: bool) -> Any:
         if channels_last and item.device.type == "cpu" and item.dim() == 4:
             item = item.contiguous(memory_format=torch.channels_last)
         return item
-    if isinstance(item, tuple) and hasattr(item, "_fields"):
-        return type(item)(*(move(value, device, channels_last) for value in item))
+    if not isinstance(item, type) and callable(getattr(item, "to", None)):
+        # A packed sequence among them, of which only a part moves.
+        return item if device is None else item.to(device)
     if isinstance(item, list | tuple):
-        return type(item)(move(value, device, channels_last) for value in item)
+        values = [move(value, device, channels_last) for value in item]
+        if all(new is old for new, old in zip(values, item, strict=True)):
+            return item
+        if isinstance(item, list):
+            copied = copy.copy(item)
+            copied[:] = values
+            return copied
+        return item._make(values) if hasattr(item, "_make") else type(item)(values)
     if isinstance(item, dict):
-        moved = {key: move(value, device, channels_last) for key, value in item.items()}
-        return moved if type(item) is dict else _like(item, moved)
-    if device is not None and callable(getattr(item, "to", None)):
-        return item.to(device)
+        changes = _changed(item, device, channels_last)
+        if not changes:
+            return item
+        return _updated(item, changes)
+    if dataclasses.is_dataclass(item) and not isinstance(item, type):
+        fields = {
+            field.name: getattr(item, field.name)
+            for field in dataclasses.fields(item)
+            if hasattr(item, field.name)
+        }
+        changes = _changed(fields, device, channels_last)
+        if not changes:
+            return item
+        replaced = copy.copy(item)
+        for name, value in changes.items():
+            object.__setattr__(replaced, name, value)  # frozen ones, too
+        return replaced
     return item
 
 
-def _like(original: dict[Any, Any], values: dict[Any, Any]) -> dict[Any, Any]:
-    copy = original.copy()
-    copy.update(values)
-    return copy
+def _updated(original: dict[Any, Any], changes: dict[Any, Any]) -> dict[Any, Any]:
+    copied = original.copy()
+    copied.update(changes)
+    return copied
+
+
+def _changed(
+    values: Mapping[Any, Any], device: torch.device | None, channels_last: bool
+) -> dict[Any, Any]:
+    moved = {key: move(value, device, channels_last) for key, value in values.items()}
+    return {key: value for key, value in moved.items() if value is not values[key]}
+
+
+def in_order(loader: Any) -> bool:
+    """Whether a loader is known to read its data in the order in which they are stored."""
+    if not isinstance(loader, DataLoader):
+        return False
+    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
+    return isinstance(sampler, SequentialSampler) or (
+        isinstance(sampler, DistributedSampler) and not sampler.shuffle
+    )
 
 
 def tensors_of(item: Any) -> Iterator[Tensor]:
@@ -51,17 +94,17 @@ def tensors_of(item: Any) -> Iterator[Tensor]:
     elif isinstance(item, Mapping):
         for value in item.values():
             yield from tensors_of(value)
+    elif dataclasses.is_dataclass(item) and not isinstance(item, type):
+        for field in dataclasses.fields(item):
+            yield from tensors_of(getattr(item, field.name, None))
 
 
-def _describe(item: Any) -> str:
-    if isinstance(item, Mapping) and item:
-        kinds = sorted({type(value).__name__ for value in item.values()})
-        return f"a {type(item).__name__} of {', '.join(kinds)}"
-    if isinstance(item, list | tuple) and item:
-        kinds = sorted({type(value).__name__ for value in item})
-        return f"a {type(item).__name__} of {', '.join(kinds)}"
+def describe(item: Any) -> str:
     if isinstance(item, list | tuple | Mapping):
-        return f"an empty {type(item).__name__}"
+        values = item.values() if isinstance(item, Mapping) else item
+        kinds = sorted({type(value).__name__ for value in values})
+        name = type(item).__name__
+        return f"a {name} of {', '.join(kinds)}" if kinds else f"an empty {name}"
     return type(item).__name__
 
 
@@ -70,6 +113,7 @@ class Loader:
 
     def __init__(self, loader: Iterable[Any], options: Options) -> None:
         self.iterator = iter(loader)
+        self.in_order = in_order(loader)
         self.options = options
         self.channels_last = bool(options.channels_last)
 
@@ -86,22 +130,20 @@ class Loader:
         return batch
 
     def input_of(self, batch: Any, index: int) -> Any:
-        """Selects and moves what the model, or the user's call, is handed.
+        """Selects and moves what the model, or the user's call, is handed: of a list or tuple the
+        first element, as torch does, and anything else as it is.
 
         Raises:
-            TypeError: the batch contains no tensor.
+            TypeError: the batch is an empty list or tuple.
         """
         options = self.options
         item = batch
         if options.call is None and not options.whole_batch and isinstance(batch, list | tuple):
-            item = batch[0] if batch else None
-        if (
-            options.call is None
-            and not hasattr(item, "to")
-            and not any(True for _ in tensors_of(item))
-        ):
-            raise TypeError(
-                "loader: expected batches whose input is a tensor or contains one, found "
-                f"{_describe(batch)} in batch {index}"
-            )
+            if not batch:
+                raise TypeError(
+                    f"loader: expected batches whose first element is the model's input, found an "
+                    f"empty {type(batch).__name__} in batch {index}; call= runs models with other "
+                    "inputs"
+                )
+            item = batch[0]
         return move(item, options.device, self.channels_last)

@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import _ops
 from .._layout import VALUES
+from .derivatives import differentiated, without_derivatives
 from .graph import CapturedForward, Signature, signature_of, waiting_told
 from .layers import Layer, gathers_weights, has_hooks
+from .lent import BatchNormCall, changed, give_back, lend, replaced, show, written_by
 from .options import Options
-from .relu import Consumers, Output
+from .relu import fusing_forward, is_plain_sequential
 from .statistics import Statistics
 
-# Batches that run in full before the forward is cut off behind the last layer.
-_FULL_BATCHES = 2
+# Batches that are run before one is run for its graph.
+_BATCHES_BEFORE_GRAPH = 2
+
+_WRITTEN = (
+    "layer {}: expected running statistics that are updated by F.batch_norm or by the layer's own "
+    "forward, found that something else in the model's forward writes to them, such as a scripted "
+    "function, or puts others in their place"
+)
 
 _log = logging.getLogger("swa_fast")
-
-
-class _Stop(BaseException):
-    """Leaves a forward whose last statistics have been taken. A BaseException, because models
-    catch every Exception."""
 
 
 class _NotCaptured(Exception):
@@ -47,6 +50,7 @@ class Collector:
         self.model = model
         self.layers = layers
         self.estimator = options.estimator
+        self.unbiased = options.unbiased
         self.call = options.call
         by_device: dict[torch.device, list[Layer]] = {}
         for layer in layers:
@@ -62,31 +66,28 @@ class Collector:
         self.sequence: list[tuple[int, int]] | None = None
         self.calls: list[tuple[int, int]] = []
         self.rows = 0
-        plain = not has_hooks(modules)
-        self.may_fuse = plain
-        self.fused: frozenset[tuple[int, int]] = frozenset()
-        self.outputs: list[Output] = []
-        self.may_stop = plain and options.call is None and not gathers_weights(modules)
-        self.stopping = False  # whether _Stop has been raised in this forward
+        hooked = has_hooks(modules)
+        # Modules whose forward is replaced by one that fuses layers with ReLUs.
+        self.sequentials = [] if hooked else [m for m in modules if is_plain_sequential(m)]
         # Why the forward is not captured, empty while it may yet be; and the captured one.
         self.not_captured = ""
         if not options.graph or all(s.device.type == "cpu" for s in self.statistics):
             self.not_captured = "not asked for"
-        elif reason := self._never_captured(plain):
+        elif reason := self._never_captured(modules, hooked):
             self._refuse_capture(reason)
         self.captured: CapturedForward | None = None
         self.replayed = 0
         self.signature: Signature | None = None  # of the last batch
 
-    def _never_captured(self, plain: bool) -> str:
+    def _never_captured(self, modules: Sequence[nn.Module], hooked: bool) -> str:
         if len(self.statistics) > 1:
             devices = ", ".join(str(statistics.device) for statistics in self.statistics)
             return f"there are layers on several devices: {devices}"
-        if not plain:
+        if hooked:
             return "a module has a forward hook"
         if self.call is not None:
             return "call= runs the forward"
-        if not self.may_stop:
+        if gathers_weights(modules):
             return "FSDP gathers weights within the forward"
         if any(layer.synchronises for layer in self.layers):
             return "SyncBatchNorm exchanges statistics within the forward"
@@ -97,60 +98,71 @@ class Collector:
     @contextlib.contextmanager
     def replaced_forwards(self) -> Iterator[None]:
         with contextlib.ExitStack() as restore:
-            for layer in self.layers:
-                attributes = layer.module.__dict__
+
+            def replace(module: nn.Module, forward: Callable[..., Any]) -> None:
+                attributes = module.__dict__
                 if "forward" in attributes:
                     restore.callback(attributes.__setitem__, "forward", attributes["forward"])
                 else:
                     restore.callback(attributes.pop, "forward", None)
+                attributes["forward"] = forward
+
+            fusible: dict[nn.Module, Layer] = {}
+            for layer in self.layers:
+                module = layer.module
+                lend(layer, self._answer, self._refresh, restore)
                 if layer.own_forward:
-                    attributes["forward"] = self._around(layer, layer.module.forward)
-                    self._lend_buffers(layer.module, restore)
+                    # Then a forward that updates the buffers by itself leaves the batch's
+                    # statistics in them.
+                    restore.callback(setattr, module, "momentum", module.momentum)
+                    module.momentum = 1.0
+                    replace(module, self._around(layer, module.forward))
                 else:
-                    attributes["forward"] = self._instead(layer)
+                    layer.compute = self._instead(layer)
+                    fusible[module] = layer
+                    replace(module, layer.compute)
+            for sequential in self.sequentials:
+                assert isinstance(sequential, nn.Sequential)
+                if any(module in fusible for module in sequential):
+                    replace(sequential, fusing_forward(sequential, fusible))
             yield
 
-    @staticmethod
-    def _lend_buffers(module: _BatchNorm, restore: contextlib.ExitStack) -> None:
-        """Gives a layer momentum 1 and copies of its buffers for the time of the pass, so that its
-        own forward leaves the statistics of the batch in them."""
-        restore.callback(setattr, module, "momentum", module.momentum)
-        restore.callback(module._buffers.update, dict(module._buffers))
-        module.momentum = 1.0
-        for name in ("running_mean", "running_var", "num_batches_tracked"):
-            buffer = module._buffers[name]
-            if buffer is not None:
-                module._buffers[name] = buffer.clone()
-
-    def _begin_call(self, layer: Layer, x: Any) -> tuple[Tensor, bool]:
+    def _begin_call(self, layer: Layer, x: Any) -> Tensor:
         """Checks the input ``x`` of a layer.
 
         Returns:
-            The storage of its statistics, and whether they are the last ones of the forward.
+            The storage of its statistics.
 
         Raises:
             TypeError, ValueError: ``x`` is not an input of the layer, or has too few values.
         """
         if not isinstance(x, Tensor):
-            raise TypeError(f"layer {layer.name}: expected a tensor, found {type(x).__name__}")
+            raise TypeError(
+                f"layer {layer.name}: expected a tensor, found {type(x).__name__}; a model that is "
+                "called with something else than a batch's first element needs call="
+            )
         if x.dim() < 2 or x.shape[1] != layer.channels:
             raise ValueError(
                 f"layer {layer.name}: expected [N, {layer.channels}, ...], found {tuple(x.shape)}"
             )
-        values = x.numel() // layer.channels
-        if values < (1 if self.estimator == "pooled" else 2):
+        self._check_values(layer, x)
+        return self._next_use(layer, x)
+
+    def _check_values(self, layer: Layer, x: Tensor) -> None:
+        if x.numel() // layer.channels < (1 if self.estimator == "pooled" else 2):
             raise ValueError(
                 f"layer {layer.name}: expected more than 1 value per channel, found input of shape "
                 f"{tuple(x.shape)} in batch {self.batches}; leave out the last batch "
                 "(drop_last=True) or use another batch size"
             )
+
+    def _next_use(self, layer: Layer, x: Tensor) -> Tensor:
         self.rows = self.rows or x.shape[0]
         layer.order = min(layer.order, len(self.calls))
         self.calls.append((layer.index, layer.uses))
-        last = self.may_stop and self._nothing_follows()
-        return layer.statistics.batch(layer), last
+        return layer.statistics.batch(layer)
 
-    def _instead(self, layer: Layer) -> Callable[[Tensor], Tensor]:
+    def _instead(self, layer: Layer) -> Callable[..., Tensor]:
         module = layer.module
         tickets = layer.tickets
         collect = getattr(torch.ops.swa_fast.batch_norm_collect, layer.statistics.backend)
@@ -161,109 +173,162 @@ class Collector:
         weight: Tensor | None = None
         bias: Tensor | None = None
 
-        def estimate(input: Tensor) -> Tensor:
+        def forward(input: Tensor, relu: bool = False) -> Tensor:
             nonlocal dtype, device, weight, bias
-            module._check_input_dim(input)
-            batch, last = self._begin_call(layer, input)
-            # nn.Module looks parameters up slowly, so once.
-            scale, shift = module.weight, module.bias
-            if (
-                input.dtype is not dtype
-                or input.device != device
-                or scale is not weight
-                or shift is not bias
-                or input.layout is not torch.strided
-            ):
-                _ops.check_batch_norm_collect(input, scale, shift, batch, tickets)
-                dtype, device = input.dtype, input.device
-                weight, bias = scale, shift
-            key = self.calls[-1]
-            fused = key in self.fused
-            y = collect(
-                input if _ops.is_dense(input) else input.contiguous(),
-                scale if scale is None else scale.contiguous(),
-                shift if shift is None else shift.contiguous(),
-                module.eps,
-                fused,
-                not last,
-                batch,
-                tickets,
+            with torch._C.DisableTorchFunction():
+                module._check_input_dim(input)
+                # nn.Module looks parameters up slowly, so once.
+                scale, shift = module.weight, module.bias
+                if differentiated(input, scale, shift):
+                    z = self._differentiable(layer, input, scale, shift, module.eps)
+                    return z.relu() if relu else z
+                batch = self._begin_call(layer, input)
+                if (
+                    input.dtype is not dtype
+                    or input.device != device
+                    or scale is not weight
+                    or shift is not bias
+                    or input.layout is not torch.strided
+                ):
+                    _ops.check_batch_norm_collect(input, scale, shift, batch, tickets)
+                    dtype, device = input.dtype, input.device
+                    weight, bias = scale, shift
+                y: Tensor = collect(
+                    input if _ops.is_dense(input) else input.contiguous(),
+                    scale if scale is None else scale.contiguous(),
+                    shift if shift is None else shift.contiguous(),
+                    module.eps,
+                    relu,
+                    True,
+                    batch,
+                    tickets,
+                )
+                return y
+
+        return forward
+
+    def _differentiable(
+        self, layer: Layer, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        """BatchNorm by torch, for a forward that takes gradients of it."""
+        values = without_derivatives(x, layer.name)
+        batch = self._begin_call(layer, values)
+        self._collect(layer, values, batch, eps)
+        cudnn = torch.backends.cudnn.enabled
+        return torch.batch_norm(x, weight, bias, None, None, True, 0.0, eps, cudnn)
+
+    def _collect(self, layer: Layer, x: Tensor, batch: Tensor, eps: float) -> None:
+        _ops.batch_norm_collect(
+            x, None, None, eps, batch, normalise=False, tickets=layer.tickets,
+            backend=layer.statistics.backend,
+        )  # fmt: skip
+
+    def _answer(self, call: BatchNormCall) -> Tensor:
+        """Answers F.batch_norm on a layer's buffers, whoever has called it: a subclass's forward,
+        perhaps on parts of a batch or side by side, or the model."""
+        layer, x = call.layer, call.input
+        with torch._C.DisableTorchFunction():
+            if differentiated(x, call.weight, call.bias):
+                return self._differentiable(layer, x, call.weight, call.bias, call.eps)
+            batch = self._begin_call(layer, x)
+            y = _ops.batch_norm_collect(
+                x, call.weight, call.bias, call.eps, batch, tickets=layer.tickets,
+                backend=layer.statistics.backend,
+            )  # fmt: skip
+            assert y is not None
+            return y
+
+    def _refresh(self, layer: Layer) -> None:
+        """Shows who reads a layer's buffers what torch's pass would have in them."""
+        with torch.no_grad():
+            show(
+                layer,
+                (self.batches, layer.uses),
+                lambda: layer.statistics.so_far(layer, self.unbiased),
             )
-            if last:
-                self.stopping = True
-                raise _Stop
-            if self.may_fuse:
-                output = Output(key, fused)
-                self.outputs.append(output)
-                y._swa_fast_output = output
-            assert isinstance(y, Tensor)
-            return y
 
-        def forward(input: Tensor) -> Tensor:
-            with torch._C.DisableTorchFunction():
-                if not torch.is_grad_enabled():
-                    return estimate(input)
-                # The model, or the user's call, has turned gradients on again.
-                with torch.no_grad():
-                    return estimate(input)
-
-        return forward
-
-    def _around(self, layer: Layer, own: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        module = layer.module
-
-        def forward(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            with torch._C.DisableTorchFunction():
-                batch, last = self._begin_call(layer, input)
-            y = own(input, *args, **kwargs)
-            with torch._C.DisableTorchFunction():
-                if layer.synchronises and self.estimator == "pooled":
-                    # The forward's statistics are those of all ranks' batches together.
-                    _ops.batch_norm_collect(
-                        input,
-                        None,
-                        None,
-                        module.eps,
-                        batch,
-                        normalise=False,
-                        tickets=layer.tickets,
-                        backend=layer.statistics.backend,
+    def _around(self, layer: Layer, own: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            answered = layer.uses
+            y = own(*args, **kwargs)
+            with torch._C.DisableTorchFunction(), torch.no_grad():
+                if layer.uses == answered:
+                    if layer.synchronises or replaced(layer) or changed([layer]):
+                        self._take_written(layer, own, args, kwargs)
+                elif replaced(layer):
+                    raise ValueError(
+                        f"layer {layer.name}: expected running statistics that are updated by "
+                        "F.batch_norm or by the layer's forward, found one that does both"
                     )
-                else:
-                    values = input.numel() // layer.channels
-                    batch[VALUES].fill_(values)
-                    batch[1].fill_(input.shape[0])
-                    assert module.running_mean is not None and module.running_var is not None
-                    batch[2].copy_(module.running_mean)
-                    batch[3].copy_(module.running_var).mul_(values - 1)
-            if last:
-                self.stopping = True
-                raise _Stop
             return y
 
         return forward
+
+    def _take_written(
+        self, layer: Layer, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Takes the statistics that a layer's forward has written into its buffers by itself. With
+        momentum 1 they are those of the batch.
+
+        Raises:
+            ValueError: they are not, because the forward does not ask for the momentum.
+        """
+        found = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+        if found is None:
+            raise ValueError(
+                f"layer {layer.name}: expected a forward that is handed a tensor, found none"
+            )
+        x = without_derivatives(found, layer.name)
+        self._check_values(layer, x)
+        mean, variance = (tensor.clone() for tensor in written_by(layer))
+        if not (layer.synchronises or layer.honours_momentum):
+            self._check_momentum(layer, own, args, kwargs, (mean, variance))
+        batch = self._next_use(layer, x)
+        if layer.synchronises and self.estimator == "pooled":
+            # The forward's statistics are those of all ranks' batches together.
+            self._collect(layer, x, batch, layer.module.eps)
+        else:
+            values = x.numel() // layer.channels
+            batch[VALUES].fill_(values)
+            batch[1].fill_(x.shape[0])
+            batch[2].copy_(mean)
+            batch[3].copy_(variance).mul_(values - 1)
+        give_back(layer)
+
+    def _check_momentum(
+        self,
+        layer: Layer,
+        own: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        written: tuple[Tensor, Tensor],
+    ) -> None:
+        """Runs the forward again from other buffers: what it writes may not depend on them.
+
+        Once in a pass, and only for a layer that does not hand its buffers to F.batch_norm.
+        """
+        give_back(layer)
+        for plain, other in zip(layer.plain, (7.0, 13.0), strict=True):
+            plain.data.fill_(other)
+        layer.shown = (self.batches, layer.uses)
+        devices = {x.get_device() for x in args if isinstance(x, Tensor) and x.is_cuda}
+        with torch.random.fork_rng(sorted(devices)):
+            own(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+        for first, second in zip(written, written_by(layer), strict=True):
+            coarse = 1e-2 if first.dtype.itemsize < 4 else 1e-3
+            if not torch.allclose(first, second, rtol=coarse, atol=coarse, equal_nan=True):
+                raise ValueError(
+                    f"layer {layer.name}: expected a forward that updates its running statistics "
+                    f"with self.momentum, found that {type(layer.module).__name__} uses a momentum "
+                    "of its own: what it leaves is no batch's statistics"
+                )
+        layer.honours_momentum = True
 
     # ---- forwards
 
-    def _nothing_follows(self) -> bool:
-        """Tells whether the call that has just begun is the last one that has to be computed.
-
-        Only if the first forwards, which ran in full, and this one made the same calls, and each
-        layer exactly one: then all that could follow are layers that have had their turn.
-        """
-        return (
-            self.batches >= _FULL_BATCHES
-            and self.sequence is not None
-            and len(self.calls) == len(self.sequence) == len(self.layers)
-            and self.calls == self.sequence
-            and all(use == 0 for _, use in self.sequence)
-        )
-
     def _begin(self) -> None:
         self.calls = []
-        self.outputs = []
         self.rows = 0
-        self.stopping = False
         for layer in self.layers:
             layer.uses = 0
 
@@ -271,48 +336,45 @@ class Collector:
         for statistics in self.statistics:
             statistics.discard()
 
-    def _run(self, batch: Any) -> bool:
-        """One forward; True if it was left behind its last layer."""
+    def _run(self, batch: Any) -> None:
+        """One forward."""
         self._begin()
         try:
-            with Consumers() if self.may_fuse else contextlib.nullcontext():
-                if self.call is None:
-                    self.model(batch)
-                else:
-                    self.call(self.model, batch)
-        except _Stop:
-            return True
+            if self.call is None:
+                self.model(batch)
+            else:
+                self.call(self.model, batch)
         except Exception:
             self._discard()
-            if not self.stopping:
-                raise
-        return False
+            for layer in self.layers:
+                if replaced(layer):
+                    give_back(layer)
+            raise
+        for layer in self.layers:
+            if replaced(layer):
+                raise ValueError(_WRITTEN.format(layer.name))
 
-    def _misjudged(self, stopped: bool) -> set[tuple[int, int]]:
-        """Outputs that were fused with a ReLU and have been used by something else, too."""
-        return {
-            output.key
-            for output in self.outputs
-            if output.fused
-            and not (output.only_relu or (stopped and output.relus + output.others == 0))
-        }
+    def check_untouched(self) -> None:
+        """
+        Raises:
+            ValueError: something has updated a layer's running statistics that the pass has not
+                seen.
+        """
+        if layer := changed(self.layers):
+            raise ValueError(_WRITTEN.format(layer.name))
 
     def _merge(self) -> None:
         for statistics in self.statistics:
             statistics.merge()
 
     def forward(self, batch: Any) -> None:
-        """Runs the forward of a batch and merges its statistics.
-
-        Repeated without early stop, or without fusion, if the model turns out not to bear it: no
-        statistics have been merged then.
-        """
+        """Runs the forward of a batch and merges its statistics."""
         signature = None
         if self.captured is not None or not self.not_captured:
             signature = signature_of(batch)
         if self._replays(batch, signature):
             self._replay(batch)
-        elif self.not_captured or self.batches != _FULL_BATCHES:
+        elif self.not_captured or self.batches != _BATCHES_BEFORE_GRAPH:
             self._forward(batch)
         else:
             # The first that is run as those that follow will be.
@@ -324,23 +386,10 @@ class Collector:
         self.batches += 1
 
     def _forward(self, batch: Any) -> None:
-        while True:
-            stopped = self._run(batch)
-            if self.stopping and not stopped:  # the model caught it
-                self.may_stop = False
-                self._discard()
-                continue
-            if wrong := self._misjudged(stopped):
-                self.fused -= wrong
-                self._discard()
-                continue
-            break
+        self._run(batch)
         if self.sequence is None:
             self.sequence = self.calls
-            self.fused = frozenset(output.key for output in self.outputs if output.only_relu)
-            self.may_fuse = bool(self.fused)
         elif self.calls != self.sequence:
-            self.may_stop = False
             self._refuse_capture("batches use the layers in different orders")
         self._merge()
 
@@ -355,7 +404,7 @@ class Collector:
         """Whether the batch is one for the graph, which is captured if it is time for that."""
         if self.captured is not None:
             return signature == self.captured.signature
-        if self.not_captured or self.batches <= _FULL_BATCHES:
+        if self.not_captured or self.batches <= _BATCHES_BEFORE_GRAPH:
             return False
         if signature is None:
             self._refuse_capture("a batch's input is not one tensor on a CUDA device")
@@ -367,13 +416,9 @@ class Collector:
         """Captures the forward of a batch, which computes nothing; False if that did not work."""
 
         def run(batch: Tensor) -> None:
-            stopped = self._run(batch)
-            if self.stopping and not stopped:
-                raise _NotCaptured("the model catches what ends a forward behind its last layer")
+            self._run(batch)
             if self.calls != self.sequence:
                 raise _NotCaptured("batches use the layers in different orders")
-            if self._misjudged(stopped):
-                raise _NotCaptured("batches use the layers' outputs differently")
             self._merge()
 
         try:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules import module as _module_globals
@@ -18,13 +20,21 @@ from .._modules import inner
 from ..averaged_model import AveragedModel
 from .options import Options
 
+REFUSED_SCRIPT = (
+    "layer {}: expected layers of Python, found one of TorchScript, whose statistics cannot be "
+    "collected; call update_bn before torch.jit.script or torch.jit.trace"
+)
+
 if TYPE_CHECKING:
+    from .lent import Lent
     from .statistics import Statistics
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Takes AveragedModel, torch.compile, DataParallel and DistributedDataParallel off a model."""
     while True:
+        if isinstance(model, torch.jit.ScriptModule):
+            return model  # without the attributes that are asked for
         found = inner(model)
         forward = type(found).forward
         if forward is AveragedModel.forward or forward is swa_utils.AveragedModel.forward:
@@ -86,6 +96,18 @@ class Layer:
             or "forward" in module.__dict__
             or type(module).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
         )
+        # What stands in for the module's forward, if that is BatchNorm's; it can clamp at 0, too.
+        self.compute: Callable[..., Tensor]
+        # Whether a forward that updates the buffers by itself does so with the module's momentum.
+        self.honours_momentum = False
+        # What lend sets: the buffers lent to the module, the tensors whose memory they are, the
+        # version counters of these as they were last seen, the values that they were given, and at
+        # which moment of the pass (batches, uses in this one).
+        self.lent: tuple[Lent, Lent]
+        self.plain: tuple[Tensor, Tensor]
+        self.versions: tuple[int, int]
+        self.known: tuple[Tensor | float, Tensor | float]
+        self.shown: tuple[int, int] | None
         # How often the present forward has used the layer.
         self.uses = 0
         # The layer's position among the calls of the first forward that used it.
@@ -112,6 +134,51 @@ def select(named: Iterable[tuple[str, nn.Module]]) -> tuple[list[Layer], tuple[s
         else:
             frozen.append(name)
     return layers, tuple(frozen)
+
+
+def _has_statistics(module: nn.Module) -> bool:
+    return any(name == "running_mean" for name, _ in module.named_buffers(recurse=False))
+
+
+def scripted_layers(named: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """BatchNorm layers in training mode that are TorchScript, whose forward cannot be replaced. A
+    traced one is as it was when it was traced, whatever its mode."""
+    traced: list[str] = []
+    found: list[tuple[str, nn.Module]] = []
+    for name, module in named:
+        if not isinstance(module, torch.jit.ScriptModule):
+            continue
+        if isinstance(module, torch.jit._trace.TopLevelTracedModule):
+            traced.append(name)
+        inside = any(name == top or not top or name.startswith(f"{top}.") for top in traced)
+        if not inside and module.training and _has_statistics(module):
+            found.append((name, module))
+    return found
+
+
+@contextlib.contextmanager
+def kept_scripts(named: Iterable[tuple[str, nn.Module]]) -> Iterator[None]:
+    """Keeps the running statistics of TorchScript modules, scripted or traced.
+
+    Raises:
+        ValueError: the block has changed some.
+    """
+    kept = [
+        (name, buffer, buffer.clone())
+        for name, module in named
+        if isinstance(module, torch.jit.ScriptModule) and _has_statistics(module)
+        for buffer in module.buffers(recurse=False)
+    ]
+    changed: list[str] = []
+    try:
+        yield
+    finally:
+        for name, buffer, values in kept:
+            if not torch.equal(buffer, values):
+                buffer.copy_(values)
+                changed.append(name)
+    if changed:
+        raise ValueError(REFUSED_SCRIPT.format(changed[0]))
 
 
 def refuse_shared(layers: Sequence[Layer], options: Options) -> None:

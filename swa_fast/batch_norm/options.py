@@ -37,6 +37,7 @@ class Options:
     backend: str | None = None
     channels_last: bool | None = None
     graph: bool = False
+    keep_memory: bool = True
     # fvcore's conventions: the whole batch is the model's input, and modes are left as they are.
     whole_batch: bool = False
     switch_mode: bool = True

@@ -1,102 +1,68 @@
-"""Fusion of a BatchNorm layer with the ReLU that alone uses its output."""
+"""Fusion of a BatchNorm layer with the ReLU behind it in an ``nn.Sequential``.
+
+Nobody but the ReLU can see the output of a layer there, because torch's ``Sequential.forward``
+hands it to the next module and to nothing else. Elsewhere nobody can be sure of that: a scripted
+function, another thread or the next forward may use an output too, and what they do is not seen.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
+from torch.nn.modules import module as _module_globals
 
-_RELU_IN_PLACE = frozenset({torch.relu_, F.relu_, Tensor.relu_})
-_RELU = frozenset({F.relu, torch.relu, Tensor.relu}) | _RELU_IN_PLACE
-# Functions whose result is the same before and after a ReLU of the output.
-_METADATA = frozenset(
-    {
-        Tensor.size, Tensor.dim, Tensor.stride, Tensor.numel, Tensor.__len__, Tensor.is_contiguous,
-        Tensor.is_floating_point, Tensor.element_size,
-        *(getattr(Tensor, name).__get__ for name in (
-            "shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_cuda", "is_cpu",
-        )),
-    }
-)  # fmt: skip
+from .layers import Layer
 
 
-class Output:
-    """Counts the users of the output of one BatchNorm call."""
-
-    __slots__ = ("fused", "key", "others", "relus")
-
-    def __init__(self, key: tuple[int, int], fused: bool) -> None:
-        self.key = key
-        self.fused = fused
-        self.relus = 0
-        self.others = 0
-
-    @property
-    def only_relu(self) -> bool:
-        return self.relus == 1 and self.others == 0
+def is_plain_sequential(module: nn.Module) -> bool:
+    if not isinstance(module, nn.Sequential):
+        return False
+    kind = type(module)
+    return (
+        kind.forward is nn.Sequential.forward
+        and kind.__iter__ is nn.Sequential.__iter__
+        and "forward" not in module.__dict__
+    )
 
 
-_SEQUENCES = (list, tuple)
-_NEVER_OUTPUTS = frozenset({int, bool, float, str, type(None), nn.Parameter, torch.dtype})
+def _bare(module: nn.Module) -> bool:
+    """Whether a call of the module is a call of its forward."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or _module_globals._global_forward_hooks
+        or _module_globals._global_forward_pre_hooks
+    )
 
 
-def _tracked(arguments: Iterable[Any]) -> list[Output]:
-    # This runs for every torch function in the pass, so it has to be quick about the most frequent
-    # arguments: other tensors, numbers, and the strides and paddings of convolutions.
-    found: list[Output] = []
-    for argument in arguments:
-        if type(argument) in _NEVER_OUTPUTS:
-            continue
-        if isinstance(argument, Tensor):
-            output = getattr(argument, "_swa_fast_output", None)
-            if output is not None:
-                found.append(output)
-        elif isinstance(argument, _SEQUENCES):
-            for item in argument:
-                if type(item) is not int:
-                    found += _tracked(argument)
-                    break
-        elif isinstance(argument, dict):
-            found += _tracked(argument.values())
-    return found
+def fusing_forward(
+    sequential: nn.Sequential,
+    layers: Mapping[nn.Module, Layer],
+) -> Callable[[Any], Any]:
+    """A forward of ``sequential`` in which a ReLU behind one of ``layers`` is a part of that."""
 
+    def forward(input: Any) -> Any:
+        modules = list(sequential)
+        position = 0
+        while position < len(modules):
+            module = modules[position]
+            layer = layers.get(module)
+            follower = modules[position + 1] if position + 1 < len(modules) else None
+            if (
+                layer is not None
+                and type(follower) is nn.ReLU
+                and "forward" not in follower.__dict__
+                and module.training
+                and _bare(module)
+                and _bare(follower)
+            ):
+                input = layer.compute(input, True)
+                position += 2
+            else:
+                input = module(input)
+                position += 1
+        return input
 
-class Consumers(TorchFunctionMode):
-    """Sees every torch function that is handed the output of a BatchNorm layer, and answers a ReLU
-    of an output that has been clamped already with that output."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if kwargs is None:
-            kwargs = {}
-        if func in _METADATA:
-            return func(*args, **kwargs)
-        outputs = [*_tracked(args), *_tracked(kwargs.values())] if kwargs else _tracked(args)
-        if not outputs:
-            return func(*args, **kwargs)
-        x = args[0] if args else None
-        if func not in _RELU or getattr(x, "_swa_fast_output", None) is not outputs[0]:
-            for output in outputs:
-                output.others += 1
-            return func(*args, **kwargs)
-        assert isinstance(x, Tensor)
-        (output,) = outputs
-        output.relus += 1
-        in_place = func in _RELU_IN_PLACE or (
-            func is F.relu and bool(args[1] if len(args) > 1 else kwargs.get("inplace", False))
-        )
-        if in_place:
-            # Later users of x see the ReLU's result, as they would without fusion.
-            del x._swa_fast_output  # type: ignore[attr-defined]
-        if not output.fused:
-            return func(*args, **kwargs)
-        return x if in_place else x.detach()
+    return forward

@@ -24,6 +24,8 @@ class BNReport:
             None below two batches.
         converged: whether both errors are within the tolerance; None if none was asked for.
         seconds: time of the pass, loader included.
+        correlation: with a tolerance, the largest correlation of neighbouring batches' statistics
+            in a layer, on this rank: about 0 for batches in random order. None without.
         replayed: batches whose forward was replayed from a CUDA graph, on this rank.
     """
 
@@ -39,6 +41,7 @@ class BNReport:
     converged: bool | None
     seconds: float
     replayed: int = 0
+    correlation: float | None = None
 
     def __str__(self) -> str:
         if not (self.layers or self.unused or self.frozen):
@@ -54,6 +57,8 @@ class BNReport:
                 f"largest standard error: mean {self.mean_error:.2g} standard deviations, "
                 f"variance {self.var_error:.2g} of it{reached[self.converged]}"
             )
+        if self.correlation is not None:
+            parts.append(f"correlation of neighbouring batches {self.correlation:.2g}")
         for what, names in (("unused", self.unused), ("frozen", self.frozen)):
             if names:
                 parts.append(f"{what}: {', '.join(names)}")

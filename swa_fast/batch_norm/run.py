@@ -15,11 +15,20 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .._layout import MEAN, SPREAD
-from .batches import EMPTY, Loader, tensors_of
+from .batches import EMPTY, Loader, describe, in_order, tensors_of
 from .collector import Collector
-from .convergence import MIN_BATCHES, Convergence
-from .layers import Layer, has_lazy_tensors, refuse_shared, select, unwrap
-from .malloc import kept_memory
+from .convergence import MIN_INDEPENDENT, Convergence
+from .layers import (
+    REFUSED_SCRIPT,
+    Layer,
+    has_lazy_tensors,
+    kept_scripts,
+    refuse_shared,
+    scripted_layers,
+    select,
+    unwrap,
+)
+from .malloc import KeptMemory
 from .options import Options
 from .ranks import agree, merge_ranks
 from .report import BNReport
@@ -52,29 +61,55 @@ def _progress(loader: Iterable[Any], options: Options) -> Iterator[Callable[[], 
         yield bar.update
 
 
+def _forward(collector: Collector, loader: Loader, batch: Any) -> None:
+    item = loader.input_of(batch, collector.batches)
+    try:
+        collector.forward(item)
+    except (TypeError, AttributeError) as error:
+        if next(tensors_of(item), None) is not None or hasattr(item, "to"):
+            raise
+        # torch's pass hands over whatever comes, and so does this one; but it can say more.
+        raise TypeError(
+            f"loader: expected batches that the model can be called with, found {describe(batch)} "
+            f"in batch {collector.batches}: {error}; call= runs models with other inputs"
+        ) from error
+
+
 def _read_all(
     collector: Collector, loader: Loader, options: Options, step: Callable[[], object]
-) -> None:
+) -> Convergence | None:
     """Runs a forward of every batch, until the loader, ``max_batches`` or the tolerance ends it."""
+    # What follows is drawn and counted as in any other loop over the batches: each forward is run
+    # once and to its end, so that what a model keeps by itself (a counter, a lock, the state of a
+    # random generator) is afterwards as it is behind torch's pass.
     statistics = collector.statistics
     convergence = None
     if options.tolerance is not None:
         convergence = Convergence(statistics, options.tolerance)
     # On the CPU a check after every batch costs nothing. Ranks check together, at the end.
     look = options.group is None and all(s.device.type == "cpu" for s in statistics)
+    may_end = convergence is not None and not loader.in_order
+    if convergence is not None and loader.in_order:
+        _log.warning(
+            "update_bn: tolerance=%g: the DataLoader reads its data in order (shuffle=False), of "
+            "which a part may say nothing about the rest, so all is read",
+            options.tolerance,
+        )
     for batch in loader:
+        drawn = torch.get_rng_state() if loader.channels_last else None
         try:
-            collector.forward(loader.input_of(batch, collector.batches))
+            _forward(collector, loader, batch)
         except RuntimeError:
-            if not loader.channels_last:
+            if drawn is None:
                 raise
             # Models flatten activations by view(), which the other memory format does not allow.
             loader.channels_last = False
+            torch.set_rng_state(drawn)
             retry = True
         else:
             retry = False
         if retry:
-            collector.forward(loader.input_of(batch, collector.batches))
+            _forward(collector, loader, batch)
         first = next(tensors_of(batch), None)
         collector.samples += collector.rows if first is None or not first.dim() else len(first)
         step()
@@ -82,8 +117,11 @@ def _read_all(
             math.isfinite(s.accumulators[MEAN : SPREAD + 1].sum()) for s in statistics
         ):
             check_finite([s.accumulators for s in statistics], statistics)
-        if convergence is not None and collector.batches >= MIN_BATCHES and convergence.reached():
-            break
+        if convergence is not None:
+            convergence.update()
+            if may_end and collector.batches >= MIN_INDEPENDENT and convergence.reached():
+                break
+    return convergence
 
 
 def _initialise_lazy(model: nn.Module, loader: Loader, options: Options) -> None:
@@ -140,6 +178,8 @@ def _prepare(
         try:
             layers, frozen = select(named)
             refuse_shared(layers, options)
+            if scripted := scripted_layers(named):
+                raise ValueError(REFUSED_SCRIPT.format(scripted[0][0] or "(the model itself)"))
             collector = Collector(model, modules, layers, options) if layers else None
         except Exception as error:
             problem = error
@@ -163,6 +203,7 @@ def reestimate(loader: Iterable[Any], wrapped: nn.Module, options: Options) -> B
     named = list(model.named_modules())
     modes = [(module, module.training) for _, module in named]
     group = options.group
+    convergence: Convergence | None = None
     # Compiled code would not see that forwards are replaced. Importing torch._dynamo is slow,
     # and without it nothing can be compiled.
     eager: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
@@ -175,12 +216,16 @@ def reestimate(loader: Iterable[Any], wrapped: nn.Module, options: Options) -> B
                 try:
                     batches = source or Loader(loader, options)
                     on_cpu = any(s.device.type == "cpu" for s in collector.statistics)
+                    # Named, so that it lives as long as a traceback of what fails within.
+                    kept = KeptMemory(options.keep_memory and on_cpu)
                     with (
-                        kept_memory(on_cpu),
+                        kept,
+                        kept_scripts(named),
                         collector.replaced_forwards(),
                         _progress(loader, options) as step,
                     ):
-                        _read_all(collector, batches, options, step)
+                        convergence = _read_all(collector, batches, options, step)
+                        collector.check_untouched()
                 except Exception:
                     if group is not None:
                         # The others wait for this rank.
@@ -216,13 +261,24 @@ def reestimate(loader: Iterable[Any], wrapped: nn.Module, options: Options) -> B
     write(statistics, results, used, options.unbiased)
 
     errors = [
-        standard_errors(merged, part.estimator, eps_of(part, merged.device))
-        for part, merged in zip(statistics, accumulators, strict=True)
+        standard_errors(
+            merged,
+            part.estimator,
+            eps_of(part, merged.device),
+            None if convergence is None else convergence.dependences[place].inflation(),
+        )
+        for place, (part, merged) in enumerate(zip(statistics, accumulators, strict=True))
     ]
     mean_error, var_error = torch.stack(errors).amax(0).tolist()
-    converged = None
-    if options.tolerance is not None:
-        converged = max(mean_error, var_error) <= options.tolerance
+    converged = correlation = None
+    if options.tolerance is not None and convergence is not None:
+        correlation = convergence.correlation()
+        # A part of what is read in order says nothing about the rest.
+        converged = (
+            max(mean_error, var_error) <= options.tolerance
+            and convergence.enough()
+            and not (in_order(loader) and read == options.max_batches)
+        )
     return BNReport(
         estimator=options.estimator,
         backend=", ".join(sorted({s.backend for s in statistics})),
@@ -234,6 +290,7 @@ def reestimate(loader: Iterable[Any], wrapped: nn.Module, options: Options) -> B
         mean_error=mean_error if math.isfinite(mean_error) else None,
         var_error=var_error if math.isfinite(var_error) else None,
         converged=converged,
+        correlation=correlation,
         seconds=time.perf_counter() - started,
         replayed=collector.replayed,
     )

@@ -67,6 +67,23 @@ class Statistics:
             self.used = use + 1
         return self.parts[use][layer.place]
 
+    def so_far(self, layer: Layer, unbiased: bool) -> tuple[Tensor, Tensor]:
+        """Mean and variance of a layer's uses up to now, as torch's cumulative average has them in
+        the layer's buffers at that moment: 0 and 1 before the first."""
+        part = slice(layer.start, layer.start + layer.channels)
+        merged = self.accumulators[:, part]
+        count = merged[BATCHES].clone()
+        mean = merged[MEAN].clone()
+        variance = variance_of(merged, self.estimator, unbiased)
+        variance = torch.where(count > 0, variance, 1.0)
+        for use in range(layer.uses):
+            values, _, batch_mean, deviations = self.parts[use][layer.place].unbind()
+            count = count + (values > 0)
+            share = (values > 0) / count.clamp(min=1)
+            mean = mean + share * (batch_mean - mean)
+            variance = variance + share * (deviations / (values - 1).clamp(min=1) - variance)
+        return mean, variance
+
     def merge(self) -> None:
         for batch in self.batches[: self.used]:
             _ops.batch_norm_merge_(self.accumulators, batch, self.estimator, backend=self.backend)
@@ -85,8 +102,13 @@ def variance_of(accumulators: Tensor, estimator: str, unbiased: bool) -> Tensor:
     return accumulators[SPREAD] / (values - 1 if unbiased else values)
 
 
-def standard_errors(accumulators: Tensor, estimator: str, eps: Tensor | float) -> Tensor:
+def standard_errors(
+    accumulators: Tensor, estimator: str, eps: Tensor | float, inflation: Tensor | None = None
+) -> Tensor:
     """Computes the largest relative standard errors of mean and variance over the channels.
+
+    Args:
+        inflation: of the errors by the batches' dependence on each other, [2, channels].
 
     Returns:
         Two values, NaN if any statistic is not finite. Channels seen in one batch are infinitely
@@ -99,6 +121,8 @@ def standard_errors(accumulators: Tensor, estimator: str, eps: Tensor | float) -
     errors = torch.stack([accumulators[MEAN_M2], accumulators[VAR_M2]])
     errors = (errors * scale).sqrt()
     errors = errors / torch.stack([variance.sqrt(), variance])
+    if inflation is not None:
+        errors = errors * inflation.to(errors.device)
     errors = torch.where(batches == 1, math.inf, errors)
     errors = torch.where(batches == 0, 0.0, errors)
     return errors.amax(1)

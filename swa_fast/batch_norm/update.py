@@ -30,6 +30,7 @@ def update_bn(
     backend: str | None = None,
     channels_last: bool | None = None,
     graph: bool = False,
+    keep_memory: bool = True,
 ) -> BNReport:
     r"""Replaces the running statistics of every BatchNorm layer by those of one pass over
     ``loader``. Drop-in for ``torch.optim.swa_utils.update_bn``.
@@ -53,26 +54,30 @@ def update_bn(
     As in training each layer normalises by the statistics of its batch. Statistics are merged in
     float64 and written once, at the end.
 
-    **Cost.** A layer reads its input once for the statistics, and is fused with a ReLU that alone
-    uses its output. One launch per batch merges all layers. The device is never waited for during
-    the pass, and once at its end, to raise on values that are not finite. A forward is left behind
-    the last layer where that is safe: neither ``call`` nor a forward hook anywhere in the model nor
-    FSDP, each layer is used exactly once in a forward, and the first two batches, which ran in
-    full, and this one used the layers in the same order. State that modules behind that layer keep
-    by themselves is then not updated. ReLUs are fused as the first batch shows, if no module has a
-    forward hook; a later batch that does otherwise is repeated without. Which operations use an
-    output is seen for everything that goes through torch functions, but not for extension code
-    that is handed tensors without them.
+    **Cost.** A layer reads its input once for the statistics, and in an ``nn.Sequential`` it is
+    fused with a ReLU behind it, of which alone it is certain there that nobody else uses its
+    output. One launch per batch merges all layers. The device is never waited for during the pass,
+    and twice at its end, to raise on values that are not finite and on updates that were not seen.
+    Every forward is run once and to its end, so that what a model keeps by itself (a counter, a
+    lock, random numbers that dropout draws) is afterwards as after torch's pass. One exception: a
+    model that cannot bear channels-last memory has the batch on which it fails run again.
 
     **The best setting** for the pass is the one of the training: call this inside the same
-    ``torch.autocast``. On the CPU, images are handed to models with convolutions in channels-last
-    memory format, which is faster, unless the model cannot bear it (or ``channels_last=False``;
-    random masks such as dropout's are then drawn in another order). With glibc, malloc keeps large
-    blocks for the time of the pass instead of returning them to the system, because clearing fresh
-    pages takes as long as the computation; the setting is the whole process's, and afterwards it is
-    what glibc arrives at by itself in a process that works with large tensors. A process that sets
-    malloc by environment variables, or ``SWA_FAST_KEEP_MEMORY=0``, is left alone. Most of a pass
-    over a large data set is spent on precision that nobody needs: see ``tolerance``.
+    ``torch.autocast``, where the device has the type in hardware. (A CPU without bf16 instructions
+    is several times slower in bf16 than in fp32.) On the CPU, images are handed to models with
+    convolutions in channels-last memory format, which is faster, unless the model cannot bear it
+    (or ``channels_last=False``; random masks such as dropout's are then drawn in another order).
+    Most of a pass over a large data set is spent on precision that nobody needs: see ``tolerance``.
+
+    **Memory of the process.** With glibc on the CPU, malloc keeps large blocks for the time of the
+    pass instead of returning them to the system, because clearing fresh pages takes as long as the
+    computation. mallopt knows no smaller unit than the process: other threads' blocks are kept,
+    too. When the pass ends, or the last of several that overlap in threads, also by an exception,
+    free memory is returned, and malloc's thresholds are those that glibc arrives at by itself in a
+    process that works with large tensors: blocks from 32 MiB on are mapped each for itself, and 64
+    MiB may stay free at the end of each thread's heap. They no longer adapt by themselves.
+    ``keep_memory=False``, ``SWA_FAST_KEEP_MEMORY=0`` and malloc's own environment variables leave
+    malloc alone.
 
     **Modes.** A model in eval mode is put into training mode. A model in training mode is left as
     it is, submodules in eval mode included. BatchNorm layers that are in eval mode then are frozen:
@@ -81,29 +86,43 @@ def update_bn(
     that model, uncompiled. All modes are restored.
 
     **Layers.** Without running statistics: left alone. Used several times in a forward: each use
-    counts as a batch, as for torch. Not used: statistics stay (torch resets them). Subclasses with
-    a forward of their own: it is run. Lazy modules are initialised by a forward of the first batch.
-    SyncBatchNorm that normalises over several ranks keeps doing so; unless the estimator is
-    ``torch`` it needs ``group``, and it cannot have ``tolerance``. On the CPU, where it cannot
-    synchronise, it is BatchNorm.
+    counts as a batch, as for torch. Not used: statistics stay (torch resets them). Calls of
+    ``F.batch_norm`` on a layer's buffers count as uses of the layer, whoever makes them: the own
+    forward of a subclass, on parts of a batch or with parts of it side by side, whatever momentum
+    it passes, or the model itself. A forward that updates the buffers by hand is run with momentum
+    1, and refused if what it writes still depends on what was there (its first batch is run through
+    it a second time to see that). Updates that are not seen, such as by a scripted function, are
+    refused at the end of the pass. Who reads the buffers during the pass finds what torch's pass
+    would have there. Forwards may take derivatives. Lazy modules are initialised by a forward of
+    the first batch. SyncBatchNorm that normalises over several ranks keeps doing so; unless the
+    estimator is ``torch`` it needs ``group``, and it cannot have ``tolerance``. On the CPU, where
+    it cannot synchronise, it is BatchNorm. Scripted models have no layers that could be seen, and
+    are refused: re-estimate first, then script.
 
     Whatever raises, forwards, modes and momenta are restored, and no statistics have changed.
 
     Args:
-        loader: batches: a tensor; a list or tuple, whose first element is the model's input; or
-            anything else that contains tensors (a dict, say), which is the model's input as it is.
+        loader: batches, handed to the model as torch does: of a list or tuple the first element,
+            anything else (a tensor, dict, dataclass, array, string, number, None) as it is.
         model: the model; one without layers to estimate is left alone and ``loader`` is not read.
-        device: where tensors are moved before the forward, in nested lists, tuples and dicts too;
-            pinned ones asynchronously. None leaves them.
+        device: where tensors are moved before the forward, in nested lists, tuples, dicts and
+            dataclasses and by an object's own ``to``; pinned ones asynchronously. None leaves them.
         estimator: ``torch``, ``weighted`` or ``pooled``, see above.
         unbiased: for pooled, whether the variance is divided by :math:`M - 1` or :math:`M`.
         max_batches: read no more than this many batches.
         tolerance: stop when the standard errors of all channels are below it: of the mean, relative
             to the standard deviation :math:`\sqrt{\sigma^2 + \epsilon}`, and of the variance,
             relative to :math:`\sigma^2 + \epsilon`. They are estimated from the scatter of the
-            batches' statistics, :math:`\sqrt{\sum_k (\mu_k - \bar\mu)^2 / (K (K - 1))}`, for at
-            least 4 batches, which have to be independent: the loader must shuffle. On a GPU the
-            comparison lags behind by a batch or more. With ``group``, each rank stops by itself.
+            batches' statistics, :math:`\sqrt{\tau \sum_k (\mu_k - \bar\mu)^2 / (K (K - 1))}`, where
+            :math:`\tau` (1 for batches in random order) is estimated from the correlation of
+            neighbouring batches and of blocks of them: K batches are worth :math:`K/\tau`
+            independent ones, of which there have to be 10. So the errors hold for shuffled data,
+            and for data whose order is correlated or drifts over fewer batches than were read. They
+            cannot hold for an order in which what comes later does not show at all in what was
+            read, such as by class: a ``DataLoader`` with ``shuffle=False`` is therefore read to
+            its end, with a warning in the log; other loaders have to see to it themselves. On a
+            GPU the comparison lags behind by a batch or more. With ``group``, each rank stops by
+            itself.
         call: ``call(model, batch)`` runs the forward, for models with other inputs; it is handed
             the whole batch, on ``device``, and the model without its wrappers.
         group: a process group, or True for the default one: every rank reads its own share of the
@@ -132,7 +151,9 @@ def update_bn(
         ValueError: ``loader`` yields no batch; a batch has one value per channel in some layer
             (with pooled that is allowed, and such a layer puts out its bias); an argument outside
             its range; ranks whose layers differ.
-        TypeError: a batch without a tensor.
+        ValueError: also a layer whose running statistics are updated in a way that cannot be
+            followed (see Layers); a scripted model.
+        TypeError: an empty list or tuple as a batch; one without a tensor that the model fails on.
         FloatingPointError: activations that are not finite; the message names the first layer.
         ImportError: ``progress`` without tqdm.
         RuntimeError: another rank has failed.
@@ -154,5 +175,6 @@ def update_bn(
         backend=backend,
         channels_last=channels_last,
         graph=graph,
+        keep_memory=keep_memory,
     )
     return reestimate(loader, model, options)

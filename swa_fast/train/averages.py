@@ -18,8 +18,6 @@ from .evaluation import Evaluation, Score
 from .methods import Captured
 from .randomness import derive_seed
 
-__all__ = ["Average", "Ensemble", "WeightAverage", "make_average"]
-
 Networks = dict[str, nn.Module]
 
 
@@ -50,8 +48,9 @@ class Average(ABC):
         """Takes the weights of the network in training."""
 
     @abstractmethod
-    def score(self, epoch: int, evaluation: Evaluation, clock: Clock) -> Score:
-        """Loss and accuracy after ``epoch`` epochs."""
+    def score(self, epoch: int, evaluation: Evaluation, clock: Clock, share: float = 1.0) -> Score:
+        """Loss and accuracy after ``epoch`` epochs, with BatchNorm statistics of a ``share`` of the
+        training batches where they have to be computed."""
 
     @abstractmethod
     def networks(self, epoch: int, reported: Sequence[str], model: nn.Module) -> Networks:
@@ -85,9 +84,9 @@ class WeightAverage(Average):
             self.averaged.update_parameters(model)
         self.captures += 1
 
-    def score(self, epoch: int, evaluation: Evaluation, clock: Clock) -> Score:
+    def score(self, epoch: int, evaluation: Evaluation, clock: Clock, share: float = 1.0) -> Score:
         with clock("bn"):
-            evaluation.renew_statistics(self.averaged, epoch)
+            evaluation.renew_statistics(self.averaged, epoch, share)
         with clock("eval"):
             return evaluation.score(self.averaged)
 
@@ -117,10 +116,10 @@ class LastAverage(Average):
             self._averager.update()
         self.captures += 1
 
-    def score(self, epoch: int, evaluation: Evaluation, clock: Clock) -> Score:
+    def score(self, epoch: int, evaluation: Evaluation, clock: Clock, share: float = 1.0) -> Score:
         self._network.load_state_dict(self._averager.averages["lawa"])
         with clock("bn"):
-            evaluation.renew_statistics(self._network, epoch)
+            evaluation.renew_statistics(self._network, epoch, share)
         with clock("eval"):
             return evaluation.score(self._network)
 
@@ -155,24 +154,29 @@ class Gaussian(Average):
 
     @torch.no_grad()
     def _become(
-        self, weights: Mapping[str, Tensor], epoch: int, evaluation: Evaluation, clock: Clock
+        self,
+        weights: Mapping[str, Tensor],
+        epoch: int,
+        evaluation: Evaluation,
+        clock: Clock,
+        share: float,
     ) -> None:
         with clock("bn"):
             for name, parameter in self._network.named_parameters():
                 parameter.copy_(weights[name])
-            evaluation.renew_statistics(self._network, epoch)
+            evaluation.renew_statistics(self._network, epoch, share)
 
-    def score(self, epoch: int, evaluation: Evaluation, clock: Clock) -> Score:
+    def score(self, epoch: int, evaluation: Evaluation, clock: Clock, share: float = 1.0) -> Score:
         probabilities: list[Tensor] = []
         seed = derive_seed(self._seed, "swag", epoch) % 2**31
         # A Gaussian of one capture is a point.
         for number in range(self.samples if self.captures > 1 else 0):
             sample = self._swag.sample(seed=seed + number)
-            self._become(sample, epoch, evaluation, clock)
+            self._become(sample, epoch, evaluation, clock, share)
             with clock("eval"):
                 found = evaluation.probabilities(self._network)
             probabilities = [probabilities[0] + found] if probabilities else [found]
-        self._become(self._swag.mean, epoch, evaluation, clock)
+        self._become(self._swag.mean, epoch, evaluation, clock, share)
         with clock("eval"):
             if not probabilities:
                 return evaluation.score(self._network)
@@ -202,15 +206,17 @@ class Ensemble(Average):
     def __init__(self, captured: Captured) -> None:
         super().__init__(captured)
         self._sum: Tensor | None = None
+        self._labels: Tensor | None = None
 
     def capture(self, model: nn.Module, evaluation: Evaluation, clock: Clock) -> None:
         evaluation.world.share_buffers(model)
         with clock("eval"):
             found = evaluation.probabilities(model)
         self._sum = found if self._sum is None else self._sum + found
+        self._labels = evaluation.test_labels
         self.captures += 1
 
-    def score(self, epoch: int, evaluation: Evaluation, clock: Clock) -> Score:
+    def score(self, epoch: int, evaluation: Evaluation, clock: Clock, share: float = 1.0) -> Score:
         assert self._sum is not None
         with clock("eval"):
             return evaluation.score_probabilities(self._sum / self.captures)
@@ -220,13 +226,14 @@ class Ensemble(Average):
         return {f"fge-{self.captures:02d}": model} if self.due(epoch) else {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"captures": self.captures, "sum": self._sum}
+        # The labels are for reports, which join the ensembles of several runs.
+        return {"captures": self.captures, "sum": self._sum, "labels": self._labels}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         captures, total = int(state["captures"]), state["sum"]
         if (captures > 0) != isinstance(total, Tensor):
             raise ValueError(f"expected the sum of {captures} members, found {type(total)}")
-        self._sum, self.captures = total, captures
+        self._sum, self.captures, self._labels = total, captures, state.get("labels")
 
 
 def make_average(

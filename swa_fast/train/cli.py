@@ -7,28 +7,36 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from ..checkpoints import cli as checkpoints
 from .config import TrainConfig, option_name, with_absolute_paths
 from .curves import draw_curves
 from .distributed import World, resolve_device
 from .errors import Stopped, TrainError
+from .files import write_atomically
+from .machine import check_amp, choose_threads, measure_speed
 from .merge import merge_captures
-from .presets import PRESETS, flop, measure_speed, scaled
-from .progress import Progress
+from .presets import PRESETS, flop, scaled
+from .progress import Progress, duration
 from .report import (
     compare_runs,
     find_runs,
     format_experiment,
     format_phases,
+    format_published,
     format_rows,
     format_table,
 )
-from .run_folder import RunFolder, write_atomically
+from .run_folder import RunFolder
 from .session import run
 
 
@@ -95,9 +103,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--scale",
         type=float,
         metavar="S",
-        help="in (0, 1]: shrinks epochs and data by S, and the width by its square root, at least "
-        "to what still has the form of the experiment; 0.01 takes a minute or two on a CPU "
-        "(default: 1)",
+        help="in (0, 1]: shrinks epochs and data by S, the width by its square root, below 0.05 "
+        "the images too, all no further than the form of the experiment allows; what differs from "
+        "the preset stands in results.json and reports (default: 1)",
     )
     output = _add_settings(preset)
     out_help = "folder of all runs (default: runs/<preset>[-scale<S>])"
@@ -147,6 +155,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder for report.md and curves.png, or curves-1.png, ... of several experiments "
         "(default: the first folder of runs)",
     )
+
+    checkpoints.add_parser(commands)
     return parser
 
 
@@ -175,6 +185,12 @@ def _add_output(group: Any) -> None:
         "--quiet", action="store_true", default=False, help="a line per epoch instead of a bar"
     )
     group.add_argument(
+        "--force-amp",
+        action="store_true",
+        default=False,
+        help="train with --amp bf16 also on a CPU that has no bf16 instructions",
+    )
+    group.add_argument(
         "--checkpoint-minutes",
         type=float,
         default=10.0,
@@ -195,9 +211,15 @@ def main(argv: Sequence[str] | None = None, *, command: Sequence[str] | None = N
         The exit code.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        # Names of files may hold bytes that are no text. Streams of other kinds are others' matter.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     options = vars(build_parser().parse_args(arguments))
     name = options.pop("command")
     try:
+        if name == "average":
+            return checkpoints.run(options)
         if name == "train":
             return _train(options, list(command or ("swa-fast", name)))
         if name == "run":
@@ -228,27 +250,31 @@ def _train(options: dict[str, Any], command: list[str]) -> int:
         previous = folder.read_results()
         config = _resumed_config(options, previous, folder)
     again = [*command, "--resume", str(folder.path)]
-    return _one_run(config, folder, previous, again, **manner)
+    return _one_run(config, options, folder, previous, again, **manner)
 
 
 def _manner(options: dict[str, Any]) -> dict[str, Any]:
     """Takes the options out that change no result: how a run shows itself and saves."""
-    return {name: options.pop(name) for name in ("quiet", "overwrite", "checkpoint_minutes")}
+    names = ("quiet", "overwrite", "force_amp", "checkpoint_minutes")
+    return {name: options.pop(name) for name in names}
 
 
 def _one_run(
     config: TrainConfig,
+    options: dict[str, Any],
     folder: RunFolder,
     previous: dict[str, Any] | None,
     again: list[str],
     *,
     quiet: bool,
     overwrite: bool,
+    force_amp: bool,
     **how: Any,
 ) -> int:
     """A run with its messages; 0, or 130 if it was interrupted.
 
-    ``again`` is the command that continues it; ``previous`` and the other arguments are those of
+    ``options`` are those that were given, ``again`` is the command that continues the run;
+    ``previous`` and the other arguments are those of
     :func:`~swa_fast.train.session.run`.
     """
     path = folder.file("results.json")
@@ -261,6 +287,14 @@ def _one_run(
     progress = Progress(quiet=quiet, silent=not world.main)
     try:
         if previous is None:
+            if not force_amp:
+                check_amp(config)
+            if "threads" not in options and torch.get_num_threads() > 1:
+                config = dataclasses.replace(config, threads=choose_threads(config))
+                progress.say(
+                    f"{config.threads} of {torch.get_num_threads()} CPU threads, as measured in "
+                    f"half a second; --threads N sets another number"
+                )
             if world.main:
                 folder.create(overwrite=overwrite)
             world.wait()
@@ -281,10 +315,19 @@ def _one_run(
             message = f"Interrupted; {saved} is in {folder.path}. Continue with:\n  "
             message += shlex.join(again)
         if world.main:
-            print("\n" + message, file=sys.stderr)
+            folder.log(message + "\n")
+            with suppress(OSError):  # the terminal may be gone
+                print("\n" + message, file=sys.stderr)
         return 130
     finally:
         world.close()
+
+
+def _stored_config(previous: dict[str, Any], folder: RunFolder) -> TrainConfig:
+    try:
+        return TrainConfig.from_json(previous["config"])
+    except TrainError as error:
+        raise TrainError(f"{folder.file('results.json')}: {error}") from error
 
 
 def _resumed_config(
@@ -292,10 +335,7 @@ def _resumed_config(
 ) -> TrainConfig:
     """The stored configuration; options that repeat it are allowed, and the data may have moved."""
     path = folder.file("results.json")
-    try:
-        config = TrainConfig.from_json(previous["config"])
-    except (TrainError, TypeError, KeyError) as error:
-        raise TrainError(f"{path}: {error}") from error
+    config = _stored_config(previous, folder)
     stored = dataclasses.asdict(config)
     options = with_absolute_paths(options)
     if "device" in options:
@@ -339,7 +379,7 @@ def _run(options: dict[str, Any], command: list[str]) -> int:
         previous = None
         if folder.file("results.json").exists() and not manner["overwrite"]:
             previous = folder.read_results()
-            stored = TrainConfig.from_json(previous["config"])
+            stored = _stored_config(previous, folder)
             # Defaults that the machine gives are those of the run's beginning.
             kept = {k: getattr(stored, k) for k in ("threads", "workers") if k not in options}
             config = dataclasses.replace(config, **kept)
@@ -348,7 +388,9 @@ def _run(options: dict[str, Any], command: list[str]) -> int:
                     f"{folder.path}: expected a run with these settings, found one with other "
                     f"{', '.join(differing)}; replace it with --overwrite, or choose another --out"
                 )
-        code = _one_run(config, folder, previous, again, preset=name, scale=scale, **manner)
+        code = _one_run(
+            config, options, folder, previous, again, preset=name, scale=scale, **manner
+        )
         if code:
             return code
     if not World.is_main():
@@ -366,26 +408,23 @@ def _presets(device: str, amp: str, scale: float) -> int:
     speed = measure_speed(device=device, amp=amp)
     rows = []
     for name, preset in PRESETS.items():
-        found = preset.published.items()
-        base = [mean for (method, _), (mean, _) in found if method in (None, "sgd")]
-        averages = [mean for (method, _), (mean, _) in found if method not in (None, "sgd")]
-        accuracies = [f"{max(means):.2f}" if means else "-" for means in (base, averages)]
-        time = _duration(work[name] / speed)
-        rows.append((name, *accuracies, f"{work[name] / 1e15:.3g}", time))
-    header = ("preset", "SGD %", "best average %", "PFLOP", "estimated time")
+        cells = {"SGD": "-", "SWA": "-", "FGE": "-"}
+        # In the order of budgets: of the averages that with the longest.
+        for (method, budget), result in preset.published.items():
+            if method != "fge" or budget == 1.0:
+                column = "SGD" if method in (None, "sgd") else method.partition("-")[0].upper()
+                cells[column] = format_published(result)
+        rows.append(
+            (name, *cells.values(), f"{work[name] / 1e15:.3g}", duration(work[name] / speed))
+        )
+    header = ("preset", "SGD %", "SWA %", "FGE %", "PFLOP", "estimated time")
     print(format_rows(header, rows, "plain"))
     print(
-        f"\nPublished accuracies. Time: training only, at {speed / 1e9:,.0f} GFLOP/s as a WRN-16-4 "
-        f"reaches on {resolve_device(device)} with --amp {amp}."
+        f"\nPublished accuracies, SWA's with the longest budget. Time: training only, at "
+        f"{speed / 1e9:,.0f} GFLOP/s as a WRN-16-4 reaches on {resolve_device(device)} with --amp "
+        f"{amp}."
     )
     return 0
-
-
-def _duration(seconds: float) -> str:
-    for unit, length in (("years", 365 * 86400), ("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.1f} s"
 
 
 def _merge(folders: Sequence[str], weights: str, last: int | None, device: str | None) -> int:
@@ -411,13 +450,14 @@ def _report(folders: Sequence[str], out: str | None) -> int:
         print("\n" + format_experiment(experiment))
     print(
         "\n± is the sample standard deviation over n seeds; gains are paired by seed, against SGD "
-        "or the pretrained network."
+        "or the pretrained network. The difference to the published mean is in points and, where "
+        "both have a deviation, in standard errors, sqrt(s^2/n + s_published^2/3)."
     )
     folder = Path(out or folders[0])
     text = "\n\n".join(format_experiment(e, markdown=True) for e in experiments) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "report.md", text.encode())
+        write_atomically(folder / "report.md", text.encode(errors="backslashreplace"))
         for number, experiment in enumerate(experiments, 1):
             name = "curves.png" if len(experiments) == 1 else f"curves-{number}.png"
             draw_curves(experiment["runs"], folder / name)

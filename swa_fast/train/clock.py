@@ -8,8 +8,6 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["PHASES", "Clock"]
-
 #: The keys of a record's ``seconds``.
 PHASES = ("data", "forward_backward", "optimizer", "average", "bn", "eval")
 

@@ -15,64 +15,10 @@ import torch
 
 from ..schedules import budget_epoch, first_capture
 from .data import DATASETS, NORMALISATIONS, check_data_options
+from .defaults import ALONG_SWA, DEFAULTS, LATER, METHODS
 from .distributed import resolve_device
 from .errors import TrainError
 from .models import MODELS
-
-#: Training methods by name, with the titles that tables give their results.
-METHODS: dict[str, str] = {
-    "sgd": "SGD",
-    "ema": "EMA",
-    "fge": "FGE",
-    "swa": "SWA",
-    "swa-cyclic": "SWA, cyclic",
-    "swa-fixed": "SWA, fixed rate",
-    "swa-power": "SWA, power",
-    "lawa": "LAWA",
-    "swag": "SWAG",
-}
-
-#: Those that average along one trajectory, at the constant rate of SWA.
-ALONG_SWA = ("swa", "swa-power", "lawa", "swag")
-
-_SMALL: dict[str, Any] = {"width": 8, "lr": 0.1, "swa_lr": 0.05, "weight_decay": 5e-4}
-_PAPER: dict[str, Any] = {
-    "model": "preresnet20",
-    "epochs": 150,
-    "batch_size": 128,
-    "lr": 0.1,
-    "swa_lr": 0.01,
-    "weight_decay": 3e-4,
-}
-
-#: Defaults that depend on the dataset. Those of ``digits`` and ``synthetic`` let two runs end in
-#: about a minute on two cores; the others are the paper's, for PreResNets where it is about CIFAR.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "digits": {**_SMALL, "model": "preresnet14", "epochs": 30, "batch_size": 32},
-    "synthetic": {**_SMALL, "model": "preresnet8", "epochs": 12, "batch_size": 128},
-    "images": _PAPER,
-    "cifar10": _PAPER,
-    "cifar100": {**_PAPER, "swa_lr": 0.05},
-    "fashion-mnist": _PAPER,
-    "imagenet": {
-        "model": "resnet50",
-        "pretrained": "torchvision",
-        "methods": ("swa-cyclic",),
-        "epochs": 10,
-        "batch_size": 256,
-        "lr": 1e-3,
-        "swa_lr": 1e-3,
-        "weight_decay": 1e-4,
-        "swa_start": 0.0,
-        "cycle_epochs": 1,
-        "cycle_lr_max": 1e-3,
-        "cycle_lr_min": 1e-5,
-        "budgets": (0.5, 1.0),
-    },
-}
-
-# Settings that came later than files of runs that can still be read, with what those runs did.
-_LATER: dict[str, Any] = {"power_gamma": -0.5, "lawa_last": 5, "keep_captures": False}
 
 #: The default of a setting that depends on others or on the machine; its help tells how.
 _RESOLVED = object()
@@ -91,6 +37,8 @@ def _one_of(*names: str) -> _Kind:
 
 
 _COUNT = _Kind("N", "1 or more", lambda x: x >= 1)
+# More than any machine has; the operating system ends a process that asks for too many.
+_THREADS = _Kind("N", "an integer from 1 to 1024", lambda x: 1 <= x <= 1024)
 _SEED = _Kind("N", "an integer in [0, 2^63)", lambda x: 0 <= x < 2**63)
 _RATE = _Kind("RATE", "a finite number above 0", lambda x: math.isfinite(x) and x > 0)
 _START = _Kind("FRACTION", "a fraction of 0 or more", lambda x: math.isfinite(x) and x >= 0)
@@ -158,8 +106,14 @@ class TrainConfig:
         "(default: the paper's for the model on cifar10, cifar100 and imagenet, else dataset)",
     )
     fraction: float = _data("F", "share of every class that is used", 1.0)
+    validation: bool = _data(
+        "",
+        "measure on the last tenth of the training images (5,000 of CIFAR's; of folders, the last "
+        "of every class), which is held out, and never look at the test set: to choose settings by",
+        False,
+    )
     workers: int = _data(
-        _Kind("N", "0 or more", lambda x: x >= 0),
+        _Kind("N", "an integer from 0 to 1024", lambda x: 0 <= x <= 1024),
         "processes that decode images, for imagenet (default: as many as cores, 4 at most)",
     )
     model: str = _recipe(_one_of(*MODELS), f"one of {', '.join(MODELS)} (default: by dataset)")
@@ -171,6 +125,12 @@ class TrainConfig:
         "initial weights: torchvision, or a file with a state_dict (default: random; imagenet: "
         "torchvision)",
         None,
+    )
+    bn_gamma: str = _recipe(
+        _one_of("ones", "uniform"),
+        "initial scales of BatchNorm: ones, or uniform in [0, 1), PyTorch's default when the "
+        "authors ran WRN-28-10 and VGG16 with BatchNorm",
+        "ones",
     )
     methods: tuple[str, ...] = _recipe(
         "NAMES", f"what to compare, separated by commas: {', '.join(METHODS)}", ("sgd", "swa")
@@ -258,9 +218,17 @@ class TrainConfig:
     channels_last: bool = _machine("", "memory format of images and weights", True)
     compile: bool = _machine("", "torch.compile the network's training step", False)
     sync_bn: bool = _machine("", "several processes: BatchNorm over all of them in training", False)
-    threads: int = _machine(_COUNT, "CPU threads (default: torch's choice)")
+    threads: int = _machine(_THREADS, "CPU threads (default: torch's choice)")
     eval_every: int = _output(
-        _COUNT, "epochs between evaluations; those that are reported are always evaluated", 1
+        _COUNT,
+        "epochs between evaluations; the first and those that are reported are always evaluated",
+        1,
+    )
+    curve_data: float = _output(
+        _Kind("F", "a number in [0, 1]", lambda x: 0 <= x <= 1),
+        "share of the training batches in BatchNorm passes that only curves need; 0 leaves these "
+        "points of the averages out. Reported results have the whole pass",
+        1.0,
     )
     keep_captures: bool = _output(
         "", "leave the weights of every capture of the swa run, for swa-fast merge", False
@@ -309,15 +277,19 @@ class TrainConfig:
         Raises:
             TrainError: settings are missing or unknown, or as the class.
         """
-        expected, values = {field.name for field in dataclasses.fields(cls)}, {**_LATER, **values}
+        expected, values = {field.name for field in dataclasses.fields(cls)}, {**LATER, **values}
         if set(values) != expected:
             missing = ", ".join(sorted(expected - set(values))) or "none"
             unknown = ", ".join(sorted(set(values) - expected)) or "none"
             raise TrainError(
                 f"expected the settings of this version; missing: {missing}; unknown: {unknown}"
             )
-        tuples = {name: tuple(values[name]) for name in ("methods", "budgets")}
-        return cls(**{**values, **tuples, "device": resolve_device(values["device"])})
+        try:
+            tuples = {name: tuple(values[name]) for name in ("methods", "budgets")}
+            return cls(**{**values, **tuples, "device": resolve_device(values["device"])})
+        # Conditions ask what only values of the right type can answer.
+        except (TypeError, AttributeError, ValueError, OverflowError) as error:
+            raise TrainError(f"a setting is of the wrong type ({error})") from error
 
     def to_json(self) -> dict[str, Any]:
         """Settings by name, as JSON values."""
@@ -357,6 +329,10 @@ class TrainConfig:
                 f"--pretrained: torchvision has weights of resnet50, resnet152 and densenet161, "
                 f"found --model {self.model}"
             )
+        limit = "ones with --pretrained, whose scales are trained"
+        _expect(
+            "bn_gamma", self.bn_gamma, limit, self.pretrained is None or self.bn_gamma == "ones"
+        )
 
 
 def _expect(field: str, found: Any, expected: _Kind | str, holds: bool = True) -> None:

@@ -8,13 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .config import METHODS, TrainConfig
+from .config import TrainConfig
+from .defaults import TITLES
 from .errors import import_extra
+from .files import write_atomically
 from .methods import plan
 from .results import Results
-from .run_folder import write_atomically
-
-__all__ = ["draw_curves"]
 
 _COLORS = {
     "sgd": "#1f77b4",
@@ -22,6 +21,7 @@ _COLORS = {
     "swa": "#d62728",
     "swa-cyclic": "#9467bd",
     "fge": "#2ca02c",
+    "fge-average": "#bcbd22",
     "swa-fixed": "#ff7f0e",
     "swa-power": "#e377c2",
     "lawa": "#8c564b",
@@ -64,8 +64,8 @@ def draw_curves(
             return
         means = [statistics.fmean(values[e]) for e in epochs]
         # A line of one point would be invisible.
-        marker = "o" if len(epochs) == 1 else None
-        top.plot(epochs, means, label=label, marker=marker, markersize=4, **style)
+        style.setdefault("marker", "o" if len(epochs) == 1 else None)
+        top.plot(epochs, means, label=label, markersize=4, **style)
         if len(several) > 1:
             top.fill_between(
                 epochs,
@@ -82,13 +82,22 @@ def draw_curves(
         color = _COLORS[name]
         records = [r for results in several for r in results["records"] if r["trajectory"] == name]
         if name == "sgd":
-            curve(records, METHODS["sgd"], color=color, linewidth=1.6)
+            curve(records, TITLES["sgd"], color=color, linewidth=1.6)
         else:
             style = {"color": color, "linewidth": 1.0, "linestyle": "--", "alpha": 0.8}
-            curve(records, f"{METHODS[name]}, iterate", **style)
+            curve(records, f"{TITLES[name]}, iterate", **style)
         for method in trajectory.captures:
-            averages = [{"epoch": r["epoch"], **r["averages"][method]} for r in records]
-            curve(averages, METHODS[method], color=_COLORS[method], linewidth=2.2)
+            averages = [
+                {"epoch": r["epoch"], **r["averages"][method]}
+                for r in records
+                if method in r["averages"]
+            ]
+            label, color = TITLES[method], _COLORS[method]
+            if shares := {a.get("bn_share") or 1.0 for a in averages} - {1.0}:
+                label += f", BatchNorm pass of {min(shares):.3g} of the data (dots: of all)"
+                exact = [a for a in averages if a["bn_share"] == 1.0]
+                curve(exact, "", color=color, linestyle="", marker="o")
+            curve(averages, label, color=color, linewidth=2.2)
         steps = 50  # per epoch, enough for the eye
         grid = [divmod(i, steps) for i in range(trajectory.begin * steps, trajectory.end * steps)]
         bottom.plot(
@@ -97,7 +106,7 @@ def draw_curves(
             color=color,
             linestyle="-" if name == "sgd" else "--",
             linewidth=1.2,
-            label=METHODS[name],
+            label=TITLES[name],
         )
     for axes in (top, bottom):
         axes.grid(alpha=0.25)
@@ -116,7 +125,8 @@ def draw_curves(
         + (f"seed {seeds}" if len(several) == 1 else f"mean and range of seeds {seeds}"),
         fontsize=11,
     )
-    top.set_ylabel("test accuracy (%)")
+    part = "validation" if config.get("validation") else "test"
+    top.set_ylabel(f"{part} accuracy (%)")
     bottom.set_ylabel("learning rate")
     bottom.set_xlabel("epoch")
     bottom.set_ylim(bottom=0)

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from .errors import TrainError
 
-__all__ = ["World", "resolve_device"]
-
 
 class World:
     """All processes of a run. With one process every method does nothing.

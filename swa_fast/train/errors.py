@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-__all__ = ["Stopped", "TrainError", "first_line", "import_extra"]
-
 
 class TrainError(Exception):
     """Something the user can put right; the message says what was found and what was expected."""

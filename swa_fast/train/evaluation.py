@@ -16,10 +16,8 @@ from swa_fast import update_bn
 from .config import TrainConfig
 from .data import Batch, Batches, Dataset, Placement
 from .distributed import World
-from .errors import Stopped
+from .errors import Stopped, TrainError
 from .randomness import derive_seed
-
-__all__ = ["Evaluation", "Score", "autocast"]
 
 _BATCH = 512
 
@@ -45,6 +43,9 @@ class Evaluation:
         world: the processes that share the test set.
         interrupted: asked between batches whether to stop.
 
+    Attributes:
+        test_labels: of this process's share of the test set, int64 [N].
+
     Raises:
         Stopped: all its methods do, between batches, when ``interrupted`` says so.
     """
@@ -64,7 +65,7 @@ class Evaluation:
         self._batches = batches
         self._test_batches = dataset.test_batches(_BATCH, placement)
         mine = slice(placement.rank, None, placement.world_size)
-        self._test_labels = dataset.test_labels[mine].to(placement.device)
+        self.test_labels = dataset.test_labels[mine].to(placement.device)
         self._interrupted = interrupted
 
     def _interruptible(self, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -101,7 +102,7 @@ class Evaluation:
     @torch.inference_mode()
     def score_probabilities(self, mean: Tensor) -> Score:
         """Loss and accuracy of probabilities, float32 [N, K], for this process's share."""
-        labels = self._test_labels
+        labels = self.test_labels
         sums = torch.zeros(3, dtype=torch.float64, device=self._device)
         # A probability that float32 rounds to zero is a small one, and no infinite loss.
         least = math.ldexp(1.0, -149)
@@ -114,16 +115,27 @@ class Evaluation:
         loss, correct, count = self.world.sum(sums).tolist()
         return loss / count, 100 * correct / count
 
-    def renew_statistics(self, model: nn.Module, epoch: int) -> None:
-        """Gives a network the BatchNorm statistics of the training images, cut as in an epoch."""
+    def renew_statistics(self, model: nn.Module, epoch: int, share: float = 1.0) -> None:
+        """Gives a network the BatchNorm statistics of the training images, cut as in an epoch, or
+        of the first ``share`` of their shuffled batches.
+
+        Raises:
+            TrainError: activations are not finite.
+        """
         config = self.config
         torch.manual_seed(derive_seed(config.seed, "bn-model", epoch) ^ self.world.rank)
         batches = self._batches.epoch(derive_seed(config.seed, "bn", epoch - 1))
-        with autocast(config):
-            update_bn(
-                (images for images, _ in self._interruptible(batches)),
-                model,
-                estimator=config.bn_estimator,
-                group=True if self.world.size > 1 else None,
-                backend=config.backend,
-            )
+        try:
+            with autocast(config):
+                update_bn(
+                    (images for images, _ in self._interruptible(batches)),
+                    model,
+                    estimator=config.bn_estimator,
+                    max_batches=None if share == 1 else max(1, int(share * len(self._batches))),
+                    group=True if self.world.size > 1 else None,
+                    backend=config.backend,
+                )
+        except FloatingPointError as error:
+            raise TrainError(
+                f"epoch {epoch}: {error}; the training diverged, try a lower --lr or --swa-lr"
+            ) from error

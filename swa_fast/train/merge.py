@@ -90,6 +90,7 @@ def merge_captures(
         image_size=config.image_size,
         normalise=config.normalise,
         fraction=config.fraction,
+        validation=config.validation,
         threads=config.threads,
     )
     trainer = Trainer(dataclasses.replace(config, pretrained=None), dataset, World())

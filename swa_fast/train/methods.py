@@ -7,7 +7,8 @@ method      trajectory   result
 =========== ============ ==========================================================================
 sgd         sgd          the last weights of the conventional run
 ema         sgd          exponential moving average of its weights, one update per step
-fge         fge          ensemble of the networks in the middle of each triangular cycle
+fge         fge          ensemble of the networks in the middle of each triangular cycle; beside it,
+                         as fge-average, the mean of their weights
 swa         swa          mean of the weights at the end of epochs at a constant rate
 swa-cyclic  swa-cyclic   mean of the weights at the end of each cycle of a sawtooth rate
 swa-fixed   swa-fixed    mean of the weights at the end of epochs at one rate from the first step
@@ -31,9 +32,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .. import schedules
-from .config import ALONG_SWA, TrainConfig
-
-__all__ = ["Captured", "Rate", "Trajectory", "plan"]
+from .config import TrainConfig
+from .defaults import ALONG_SWA
 
 #: Learning rate of a step, given the finished epochs, the finished steps of the present one and the
 #: steps per epoch.
@@ -179,7 +179,9 @@ def _fge(config: TrainConfig) -> Trajectory:
     def captured(epoch: int) -> bool:
         return epoch > begin and schedules.fge_member(epoch - begin, cycle=cycle)
 
-    return Trajectory("fge", begin, end, rate, {"fge": captured}, {"fge": {1.0: end}})
+    results = ("fge", "fge-average")
+    captures, marks = dict.fromkeys(results, captured), {key: {1.0: end} for key in results}
+    return Trajectory("fge", begin, end, rate, captures, marks)
 
 
 def _swa_fixed(config: TrainConfig) -> Trajectory:

@@ -10,21 +10,19 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch.utils.benchmark import Timer
 
-from .config import DEFAULTS, TrainConfig
-from .distributed import resolve_device
+from ..schedules import first_capture
+from .config import TrainConfig
+from .defaults import DEFAULTS
 from .errors import TrainError
 from .methods import plan
 from .models import MODELS, build_model, forward_macs
-
-__all__ = ["PRESETS", "Preset", "flop", "measure_speed", "scaled"]
 
 #: Accuracy and its standard deviation, by method (None for a pretrained network) and budget.
 Published = Mapping[tuple[str | None, float], tuple[float, float | None]]
@@ -49,18 +47,19 @@ _COMMON: dict[str, Any] = {
     "momentum": 0.9,
     "budgets": (1.0, 1.25, 1.5),
     "methods": ("sgd", "fge", "swa"),
-    "fge_start": 0.8,
     "fge_lr_min": 5e-4,
     "eval_every": 5,
 }
-_RATES = ("lr", "weight_decay", "swa_start", "swa_lr", "fge_cycle", "fge_lr_max")
+# The FGE paper gives cycles and members (22, 12 and 6 in one budget): so it starts 44, 48 and 24
+# epochs before the end.
+_RATES = ("lr", "weight_decay", "swa_start", "swa_lr", "fge_start", "fge_cycle", "fge_lr_max")
 _CODE: dict[str, dict[str, Any]] = {
     row[0]: {**_COMMON, **dict(zip(("model", "epochs", *_RATES), row, strict=True))}
     for row in (
-        ("vgg16", 200, 0.05, 5e-4, 160 / 200, 0.01, 2, 0.01),
-        ("preresnet164", 150, 0.1, 3e-4, 125 / 150, 0.05, 4, 0.05),
-        ("preresnet110", 150, 0.1, 3e-4, 125 / 150, 0.05, 4, 0.05),
-        ("wrn28-10", 200, 0.1, 5e-4, 160 / 200, 0.05, 4, 0.05),
+        ("vgg16", 200, 0.05, 5e-4, 160 / 200, 0.01, 156 / 200, 2, 0.01),
+        ("preresnet164", 150, 0.1, 3e-4, 125 / 150, 0.05, 102 / 150, 4, 0.05),
+        ("preresnet110", 150, 0.1, 3e-4, 125 / 150, 0.05, 102 / 150, 4, 0.05),
+        ("wrn28-10", 200, 0.1, 5e-4, 160 / 200, 0.05, 176 / 200, 4, 0.05),
     )
 }
 _PRERESNET, _WRN = _CODE["preresnet164"], _CODE["wrn28-10"]
@@ -113,6 +112,13 @@ cifar10  preresnet110        95.03 0.05   95.51 0.10   95.65 0.03   95.82 0.03
 cifar10  wrn28-10            96.18 0.11   96.45 0.11   96.64 0.08   96.79 0.05   96.36
 cifar10  shakeshake26-2x64d  96.93 0.10   97.16 0.10   97.12 0.06
 """
+# FGE in its authors' repository: of one budget, and of the members of two and three runs together;
+# and the network by itself.
+_PUBLISHED_FGE = """
+vgg16         72.5 0.1   74.6 0.1   76.1   76.6   0.01
+preresnet164  78.4 0.1   80.3 0.2   81.3   81.7   0.05
+wrn28-10      80.8 0.3   82.3 0.2   82.9   83.2   0.05
+"""
 # For ImageNet: the pretrained network, and the average after half a budget and a whole one.
 _PUBLISHED_IMAGENET = """
 resnet50     76.15   76.83 0.01   76.97 0.05
@@ -155,8 +161,23 @@ def _studies() -> Iterator[tuple[str, Preset]]:
     def preset(base: Mapping[str, Any], *methods: str, **options: Any) -> Preset:
         return Preset({**base, "dataset": "cifar100", "methods": methods, **options})
 
-    # The paper's study of the learning rate.
-    study = {**_PRERESNET, "budgets": (1.0,), "swa_from": "sgd", "cycle_epochs": 5}
+    # FGE as its authors' repository runs it: from epoch 160 of 200, 20 members.
+    for line in _PUBLISHED_FGE.strip().splitlines():
+        model, *text = line.split()
+        sgd, sgd_std, one, one_std, two, three, high = map(float, text)
+        options = {"epochs": 200, "fge_start": 160 / 200, "fge_cycle": 2, "budgets": (1.0,)}
+        rates = {"fge_lr_max": high, "fge_lr_min": 0.01}
+        found = preset(_CODE[model], "sgd", "fge", **options, **rates)
+        published: Published = {
+            ("sgd", 1.0): (sgd, sgd_std),
+            ("fge", 1.0): (one, one_std),
+            ("fge", 2.0): (two, None),
+            ("fge", 3.0): (three, None),
+        }
+        yield f"cifar100-{model}-fge", Preset(found.options, published)
+    # The paper's study of the learning rate: curves over all epochs.
+    curves: dict[str, Any] = {"eval_every": 1, "curve_data": 0.1}
+    study = {**_PRERESNET, **curves, "budgets": (1.0,), "swa_from": "sgd", "cycle_epochs": 5}
     for high in (0.1, 0.05, 0.01, 0.005):
         cycle = {"cycle_lr_max": high, "cycle_lr_min": high / 100}
         yield (
@@ -166,11 +187,12 @@ def _studies() -> Iterator[tuple[str, Preset]]:
     for rate in (0.1, 0.05, 0.01, 0.001):
         yield f"cifar100-preresnet164-constant-{rate:g}", preset(study, "sgd", "swa", swa_lr=rate)
     # A fixed rate from scratch; that of PreResNet is in the appendix.
-    fixed = preset(_WRN, "swa-fixed", budgets=(1.5,), fixed_lr=0.05, fixed_start=139 / 200)
+    curves["budgets"] = (1.5,)
+    fixed = preset(_WRN, "swa-fixed", fixed_lr=0.05, fixed_start=139 / 200, **curves)
     yield "cifar100-wrn28-10-fixed", Preset(fixed.options, {("swa-fixed", 1.5): (81.7, None)})
     yield (
         "cifar100-preresnet164-fixed",
-        preset(_PRERESNET, "swa-fixed", budgets=(1.5,), fixed_lr=0.1, fixed_start=199 / 150),
+        preset(_PRERESNET, "swa-fixed", fixed_lr=0.1, fixed_start=199 / 150, **curves),
     )
     # The rate of the paper's text, where its code has 0.05.
     for dataset in ("cifar100", "cifar10"):
@@ -194,6 +216,9 @@ def _studies() -> Iterator[tuple[str, Preset]]:
 #: The presets by name, in the order of the paper.
 PRESETS: dict[str, Preset] = {**dict(_tables()), **dict(_studies())}
 
+# Settings that tell runs of one experiment apart: its repetitions, and where they were made.
+REPETITION = ("seed", "data_dir", "threads", "device", "eval_every", "workers", "backend")
+
 # Images of the datasets that are not counted before they are loaded.
 _IMAGES = {"imagenet": 1_281_167, "fashion-mnist": 60_000, "digits": 1437, "synthetic": 2000}
 _CIFAR_IMAGES = 50_000
@@ -203,10 +228,15 @@ def scaled(options: Mapping[str, Any], scale: float) -> dict[str, Any]:
     r"""Settings of a smaller experiment of the same form.
 
     Epochs and cycles shrink by ``scale``, the data to ``scale`` times the 50,000 images of CIFAR,
-    the network's width (and, for networks of 224 pixels, the images) by its square root. Rates, the
-    batch size and all fractions stay. Below full scale pretrained weights do not fit and are
-    left out. At least 8 epochs (or all), cycles of one epoch (two for fge), a width of 4, and
-    some images of every class remain.
+    the network's width by its square root, and so do images of 224 pixels, and smaller ones below a
+    scale of 0.05. Rates, the batch size and all fractions stay. Below full scale pretrained weights
+    do not fit and are left out.
+
+    What makes the method stays: there are as many epochs as it takes for the first capture to come
+    after the rate has become constant, and for four captures (or all, where there are fewer) by the
+    first budget that is reported, of FGE four members or a third of all; 8 epochs (or all) at
+    least. Cycles have one epoch at least, FGE's an even number; networks a width of 4; images 8
+    pixels, or what the network is meant for. Some images of every class remain.
 
     Args:
         options: settings by name.
@@ -222,11 +252,6 @@ def scaled(options: Mapping[str, Any], scale: float) -> dict[str, Any]:
         return found
     spec = MODELS[found["model"]]
     side = math.sqrt(scale)
-    epochs = found["epochs"]
-    found["epochs"] = max(min(epochs, 8), round(epochs * scale))
-    if found.get("cycle_epochs") is not None:
-        cycle = max(1, round(found["cycle_epochs"] * scale))
-        found["cycle_epochs"] = min(cycle, found["epochs"] // 2)
     if "fge_cycle" in found:
         found["fge_cycle"] = max(2, 2 * round(found["fge_cycle"] * scale / 2))
     found["eval_every"] = max(1, round(found.get("eval_every", 1) * scale))
@@ -234,9 +259,83 @@ def scaled(options: Mapping[str, Any], scale: float) -> dict[str, Any]:
     images = _IMAGES.get(found["dataset"], _CIFAR_IMAGES)
     found["fraction"] = min(1.0, found.get("fraction", 1.0) * scale * _CIFAR_IMAGES / images)
     if spec.image_size == 224:
-        found["image_size"] = max(64, 32 * round(224 * side / 32))
+        found["image_size"] = max(32, 32 * round(224 * side / 32))
         found["pretrained"] = None
+    elif scale < 0.05 and found["dataset"] != "digits":
+        found["image_size"] = max(spec.min_size, 8 * round(4 * math.sqrt(scale / 0.05)))
+    least, epochs = _captures(_config(options)), options["epochs"]
+    for found["epochs"] in range(max(min(epochs, 8), round(epochs * scale)), epochs + 1):
+        if found.get("cycle_epochs") is not None:
+            cycle = max(1, round(options["cycle_epochs"] * scale))
+            found["cycle_epochs"] = min(cycle, found["epochs"] // 2)
+        with suppress(TrainError):  # too few epochs for a capture
+            config = _config(found)
+            kept = _captures(config)
+            enough = all(
+                kept[key] >= min(4, n // 3 if key.startswith("fge") else n)
+                for key, n in least.items()
+            )
+            if enough and first_rate(config) == config.swa_lr:
+                break
     return found
+
+
+def _captures(config: TrainConfig) -> dict[str, int]:
+    """How many weights every method has captured by the first budget that it reports, without the
+    initial ones."""
+    return {
+        method: sum(
+            captured(e) for e in range(each.begin + 1, min(each.marks[method].values()) + 1)
+        )
+        for each in plan(config)
+        for method, captured in each.captures.items()
+        if captured is not None
+    }
+
+
+def first_rate(config: TrainConfig) -> float:
+    """The rate of the last steps before swa's first capture, which is ``swa_lr`` unless the epochs
+    are so few that it is still falling."""
+    first = first_capture(config.epochs, config.swa_start)
+    for trajectory in plan(config):
+        if trajectory.name == "swa":
+            rate = trajectory.rate(first - 1, 0, 1)
+            return config.swa_lr if math.isclose(rate, config.swa_lr) else rate
+    return config.swa_lr
+
+
+def changes(preset: Preset, config: TrainConfig) -> dict[str, list[Any]]:
+    """What a run of a preset does otherwise than the preset: its value and the run's, of settings
+    that decide what is measured, and of the captures by the first budget."""
+    options = preset.options
+    before, after = _config(options).to_json(), config.to_json()
+    found = {
+        field: [before[field], after[field]]
+        for field in after
+        if before[field] != after[field] and field not in REPETITION
+    }
+    own = _captures(config)
+    for method, count in _captures(_config(options)).items():
+        if method in own and own[method] != count:
+            found[f"captures of {method}"] = [count, own[method]]
+    if (rate := first_rate(config)) != config.swa_lr:
+        found["rate at the first capture of swa"] = [config.swa_lr, rate]
+    return found
+
+
+def format_changes(found: Mapping[str, Sequence[Any]]) -> str:
+    """What :func:`changes` gives, in words."""
+
+    def shown(value: Any) -> str:
+        return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+    return ", ".join(f"{name} {shown(a)} -> {shown(b)}" for name, (a, b) in found.items())
+
+
+def _config(options: Mapping[str, Any]) -> TrainConfig:
+    """For its plan: where the data lie does not matter."""
+    needed = {"data_dir": "." if options["dataset"] in ("images", "imagenet") else None}
+    return TrainConfig.from_options({**options, **needed})
 
 
 def flop(config: TrainConfig) -> float:
@@ -258,25 +357,3 @@ def _macs(name: str, channels: int, classes: int, width: int, side: int) -> int:
     with torch.device("meta"):
         model = build_model(name, in_channels=channels, num_classes=classes, width=width)
     return forward_macs(model, (channels, side, side))
-
-
-def measure_speed(device: str = "auto", amp: str = "none") -> float:
-    """Floating-point operations per second that a device reaches in training, measured with a few
-    steps of a WRN-16-4, counted as by :func:`flop`."""
-    target = torch.device(resolve_device(device))
-    batch = 256 if target.type == "cuda" else 16
-    spec = MODELS["wrn16-4"]
-    model = build_model("wrn16-4", in_channels=3, num_classes=10, width=spec.width)
-    model = model.to(target, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    images = torch.zeros(batch, 3, 32, 32, device=target).to(memory_format=torch.channels_last)
-    labels = torch.zeros(batch, dtype=torch.int64, device=target)
-    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
-
-    def step() -> None:
-        with torch.autocast(target.type, dtype, enabled=amp != "none"):
-            logits = model(images)
-        F.cross_entropy(logits.float(), labels).backward()
-
-    timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
-    best = min(timer.timeit(1).mean for _ in range(2))
-    return 6.0 * forward_macs(model, (3, 32, 32)) * batch / best

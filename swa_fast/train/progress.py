@@ -5,12 +5,19 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from .errors import import_extra
 
-__all__ = ["Board", "Progress"]
+
+def duration(seconds: float) -> str:
+    """A length of time in the unit that suits it."""
+    for unit, length in (("years", 365 * 86400), ("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} s"
 
 
 class Progress:
@@ -43,10 +50,11 @@ class Progress:
         """Prints a line on standard output."""
         if self._silent:
             return
-        if self._bar is not None:
-            self._bar.write(text)
-        else:
-            print(text, flush=True)
+        with suppress(OSError):  # the terminal may be gone
+            if self._bar is not None:
+                self._bar.write(text)
+            else:
+                print(text, flush=True)
         self._log(text)
 
     def _log(self, text: str) -> None:
@@ -76,8 +84,9 @@ class Progress:
         if self._bar is not None:
             self._bar.update()
 
-    def epoch(self, record: dict[str, Any]) -> None:
-        """Shows a finished epoch."""
+    def epoch(self, record: dict[str, Any], left: float) -> None:
+        """Shows a finished epoch, and the seconds that are ``left`` of the whole run if its epochs
+        go on taking as long as those so far."""
         values = {
             "test": record["test_accuracy"],
             **{method: a["test_accuracy"] for method, a in record["averages"].items()},
@@ -87,10 +96,11 @@ class Progress:
         line = (
             f"{self._label} epoch {record['epoch']}/{self._epochs}  lr {record['lr']:.4g}  "
             f"loss {record['train_loss']:.4f}  train {record['train_accuracy']:.2f}%{accuracies}  "
-            f"{sum(record['seconds'].values()):.1f} s"
+            f"{sum(record['seconds'].values()):.1f} s  {duration(left)} left"
         )
         if self._bar is not None:
-            self._bar.set_postfix(epoch=f"{record['epoch']}/{self._epochs}", **shown)
+            epoch = f"{record['epoch']}/{self._epochs}"
+            self._bar.set_postfix(epoch=epoch, **shown, left=duration(left))
             self._log(line)
             return
         self.say(line)
@@ -152,7 +162,8 @@ class Board:
                     if value is not None:
                         self._writers[name].add_scalar(tag, value, record["epoch"])
                 self._writers[name].flush()
-        except (ImportError, OSError) as error:
+        # TensorBoard cannot write into a folder whose name is no text.
+        except (ImportError, OSError, UnicodeError) as error:
             remedy = '; pip install "swa_fast[train]" brings it' * isinstance(error, ImportError)
             self._say(f"note: no curves for TensorBoard ({error}{remedy})")
             self.close()

@@ -8,8 +8,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["derive_seed", "random_state", "set_random_state"]
-
 
 def derive_seed(seed: int, purpose: str, epoch: int = 0) -> int:
     """A seed in [0, 2^63) for one purpose ("init", "train", "augment", "bn") in one epoch.

@@ -7,7 +7,7 @@ import fcntl
 import io
 import json
 import os
-import shutil
+import re
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,39 +17,30 @@ from typing import Any
 
 import torch
 
+from .defaults import METHODS
 from .errors import TrainError, first_line
-
-__all__ = ["RunFolder", "write_atomically"]
+from .files import open_regular, write_atomically
+from .results import RESULTS_SCHEMA, RESULTS_VERSION, problem_of
 
 _CHECKPOINT = "swa_fast.train.checkpoint"
 _CHECKPOINT_VERSION = 2
 
-RESULTS_SCHEMA = "swa_fast.train.results"
-RESULTS_VERSION = 3
-_RESULTS_KEYS = "status preset scale config environment data initial records summary"
+#: Names of the files that a run writes: below its folder, in checkpoints, and in the folders of
+#: tensorboard. What is called otherwise is somebody else's.
+_TRAJECTORY = "|".join(METHODS)
+_MODEL = rf"model_(merged|(capture-)?({_TRAJECTORY})(-[0-9.e+-]+)?)\.pt"
+_FILE = rf"results\.json|curves\.png|log\.txt|{_MODEL}"
+_STATE = rf"({_TRAJECTORY})-([0-9]{{5,}}-[0-9]{{7,}}|branch-[0-9]{{5,}}(-copy)?)\.pt"
+_EVENTS = r"events\.out\.tfevents\..*"
+_OWN = {
+    "": re.compile(_FILE),
+    "checkpoints": re.compile(_STATE),
+    "tensorboard": re.compile(rf"({_TRAJECTORY})(-average)?/{_EVENTS}"),
+}
+_UNFINISHED = re.compile(rf"\.({_FILE}|{_STATE})\.[0-9]+\.tmp")
 
 #: Checkpoints kept per trajectory: if the newest cannot be read, the one before it can.
 KEEP = 2
-
-
-def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Writes a file so that at any moment, also after a power cut, ``path`` holds either its old
-    content or all of the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _saved(content: Mapping[str, Any]) -> memoryview:
@@ -88,20 +79,43 @@ class RunFolder:
         return self.path / name
 
     def existing(self) -> list[str]:
-        """Names of the files and folders of a run that are there."""
+        """Names of what is there and called like the files and folders of a run."""
         found = [
             *(self.path / name for name in ("results.json", "curves.png", "log.txt")),
             *sorted(self.path.glob("model_*.pt")),
             self.checkpoints,
             self.tensorboard,
         ]
-        return [path.name for path in found if path.exists()]
+        return [path.name for path in found if os.path.lexists(path)]
+
+    def _own(self) -> list[Path]:
+        """The files of the run that is there, results.json last: without it they would be nobody's.
+        None where that is no file of a run, damaged or not."""
+        results = self.file("results.json")
+        try:
+            with open_regular(results) as file:
+                content = json.load(file)
+        except (OSError, ValueError, RecursionError):
+            return []
+        if not isinstance(content, dict) or content.get("schema") != RESULTS_SCHEMA:
+            return []
+        found = []
+        for below, name in _OWN.items():
+            top = self.path / below
+            pattern = "*/*" if below == "tensorboard" else "*"
+            found += [
+                path
+                for path in sorted(top.glob(pattern))
+                if name.fullmatch(str(path.relative_to(top))) and path.is_file()
+            ]
+        return [path for path in found if path != results] + [results]
 
     def create(self, *, overwrite: bool) -> None:
         """Makes the folder, for a new run. Removes nothing: see :meth:`clear`.
 
         Raises:
-            TrainError: it holds a run and ``overwrite`` is false, or it cannot be made or written.
+            TrainError: it holds a run and ``overwrite`` is false, or files that have the names of a
+                run's but belong to none; or it cannot be made or written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -111,7 +125,14 @@ class RunFolder:
             raise TrainError(
                 f"--out: expected a folder that can be written, found {self.path} ({error})"
             ) from error
-        if (existing := self.existing()) and not overwrite:
+        existing = self.existing()
+        if existing and not self._own():
+            raise TrainError(
+                f"--out: expected a folder without a run or with one, found {', '.join(existing)} "
+                f"in {self.path}, but no readable results.json of a run that they could belong to; "
+                f"move them away, or choose another folder"
+            )
+        if existing and not overwrite:
             raise TrainError(
                 f"--out: expected a folder without a run, found {', '.join(existing)} in "
                 f"{self.path}; continue it with --resume {self.path}, replace it with --overwrite, "
@@ -139,28 +160,35 @@ class RunFolder:
             else:
                 for where in (self.path, self.checkpoints):
                     for path in where.glob(".*.tmp"):
-                        path.unlink(missing_ok=True)
+                        if _UNFINISHED.fullmatch(path.name) and path.is_file():
+                            path.unlink(missing_ok=True)
             yield
         finally:
             os.close(folder)
 
     def clear(self) -> None:
-        """Removes the files of an earlier run; others stay.
+        """Removes the files of an earlier run, and its folders if nothing else is in them; what it
+        has not written stays.
 
         Raises:
             TrainError: they cannot be removed.
         """
-        for name in self.existing():
-            path = self.path / name
+        own = self._own()
+        for path in own:
             try:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                path.unlink()
             except OSError as error:
                 raise TrainError(f"{path}: cannot be removed ({error})") from error
+        for folder in sorted({path.parent for path in own} | {self.tensorboard}, reverse=True):
+            if folder != self.path:
+                with suppress(OSError):
+                    folder.rmdir()
 
     def log(self, text: str) -> None:
         """Appends to log.txt; a disk that is full costs the line, not the run."""
-        with suppress(OSError), open(self.file("log.txt"), "a", encoding="utf-8") as file:
-            file.write(text)
+        with suppress(OSError), open(self.file("log.txt"), "ab") as file:
+            # Names of files may hold bytes that are no text.
+            file.write(text.encode(errors="backslashreplace"))
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Replaces results.json."""
@@ -180,19 +208,23 @@ class RunFolder:
         path = self.file("results.json")
         expected = f"expected {RESULTS_SCHEMA} version {RESULTS_VERSION}"
         try:
-            results = json.loads(path.read_text(encoding="utf-8"))
+            with open_regular(path) as file:
+                results = json.loads(file.read().decode())
         except FileNotFoundError as error:
             raise TrainError(
                 f"expected the folder of a run, found no results.json in {self.path}"
             ) from error
-        except (OSError, ValueError) as error:
-            raise TrainError(f"{path}: {expected}, found unreadable JSON ({error})") from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise TrainError(
+                f"{path}: {expected}, found unreadable JSON ({first_line(error)})"
+            ) from error
         if not isinstance(results, dict) or results.get("schema") != RESULTS_SCHEMA:
             raise TrainError(f"{path}: {expected}, found another kind of file")
-        if (version := results.get("schema_version")) not in (2, RESULTS_VERSION):
+        version = results.get("schema_version")
+        if version not in (2, RESULTS_VERSION):
             raise TrainError(f"{path}: {expected}, found version {version}")
-        if missing := set(_RESULTS_KEYS.split()) - set(results):
-            raise TrainError(f"{path}: {expected}, found no {', '.join(sorted(missing))}")
+        if problem := problem_of(results):
+            raise TrainError(f"{path}: {expected}, found {problem}")
         images = results["config"].get("dataset")
         if version == 2 and images == "imagenet" and results["status"] == "running":
             raise TrainError(
@@ -280,8 +312,9 @@ class RunFolder:
 
     def _states(self, trajectory: str) -> list[Path]:
         """Checkpoints of a trajectory, the newest first."""
-        number = "[0-9]" * 5
-        return sorted(self.checkpoints.glob(f"{trajectory}-{number}-*.pt"), reverse=True)
+        own = re.compile(rf"{re.escape(trajectory)}-[0-9]{{5,}}-[0-9]{{7,}}\.pt")
+        there = self.checkpoints.glob(f"{trajectory}-*.pt")
+        return sorted((path for path in there if own.fullmatch(path.name)), reverse=True)
 
     def _save(self, path: Path, trajectory: str, content: Mapping[str, Any]) -> None:
         kind = {"format": _CHECKPOINT, "version": _CHECKPOINT_VERSION, "trajectory": trajectory}
@@ -306,10 +339,12 @@ class RunFolder:
         )
         try:
             # torch.load does not compare checksums: a flipped bit would go unnoticed.
-            with zipfile.ZipFile(path) as archive:
-                if (damaged := archive.testzip()) is not None:
-                    raise ValueError(f"wrong checksum of {damaged}")
-            payload = torch.load(path, map_location=device, weights_only=True)
+            with open_regular(path) as file:
+                with zipfile.ZipFile(file) as archive:
+                    if (damaged := archive.testzip()) is not None:
+                        raise ValueError(f"wrong checksum of {damaged}")
+                file.seek(0)
+                payload = torch.load(file, map_location=device, weights_only=True)
         # Neither has an error of its own: BadZipFile, UnpicklingError, RuntimeError, KeyError...
         except Exception as error:
             raise TrainError(

@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -18,15 +18,14 @@ from .config import TrainConfig
 from .curves import draw_curves
 from .data import Dataset, load_dataset
 from .distributed import World
-from .environment import environment
 from .errors import Stopped, TrainError, import_extra
+from .machine import environment, peak_memory
 from .methods import Trajectory, plan
+from .presets import PRESETS, changes, format_changes
 from .progress import Board, Progress
 from .results import summarise
 from .run_folder import RunFolder
 from .trainer import Record, Run, Trainer
-
-__all__ = ["run"]
 
 # Several processes have to agree before one of them saves or stops, which makes them wait.
 _AGREE_EVERY = 20
@@ -34,8 +33,9 @@ _AGREE_EVERY = 20
 
 @contextmanager
 def interrupts() -> Iterator[Callable[[], bool]]:
-    """Gives a function that tells whether SIGINT (Ctrl-C) or SIGTERM has come; within this context
-    they only ask for a stop, and the second one stops at once."""
+    """Gives a function that tells whether SIGINT (Ctrl-C), SIGTERM or SIGHUP (a lost terminal) has
+    come; within this context they only ask for a stop, and the second one stops at once. SIGHUP
+    stays ignored where it was, under nohup."""
     requested = False
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -43,14 +43,17 @@ def interrupts() -> Iterator[Callable[[], bool]]:
         if requested:
             raise KeyboardInterrupt
         requested = True
-        print(
-            "\nStopping after this step; again to stop at once, which loses what came after the "
-            "last checkpoint.",
-            file=sys.stderr,
-            flush=True,
-        )
+        with suppress(OSError):  # the terminal may be gone
+            print(
+                "\nStopping after this step; again to stop at once, which loses what came after "
+                "the last checkpoint.",
+                file=sys.stderr,
+                flush=True,
+            )
 
-    caught = (signal.SIGINT, signal.SIGTERM)
+    caught = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        caught.append(signal.SIGHUP)
     previous = [signal.signal(number, handle) for number in caught]
     try:
         yield lambda: requested
@@ -141,13 +144,15 @@ class _Session:
         skipped = f"; {dataset.skipped_files} other files skipped" if dataset.skipped_files else ""
         progress.say(
             f"{config.dataset}: {len(dataset.train_labels):,} training and "
-            f"{len(dataset.test_labels):,} test images of {len(dataset.classes)} classes{skipped}"
+            f"{len(dataset.test_labels):,} {'validation' if config.validation else 'test'} images "
+            f"of {len(dataset.classes)} classes{skipped}"
         )
         trainer = Trainer(config, dataset, world, self.interrupted)
         results: dict[str, Any] = {
             "status": "running",
             "preset": preset,
             "scale": scale,
+            "changes": changes(PRESETS[preset], config) if preset in PRESETS else {},
             "config": config.to_json(),
             "environment": {
                 **environment(config, world.size),
@@ -157,12 +162,16 @@ class _Session:
             "initial": None,
             "records": [],
             "summary": [],
+            "peak_memory": {},
         }
+        if results["changes"]:
+            progress.say(f"otherwise than {preset}: {format_changes(results['changes'])}")
         if previous is not None:
             self._compare(previous, results)
             self.listed = {r["trajectory"]: r["epoch"] for r in previous["records"]}
             for key in ("preset", "scale", "environment", "initial", "records"):
                 results[key] = previous[key]
+            results["peak_memory"] = previous.get("peak_memory", {})
         model = trainer.build()
         trainer.check_images(model)
         progress.say(
@@ -176,9 +185,10 @@ class _Session:
         if world.main:
             if previous is None:
                 self.folder.clear()
+            # First of all, because it says whose the other files are.
+            self._write(results)
             progress.write_log(self.folder.log)
         world.wait()
-        self._write(results)
 
         finished: list[Record] = []
         for trajectory in plan(config):
@@ -202,6 +212,7 @@ class _Session:
             image_size=config.image_size,
             normalise=config.normalise,
             fraction=config.fraction,
+            validation=config.validation,
             threads=config.threads,
             progress=self.progress.over,
         )
@@ -211,6 +222,11 @@ class _Session:
 
     def _write(self, results: dict[str, Any]) -> None:
         if self.world.main:
+            before, device = results["peak_memory"], self.world.device(self.config.device)
+            results["peak_memory"] = {
+                where: None if size is None else max(size, before.get(where) or 0)
+                for where, size in peak_memory(device).items()
+            }
             self.folder.write_results(results)
 
     def _follow(
@@ -223,6 +239,7 @@ class _Session:
         """Trains along one trajectory, from its beginning or from its last checkpoint; the records
         so far, of which ``finished`` are those before."""
         progress, steps = self.progress, len(trainer.batches)
+        epochs = sum(each.end - each.begin for each in plan(self.config))  # of the whole run
         current = trainer.start(trajectory)
         self._restore(trainer, current)
         if (listed := self.listed.get(trajectory.name, 0)) > current.epoch:
@@ -256,7 +273,9 @@ class _Session:
                 self._write(results)
                 if self.world.main:
                     board.add(record)
-                progress.epoch(record)
+                records = results["records"]
+                spent = sum(sum(r["seconds"].values()) for r in records)
+                progress.epoch(record, spent / len(records) * (epochs - len(records)))
                 if self.world.largest(self._wanted(), trainer.device) == 2:
                     raise Stopped
         finally:

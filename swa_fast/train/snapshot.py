@@ -18,8 +18,6 @@ from .errors import TrainError
 from .randomness import random_state
 from .trainer import Run, Trainer
 
-__all__ = ["continue_from", "restore", "take"]
-
 
 def take(trainer: Trainer, run: Run) -> dict[str, Any]:
     """Everything from which :func:`restore` continues the run. All processes must call it."""

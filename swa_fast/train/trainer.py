@@ -26,10 +26,8 @@ from .distributed import World
 from .errors import TrainError
 from .evaluation import Evaluation, Score, autocast
 from .methods import Trajectory
-from .models import build_model, load_pretrained
+from .models import MODELS, build_model, load_pretrained
 from .randomness import derive_seed, set_random_state
-
-__all__ = ["Record", "Run", "Trainer"]
 
 Record = dict[str, Any]
 
@@ -174,7 +172,11 @@ class Trainer:
         """What an epoch leaves in results.json, see :mod:`.results`."""
         trajectory = run.trajectory
         reported = epoch in trajectory.reported or epoch == trajectory.end
-        looked_at = reported or epoch % self.config.eval_every == 0
+        # The first epoch too, as in the authors' code.
+        looked_at = reported or epoch == 1 or epoch % self.config.eval_every == 0
+        # Networks without BatchNorm have no pass that could be shortened.
+        curve = self.config.curve_data if MODELS[self.config.model].batch_norm else 1.0
+        share = 1.0 if reported else curve
         test: Score | tuple[None, None] = (None, None)
         if looked_at:
             self.world.share_buffers(run.model)
@@ -184,12 +186,13 @@ class Trainer:
         for method, average in run.averages.items():
             found: Score | tuple[None, None] = (None, None)
             fresh = (average.every_step or average.due(epoch)) and not average.costly
-            if average.captures and looked_at and (fresh or reported):
-                found = average.score(epoch, self.evaluation, run.clock)
+            if average.captures and looked_at and (fresh or reported) and share > 0:
+                found = average.score(epoch, self.evaluation, run.clock, share)
             averages[method] = {
                 "captures": average.captures,
                 "test_loss": found[0],
                 "test_accuracy": found[1],
+                "bn_share": None if found[0] is None or average.per_process else share,
             }
         loss, correct = self.world.sum(torch.stack((run.loss, run.correct.double()))).tolist()
         record: Record = {
@@ -251,6 +254,10 @@ class Trainer:
             num_classes=self._classes,
             width=config.width,
         )
+        if config.bn_gamma == "uniform":
+            for module in model.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    nn.init.uniform_(module.weight)
         if config.pretrained is not None:
             path = None if config.pretrained == "torchvision" else config.pretrained
             load_pretrained(model, config.model, path)

@@ -36,6 +36,7 @@ def load_dataset(
     normalise: str = "dataset",
     fraction: float = 1.0,
     min_per_class: int = 10,
+    validation: bool = False,
     threads: int = 1,
     progress: Wrap | None = None,
 ) -> Dataset:
@@ -53,6 +54,8 @@ def load_dataset(
             name of :data:`~swa_fast.train.data.dataset.NORMALISATIONS`.
         fraction: share of the training and of the test images to take, the same of every class.
         min_per_class: images that every class keeps at least, whatever the fraction.
+        validation: whether the last tenth of the training images takes the test set's place, see
+            :func:`~swa_fast.train.data.dataset.validation_split`.
         threads: threads that decode ``images``.
         progress: wraps the iterator over decoded ``images``, given their number.
 
@@ -63,7 +66,8 @@ def load_dataset(
     check_data_options(name, data_dir, image_size, fraction)
     if name == "imagenet":
         assert data_dir is not None
-        return load_stream(data_dir, image_size or 224, normalise, fraction, min_per_class)
+        size = image_size or 224
+        return load_stream(data_dir, size, normalise, fraction, min_per_class, validation)
     if name == "digits":
         dataset = load_digits()
     elif name == "synthetic":
@@ -73,6 +77,7 @@ def load_dataset(
         dataset = load_images(data_dir, image_size, threads=threads, progress=progress)
     else:
         dataset = load_torchvision(name, Path("data", name) if data_dir is None else data_dir)
+    dataset = dataset.held_out() if validation else dataset
     dataset = dataclasses.replace(dataset, normalise=normalise).share(fraction, min_per_class)
     return dataset if image_size is None else dataset.resized(image_size)
 

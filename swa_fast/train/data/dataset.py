@@ -14,19 +14,6 @@ from torch import Tensor
 
 from ..errors import TrainError
 
-__all__ = [
-    "NORMALISATIONS",
-    "Batch",
-    "Batches",
-    "Dataset",
-    "Normalise",
-    "Placement",
-    "Statistics",
-    "balanced_share",
-    "check_fraction",
-    "check_normalise",
-]
-
 #: Normalised images and their labels: float32 [B, C, H, W], int64 [B].
 Batch = tuple[Tensor, Tensor]
 
@@ -257,11 +244,27 @@ def check_fraction(fraction: float) -> None:
         raise TrainError(f"--fraction: expected a number in (0, 1], found {fraction}")
 
 
+def validation_split(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions of the images to train on and of the last tenth, which is held out: of all images,
+    or, where they lie in the order of their classes, of every class (one image at least).
+
+    Labels are int64 [N], positions int64 in ascending order.
+    """
+    if not bool((labels.diff() >= 0).all()):
+        kept = len(labels) - max(1, len(labels) // 10)
+        return torch.arange(kept), torch.arange(kept, len(labels))
+    sizes = labels.bincount()
+    left = torch.cat([torch.arange(int(n), 0, -1) for n in sizes])  # in the class, from here on
+    held = left <= (sizes // 10).clamp(min=1)[labels]
+    return (~held).nonzero().flatten(), held.nonzero().flatten()
+
+
 def balanced_share(labels: Tensor, fraction: float, min_per_class: int) -> Tensor:
     """Positions of a fraction of every class, always the same, in ascending order.
 
-    A class of n images keeps round(n*fraction), at least ``min_per_class`` and at most n. They are
-    the first of a fixed random order, so a smaller share is part of a larger one.
+    A class of n images keeps round(n*fraction), at least ``min_per_class`` (or fewer, one at least,
+    where that would be more than 500 images) and at most n. They are the first of a fixed random
+    order, so a smaller share is part of a larger one.
 
     Labels are int64 [N], positions int64 [M].
 
@@ -273,8 +276,9 @@ def balanced_share(labels: Tensor, fraction: float, min_per_class: int) -> Tenso
         return torch.arange(len(labels))
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     shuffled = labels[order]
-    kept = []
-    for label in shuffled.unique():
+    kept, classes = [], shuffled.unique()
+    min_per_class = min(min_per_class, max(1, 500 // len(classes)))
+    for label in classes:
         members = order[shuffled == label]
         kept.append(members[: max(min_per_class, math.floor(len(members) * fraction + 0.5))])
     return torch.cat(kept).sort().values

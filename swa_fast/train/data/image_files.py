@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from ..errors import TrainError, import_extra
+from ..files import open_regular
 
-__all__ = ["Listing", "list_images", "read_rgb"]
+#: Pillow's names of the formats that are read. Pillow decides by the content of a file, and for
+#: others (EPS) runs other programs on it.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
 @dataclass
@@ -30,7 +33,7 @@ def list_images(root: Path, first: str, second: str) -> tuple[Listing, Listing]:
     """What is below the class folders of two parts of a dataset.
 
     Files and folders whose name begins with a dot are ignored. Files are images if their extension
-    is one that Pillow reads; others are skipped and counted.
+    is one of :data:`FORMATS`; others are skipped and counted.
 
     Raises:
         TrainError: a part is missing or has no class folder, a class has no image, the parts have
@@ -52,7 +55,7 @@ def list_images(root: Path, first: str, second: str) -> tuple[Listing, Listing]:
 def _list(folder: Path) -> Listing:
     image_module = import_extra("PIL.Image")
     names = image_module.registered_extensions().items()
-    extensions = {extension for extension, name in names if name in image_module.OPEN}
+    extensions = {extension for extension, name in names if name in FORMATS}
     if not folder.is_dir():
         raise TrainError(f"{folder}: expected a folder with one folder per class, found none")
     classes: list[str] = []
@@ -84,12 +87,12 @@ def read_rgb(path: str | Path) -> Any:
     """The image in a file, as Pillow's in mode RGB.
 
     Raises:
-        TrainError: the file cannot be decoded or has more than 8 bits a channel, or Pillow is not
-            installed.
+        TrainError: the file is no regular one or of none of :data:`FORMATS`, cannot be decoded or
+            has more than 8 bits a channel, or Pillow is not installed.
     """
     image_module = import_extra("PIL.Image")
     try:
-        with image_module.open(path) as image:
+        with open_regular(path) as file, image_module.open(file, formats=FORMATS) as image:
             image.load()
             if image.mode.startswith(("I", "F")):
                 raise TrainError(

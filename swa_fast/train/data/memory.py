@@ -22,9 +22,8 @@ from .dataset import (
     Placement,
     Statistics,
     balanced_share,
+    validation_split,
 )
-
-__all__ = ["MemoryDataset", "channel_statistics"]
 
 
 @dataclass(eq=False)
@@ -79,7 +78,7 @@ class MemoryDataset(Dataset):
     @cached_property
     def sha256(self) -> str:
         """Hash of all pixels, labels and class names."""
-        digest = hashlib.sha256("\n".join(self.classes).encode())
+        digest = hashlib.sha256("\n".join(self.classes).encode(errors="surrogateescape"))
         for tensor in (self.train_images, self.train_labels, self.test_images, self.test_labels):
             digest.update(str(tuple(tensor.shape)).encode())
             digest.update(np.ascontiguousarray(tensor.numpy()).data)
@@ -98,6 +97,18 @@ class MemoryDataset(Dataset):
             test_images=self.test_images[test],
             test_labels=self.test_labels[test],
             fraction=fraction,
+        )
+
+    def held_out(self) -> MemoryDataset:
+        """The training set without its
+        :func:`~swa_fast.train.data.dataset.validation_split`, which takes the test set's place."""
+        train, held = validation_split(self.train_labels)
+        return dataclasses.replace(
+            self,
+            train_images=self.train_images[train],
+            train_labels=self.train_labels[train],
+            test_images=self.train_images[held],
+            test_labels=self.train_labels[held],
         )
 
     def resized(self, image_size: int) -> MemoryDataset:

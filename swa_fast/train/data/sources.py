@@ -16,15 +16,6 @@ from ..errors import TrainError, import_extra
 from .image_files import list_images, read_rgb
 from .memory import MemoryDataset
 
-__all__ = [
-    "MIN_SIZE",
-    "Wrap",
-    "load_digits",
-    "load_images",
-    "load_synthetic",
-    "load_torchvision",
-]
-
 #: Wraps the iterator over decoded files, given their number.
 Wrap = Callable[[Iterator[None], int], Iterator[None]]
 
@@ -147,8 +138,9 @@ def load_images(
     """Reads ``folder/train/<class>/**`` and ``folder/test/<class>/**`` into memory as RGB.
 
     Files and folders whose name begins with a dot are ignored. Files are images if their extension
-    is one that Pillow reads; others are skipped and counted. Training images are cropped after
-    padding by 4 zero (black) pixels, and mirrored with probability one half.
+    is one of BMP, GIF, JPEG, PNG, PPM, TIFF or WebP; others are skipped and counted. Training
+    images are cropped after padding by 4 zero (black) pixels, and mirrored with probability one
+    half.
 
     Args:
         folder: the folder that holds train and test.

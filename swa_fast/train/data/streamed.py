@@ -22,10 +22,17 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from ..errors import TrainError, import_extra
-from .dataset import Batch, Batches, Dataset, Normalise, Placement, balanced_share, check_normalise
+from .dataset import (
+    Batch,
+    Batches,
+    Dataset,
+    Normalise,
+    Placement,
+    balanced_share,
+    check_normalise,
+    validation_split,
+)
 from .image_files import Listing, list_images, read_rgb
-
-__all__ = ["StreamedBatches", "StreamedDataset", "load_stream"]
 
 # What a worker is asked for: a file, its label, and the seed of its crop; None is a test image.
 _Request = tuple[str, int, int | None]
@@ -71,13 +78,13 @@ class StreamedDataset(Dataset):
     @cached_property
     def sha256(self) -> str:
         """Hash of all class names, file names and labels; the files are not read."""
-        digest = hashlib.sha256("\n".join(self.classes).encode())
+        digest = hashlib.sha256("\n".join(self.classes).encode(errors="surrogateescape"))
         for files, labels in (
             (self.train_files, self.train_labels),
             (self.test_files, self.test_labels),
         ):
             digest.update(f"\n\n{len(files)}\n".encode())
-            digest.update("\n".join(files).encode())
+            digest.update("\n".join(files).encode(errors="surrogateescape"))
             digest.update(labels.numpy().data)
         return digest.hexdigest()
 
@@ -192,6 +199,7 @@ def load_stream(
     normalise: str = "dataset",
     fraction: float = 1.0,
     min_per_class: int = 10,
+    validation: bool = False,
 ) -> StreamedDataset:
     """Lists ``folder/train/<class>/**`` and ``folder/val/<class>/**``.
 
@@ -227,17 +235,19 @@ def load_stream(
     # The classes of the official images are their synset identifiers, since two are named "crane",
     # and two "maillot".
     train, val = list_images(root, "train", "val")
+    parts = validation_split(train.labels) if validation else (None, None)
 
-    def share(listing: Listing) -> tuple[tuple[str, ...], Tensor]:
-        kept = balanced_share(listing.labels, fraction, min_per_class)
+    def share(listing: Listing, part: Tensor | None) -> tuple[tuple[str, ...], Tensor]:
+        part = torch.arange(len(listing.files)) if part is None else part
+        kept = part[balanced_share(listing.labels[part], fraction, min_per_class)]
         files = (listing.files[i].removeprefix(f"{root}{os.sep}") for i in kept.tolist())
         return tuple(file.replace(os.sep, "/") for file in files), listing.labels[kept]
 
     return StreamedDataset(
         root,
         train.classes,
-        *share(train),
-        *share(val),
+        *share(train, parts[0]),
+        *share(train if validation else val, parts[1]),
         image_size=image_size,
         normalise="imagenet" if normalise == "dataset" else normalise,
         fraction=fraction,

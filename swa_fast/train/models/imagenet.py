@@ -13,8 +13,6 @@ from torch import nn
 from ..errors import import_extra
 from .layers import check_sizes
 
-__all__ = ["densenet161", "resnet"]
-
 
 def resnet(
     depth: int, *, in_channels: int = 3, num_classes: int = 1000, width: int = 64

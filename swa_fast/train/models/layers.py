@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Projection", "blocks_per_stage", "check_sizes", "he_init", "pixel_mean"]
-
 
 class Projection(nn.Conv2d):
     """A 1x1 convolution of every ``step``-th pixel, i.e. one with that stride.

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from .layers import Projection, blocks_per_stage, check_sizes, he_init, pixel_mean
 
-__all__ = ["PreResNet", "PyramidNet", "ResidualNet", "WideResNet", "doubled"]
-
 # From this depth on the residual blocks of PreResNet are bottlenecks, as in the authors' code.
 _BOTTLENECK_DEPTH = 44
 

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from .layers import Projection, blocks_per_stage, check_sizes, he_init
 from .residual import ResidualNet, doubled
 
-__all__ = ["ShakeShake", "shake"]
-
 
 class _Shake(torch.autograd.Function):
     """alpha y1 + (1 - alpha) y2, with the gradient of beta y1 + (1 - beta) y2."""

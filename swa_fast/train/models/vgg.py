@@ -6,8 +6,6 @@ from torch import Tensor, nn
 
 from .layers import check_sizes, he_init, pixel_mean
 
-__all__ = ["VGG16"]
-
 # Planes of the convolutions in units of the width; 0 is a 2x2 max-pool.
 _PLAN = (1, 1, 0, 2, 2, 0, 4, 4, 4, 0, 8, 8, 8, 0, 8, 8, 8, 0)
 

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from ..errors import TrainError, first_line, import_extra
 
-__all__ = ["load_pretrained"]
-
 #: torchvision's enumeration of the weights by the model's name.
 PRETRAINED = {
     "resnet50": "ResNet50_Weights",
