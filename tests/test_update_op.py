@@ -134,7 +134,7 @@ def test_opcheck(backend: str, device: str, seed: int | None, on_nonfinite: str 
     need(backend, device)
     sources = [torch.randn(33).bfloat16().to(device), torch.randn(5).to(device)]
     averager = Averager(
-        sources, {"a": SWA(), "b": EMA(0.9)}, dtype=torch.bfloat16, backend=backend,
+        sources, {"a": EMA(0.5), "b": EMA(0.9)}, dtype=torch.bfloat16, backend=backend,
         rounding="nearest" if seed is None else "stochastic", on_nonfinite=on_nonfinite,
     )  # fmt: skip
     update, swap = raw_arguments(averager)
