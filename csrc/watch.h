@@ -68,7 +68,7 @@ struct Layout {
   // In TensorImpl, from `shape` on: number of dimensions, five sizes, five strides, offset, number
   // of elements, type with device and flags, dispatch keys.
   static constexpr size_t kShapeBytes = 120;
-  static constexpr size_t kKeys = 112;  // the dispatch keys among them
+  static constexpr size_t kKeys = 112;       // the dispatch keys among them
   static constexpr int64_t kDimensions = 5;  // more of them are kept elsewhere
 
   size_t shape = 0;  // 0: not known, tensors are asked
@@ -228,7 +228,7 @@ struct Contents {
     for (size_t d = 0; d < dictionaries.size(); ++d) {
       if (d + kAhead < dictionaries.size()) __builtin_prefetch(dictionaries[d + kAhead].dictionary);
       const Dictionary& each = dictionaries[d];
-      if (PyDict_GetItem(each.owner, each.key) != each.dictionary) return false;
+      if (PyDict_GetItemWithError(each.owner, each.key) != each.dictionary) return false;
       if (PyDict_Size(each.dictionary) != each.size) return false;
       PyObject *key, *value;
       Py_ssize_t position = 0;

@@ -101,7 +101,6 @@ class Saved:
     @property
     def n_averaged(self) -> dict[str, int]:
         """Updates that each average has seen. Waits for the device."""
-        # The sources that windows keep follow, counted alike.
         return dict(zip(self._rules, self._counts[0].tolist(), strict=False))
 
     @property

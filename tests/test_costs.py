@@ -138,7 +138,7 @@ def test_triton_code_is_vectorised() -> None:
 
     for dtype in (torch.float32, torch.bfloat16):
         model = nn.Linear(64, 64).to(dtype).to("cuda")
-        averager = Averager(model, {"swa": SWA()}, dtype=None, backend="triton")
+        averager = Averager(model, {"ema": EMA(0.5)}, dtype=None, backend="triton")
         averager.update()
     compiled = [
         kernel
