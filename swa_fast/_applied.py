@@ -84,16 +84,33 @@ class _Kept:
     """Tensors that are overwritten, and copies of what they held."""
 
     def __init__(self, targets: Sequence[Tensor]) -> None:
-        self.targets = targets
+        self.targets = list(targets)
         self.values = [target.detach().clone() for target in targets]
+        # Asked once: for thousands of small tensors it takes longer than copying them.
+        self._plain = all(_is_plain(target) and 0 not in target.stride() for target in targets)
+
+    def fill(self, values: Sequence[Tensor]) -> None:
+        """Overwrites the tensors, which have to be what they were."""
+        if not self._plain:
+            put(self.targets, values)
+        elif self.targets:
+            torch._foreach_copy_(self.targets, list(values))
+
+    def restore(self) -> None:
+        """The tensors get the copies' values."""
+        self.fill(self.values)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    strided = tensor.layout == torch.strided and not tensor.is_nested
+    return strided and not tensor.is_quantized and not tensor.is_inference()
 
 
 def put(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Copies values into tensors, also expanded ones, and those made in inference mode."""
     plain: tuple[list[Tensor], list[Tensor]] = ([], [])
     for target, value in zip(targets, values, strict=True):
-        strided = target.layout == torch.strided and not target.is_nested
-        if strided and not target.is_quantized and not target.is_inference():
+        if _is_plain(target):
             if 0 in target.stride():
                 target, value = distinct(target, value)
             plain[0].append(target)
@@ -170,9 +187,9 @@ class Exchange:
                 trade.turn(self.row)
             if self._trades:
                 storage.note_written()
-            put(self._kept.targets, [average[i] for i in others])
+            self._kept.fill([average[i] for i in others])
             if storage.loose:
-                put(self._loose_kept.targets, storage.loose[self.row])
+                self._loose_kept.fill(storage.loose[self.row])
             self._versions = storage.versions() if self._trades else []
 
     @torch.no_grad()
@@ -218,8 +235,8 @@ class Exchange:
                 trade.turn(self.row)
         if self._trades:
             self._storage.note_written()
-        put(self._kept.targets, self._kept.values)
-        put(self._loose_kept.targets, self._loose_kept.values)
+        self._kept.restore()
+        self._loose_kept.restore()
 
     def _back_to_what_moved(self) -> None:
         """Tensor by tensor. What was exchanged still lies where it was: a tensor that was moved or

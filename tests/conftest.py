@@ -38,11 +38,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _seeded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every test starts from the same random state and leaves the caller's alone."""
+    """Every test starts from the same random state and leaves the caller's alone, and whether
+    gradients are recorded, too."""
     monkeypatch.delenv("SWA_FAST_BACKEND", raising=False)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
+    recorded = torch.is_grad_enabled()
+    torch.set_grad_enabled(True)
+    assert recorded, "gradients are no longer recorded after this test"
 
 
 @pytest.fixture(autouse=True)
