@@ -117,14 +117,18 @@ def test_other_signals_stop_a_run_like_an_interrupt(
         def write(self, text: str) -> int:
             raise OSError(errno.EIO, "Input/output error")
 
+    inherited = signal.signal(number, signal.SIG_DFL)  # nohup has it ignored, and so it stays
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
         kill_after(3, patch, 1, number)
         if number == signal.SIGHUP:
             patch.setattr(sys, "stdout", Gone(io.BytesIO()))
             patch.setattr(sys, "stderr", Gone(io.BytesIO()))
-        assert cli.main(["train", "--out", str(tmp_path), *words(ALL)]) == 130
-    assert signal.getsignal(number) == before
+        try:
+            assert cli.main(["train", "--out", str(tmp_path), *words(ALL)]) == 130
+            assert signal.getsignal(number) == before
+        finally:
+            signal.signal(number, inherited)
     log = (tmp_path / "log.txt").read_text()
     assert f"Continue with:\n  swa-fast train --resume {tmp_path}" in log
     if number == signal.SIGTERM:
