@@ -534,7 +534,8 @@ def test_the_columns_of_a_gpu(bench: Any, capsys: pytest.CaptureFixture[str]) ->
         mine = [r for r in rows if r.contender == name]
         assert tuple(r.mode for r in mine) == modes
         for r in mine:
-            assert (r.status, r.clock, r.rounds) == ("ok", "events", 2), (r.mode, r.reason)
+            assert (r.status, r.clock) == ("ok", "events"), (r.mode, r.reason)
+            assert r.rounds >= 2
             assert r.median > 0 and r.limit_median > 0
     bench.harness.show(rows)
     assert "graph cold, ms" in capsys.readouterr().out
@@ -547,12 +548,16 @@ def test_a_batch_of_the_pass_is_counted(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """torch adds one to num_batches_tracked and reads it in every layer. What swa_fast adds to the
-    forward, one launch for all layers together, its fused ReLUs and the head take away again."""
+    """torch adds one to num_batches_tracked and reads it in every layer. swa_fast has two kernels
+    for a layer, where the plain forward has one, and one launch for all layers together."""
     counter = bench.counts.Counter(bench.counts.simulator_counts, "simulator", 1e12, 1e-6)
     found = {r["contender"]: r for r in bench.counts.count_pass("preresnet8", counter)}
     forward, torchs, ours = (found[n] for n in (bench.bench_update_bn.LIMIT, "torch", "swa_fast"))
-    assert (ours["launches"], ours["host syncs"], ours["copies"]) == (forward["launches"] - 2, 0, 0)
+    assert (ours["launches"], ours["host syncs"], ours["copies"]) == (
+        forward["launches"] + 7 + 1,
+        0,
+        0,
+    )
     assert torchs["host syncs"] == torchs["copies"] == 7
     assert torchs["launches"] == forward["launches"] + 2 * 7
     assert forward["host syncs"] == 0 and forward["at least us"] == f"{forward['launches']:.3g}"
