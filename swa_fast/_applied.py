@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from ._memory import distinct
+from ._kept import Block, Kept, put
 from .engine import Plan
 from .storage import Part, Storage
 
@@ -80,48 +80,6 @@ class _Trade:
         return [(at, self.part.members[at]) for at in self.plan.swapped]
 
 
-class _Kept:
-    """Tensors that are overwritten, and copies of what they held."""
-
-    def __init__(self, targets: Sequence[Tensor]) -> None:
-        self.targets = list(targets)
-        self.values = [target.detach().clone() for target in targets]
-        # Asked once: for thousands of small tensors it takes longer than copying them.
-        self._plain = all(_is_plain(target) and 0 not in target.stride() for target in targets)
-
-    def fill(self, values: Sequence[Tensor]) -> None:
-        """Overwrites the tensors, which have to be what they were."""
-        if not self._plain:
-            put(self.targets, values)
-        elif self.targets:
-            torch._foreach_copy_(self.targets, list(values))
-
-    def restore(self) -> None:
-        """The tensors get the copies' values."""
-        self.fill(self.values)
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    strided = tensor.layout == torch.strided and not tensor.is_nested
-    return strided and not tensor.is_quantized and not tensor.is_inference()
-
-
-def put(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Copies values into tensors, also expanded ones, and those made in inference mode."""
-    plain: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for target, value in zip(targets, values, strict=True):
-        if _is_plain(target):
-            if 0 in target.stride():
-                target, value = distinct(target, value)
-            plain[0].append(target)
-            plain[1].append(value)
-        else:
-            with torch.inference_mode(target.is_inference()):
-                target.copy_(value)
-    if plain[0]:
-        torch._foreach_copy_(*plain)
-
-
 class Exchange:
     """The live tensors of a storage get the values of one average, and theirs back.
 
@@ -137,8 +95,9 @@ class Exchange:
         self._find, self._find_left_out = find, left_out
         self._storage: Storage | None = None
         self._trades: list[_Trade] = []
+        self._blocks: list[tuple[Part, Plan, Block]] = []
         self._others: list[int] = []
-        self._kept = self._loose_kept = _Kept(())
+        self._kept = self._loose_kept = Kept(())
         self._left_out: dict[str, tuple[Tensor, int, Tensor]] = {}
         self._versions: list[int] = []
         self._copies: list[tuple[Tensor, int]] = []
@@ -162,8 +121,8 @@ class Exchange:
             storage.applied = self
             # Every copy before the first write.
             pairs = list(zip(storage.parts, storage.plans, strict=True))
-            # The reference exchanges tensor by tensor, and could be interrupted in between.
-            whole = [exchange and plan.backend != "reference" for _, plan in pairs]
+            # The reference works tensor by tensor, and could be interrupted in between.
+            whole = [plan.backend != "reference" for _, plan in pairs]
             others = [
                 part.members[at]
                 for (part, plan), swaps in zip(pairs, whole, strict=True)
@@ -172,21 +131,26 @@ class Exchange:
             # What is averaged comes last, and so is right where it overlaps with what is not.
             others.sort(key=lambda i: storage.slots[i].averaged)
             self._others = others
-            self._kept = _Kept([storage.live[i] for i in others])
-            self._loose_kept = _Kept(storage.loose_live)
+            self._kept = Kept([storage.live[i] for i in others])
+            self._loose_kept = Kept(storage.loose_live)
             self._left_out = {
                 name: (tensor, _version(tensor), tensor.detach().clone())
                 for name, tensor in self._find_left_out().items()
             }
-            self._trades = [
-                _Trade(*pair) for pair, swaps in zip(pairs, whole, strict=True) if swaps
+            served = [pair for pair, swaps in zip(pairs, whole, strict=True) if swaps]
+            self._blocks = [
+                (part, plan, Block(plan, part.engine.written[self.row], self.row))
+                for part, plan in ([] if exchange else served)
             ]
+            self._trades = [_Trade(*pair) for pair in (served if exchange else [])]
 
             average = storage.averages[self.row]
             for trade in self._trades:
                 trade.turn(self.row)
             if self._trades:
                 storage.note_written()
+            for _, _, block in self._blocks:
+                block.fill()
             self._kept.fill([average[i] for i in others])
             if storage.loose:
                 self._loose_kept.fill(storage.loose[self.row])
@@ -235,6 +199,8 @@ class Exchange:
                 trade.turn(self.row)
         if self._trades:
             self._storage.note_written()
+        for _, _, block in self._blocks:
+            block.restore()
         self._kept.restore()
         self._loose_kept.restore()
 
@@ -252,11 +218,17 @@ class Exchange:
         live, loose = self._live
         traded = [trade for trade in self._trades if trade.done()]
         if self._values is None:
-            self._values = [
+            values = [
                 (i, trade.part.engine.written[self.row][at].clone())
                 for trade in traded
                 for at, i in trade.slots
             ]
+            values += [
+                (part.members[at], value)
+                for part, plan, block in self._blocks
+                for at, value in zip(plan.swapped, block.values(), strict=True)
+            ]
+            self._values = values
         if not self._returned:
             for trade in traded:
                 for at, i in trade.slots:

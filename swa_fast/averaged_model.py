@@ -47,9 +47,9 @@ class AveragedModel(nn.Module):
         \bar w \leftarrow \begin{cases} w & n = 0 \\ \bar w + (w - \bar w)/(n + 1) & \text{SWA} \\
         d\,\bar w + (1 - d)\,w & \text{EMA} \end{cases} \qquad n \leftarrow n + 1
 
-    Parameters and buffers of ``module`` are views of flat storage, which one launch per device
-    updates, buffers and counter included. They stay ordinary tensors: they may be written, loaded,
-    moved, copied and pickled, and what was moved is gathered again at the next update.
+    One launch per device updates all parameters, buffers and the counter. The tensors of ``module``
+    are a model's own: they may be written, loaded, moved, shared, copied and pickled, and what was
+    moved or replaced is noticed at the next update.
 
     Where it differs from torch's class, on purpose:
 
@@ -323,7 +323,6 @@ class AveragedModel(nn.Module):
         if model is not None:
             self._bound(model)
 
-    @torch.no_grad()
     def _update_with(
         self, averages: list[Tensor], counts: list[Tensor], sources: list[Tensor]
     ) -> None:
@@ -336,7 +335,6 @@ class AveragedModel(nn.Module):
             else:
                 self._storage.update_with(averages, counts, sources)
 
-    @torch.no_grad()
     def _update(self, model: nn.Module, gate: Gate | None = None) -> None:
         with self._lock:
             self._refuse_if_applied("update_parameters")
@@ -344,8 +342,8 @@ class AveragedModel(nn.Module):
                 self._apply_user_function(model)
                 return
             self._bound(model).update(gate)
-            # Whether a gate let it through only the device knows.
-            if gate is None:
+            # Whether a gate let it through only the device knows; the CPU can always be asked.
+            if gate is None and self._storage is not None and self._storage.counts[0].is_cuda:
                 self._counted = self._counter_seen()
 
     def _counter_seen(self) -> tuple[int, int] | None:
@@ -354,6 +352,7 @@ class AveragedModel(nn.Module):
         counter = self.n_averaged
         return None if counter.is_inference() else (counter.data_ptr(), counter._version)
 
+    @torch.no_grad()
     def _apply_user_function(self, model: nn.Module) -> None:
         # As torch does: the first update copies, and functions see every tensor, integers included.
         sources = [source.detach() for source in self._match(model)]

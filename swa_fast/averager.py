@@ -369,7 +369,6 @@ class Averager(Saved, Decays, Attachable):
     ) -> None:
         self._update((averages, counts, sources))
 
-    @torch.no_grad()
     def _update(
         self,
         given: tuple[list[Tensor], list[Tensor], list[Tensor]] | None = None,

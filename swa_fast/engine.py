@@ -24,9 +24,10 @@ from .rules import AveragingFunction, Filled, Member, Rule, rule_row
 
 if TYPE_CHECKING:
     from ._gather import Gather
+    from ._kept import KeptTables
     from .hooks import Gate
 
-__all__ = ["Engine", "Plan", "Table"]
+__all__ = ["Engine", "Plan", "Table", "cut"]
 
 _REAL = {
     torch.complex64: torch.float32,
@@ -73,6 +74,49 @@ class Plan:
     gathers: list[Gather]
     direct: bool  # nothing but the table is needed for an update
     means: list[tuple[Engine, Plan]]  # what forms the means of windows after it
+    kept: KeptTables | None = None  # of the last time that the sources' values were set aside
+
+
+def cut(rows: np.ndarray[Any, Any], backend: str) -> tuple[np.ndarray[Any, Any], int]:
+    """Segments that a backend's kernels take.
+
+    Args:
+        rows: int64 [tensors, SEGMENT_HEADER + averages + 3], words of a segment for a whole tensor,
+            without count and alignment, and then its number of elements and the bytes of one in the
+            source and in the averages; written.
+        backend: a name of ``BACKENDS``.
+
+    Returns:
+        The table's words, and how many segments, at the end, are short.
+    """
+    words, (count, source_size, average_size) = rows[:, :-3], rows[:, -3:].T
+    common = np.bitwise_or.reduce(words[:, layout.SEGMENT_HEADER :], axis=1) | 16
+    words[:, layout.PACKED] |= np.log2(common & -common).astype(np.int64) << layout.ALIGNMENT
+    larger = np.maximum(source_size, average_size)
+    short = 0
+    if backend != "reference":
+        limit = {
+            "cuda": layout.CUDA_SEGMENT_BYTES // larger,
+            "triton": np.full_like(count, layout.TRITON_SEGMENT),
+            "cpu": np.full_like(count, layout.CPU_SEGMENT),
+        }[backend]
+        pieces = -(-count // limit)
+        tensor = np.repeat(np.arange(len(count)), pieces)
+        first = np.arange(len(tensor)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        first *= limit[tensor]
+        length = np.minimum(count[tensor] - first, limit[tensor])
+        words = words[tensor]
+        words[:, layout.SOURCE] += first * source_size[tensor]
+        words[:, layout.PACKED] |= length
+        words[:, layout.PLACE] += first
+        words[:, layout.SEGMENT_HEADER :] += (first * average_size[tensor])[:, None]
+        if backend == "cuda":
+            # Long segments first, so that short ones fill the gaps at the end; those of one
+            # length stay in the order of their memory.
+            size = length * larger[tensor]
+            words = words[np.argsort(-size, kind="stable")]
+            short = int((size <= layout.CUDA_SHORT_BYTES).sum())
+    return np.ascontiguousarray(words), short
 
 
 class Engine:
@@ -305,40 +349,13 @@ class Engine:
             packed = layout.BYTES << layout.AVERAGE_TYPE | layout.BYTES << layout.SOURCE_TYPE
             places = (mark.data_ptr() for mark in marks)
             columns.append((next(places), packed | 1 << layout.COPIED, 0, *places, 16, 1, 1))
-        table = np.array(columns, dtype=np.int64).reshape(
+        rows = np.array(columns, dtype=np.int64).reshape(
             len(columns), layout.SEGMENT_HEADER + k + 3
         )
-        words, (count, source_size, average_size_) = table[:, :-3], table[:, -3:].T
-        addresses_ = words[:, layout.SEGMENT_HEADER :]
-        common = np.bitwise_or.reduce(addresses_, axis=1) | 16
-        words[:, layout.PACKED] |= np.log2(common & -common).astype(np.int64) << layout.ALIGNMENT
-        larger = np.maximum(source_size, average_size_)
-        short = 0
-        if backend != "reference":
-            limit = {
-                "cuda": layout.CUDA_SEGMENT_BYTES // larger,
-                "triton": np.full_like(count, layout.TRITON_SEGMENT),
-                "cpu": np.full_like(count, layout.CPU_SEGMENT),
-            }[backend]
-            pieces = -(-count // limit)
-            tensor = np.repeat(np.arange(len(count)), pieces)
-            first = np.arange(len(tensor)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-            first *= limit[tensor]
-            length = np.minimum(count[tensor] - first, limit[tensor])
-            words = words[tensor]
-            words[:, layout.SOURCE] += first * source_size[tensor]
-            words[:, layout.PACKED] |= length
-            words[:, layout.PLACE] += first
-            words[:, layout.SEGMENT_HEADER :] += (first * average_size_[tensor])[:, None]
-            if backend == "cuda":
-                # Long segments first, so that short ones fill the gaps at the end; those of one
-                # length stay in the order of their memory.
-                size = length * larger[tensor]
-                words = words[np.argsort(-size, kind="stable")]
-                short = int((size <= layout.CUDA_SHORT_BYTES).sum())
+        words, short = cut(rows, backend)
         on_device = "cpu" if backend == "reference" else self.device
         return Table(
-            torch.from_numpy(np.ascontiguousarray(words)).to(on_device),
+            torch.from_numpy(words).to(on_device),
             pairs,
             short,
             [average for row in targets for average in row],
@@ -369,15 +386,17 @@ class Engine:
 
     def _start(self, plan: Plan, gate: Gate | None) -> None:
         if len(plan.update) > 0:
-            self._launch(plan, () if gate is None else gate.on(self.device))
+            self.launch(plan, gate)
         elif self.counters is not None:
             self.n_averaged.add_(1)
 
-    def _launch(self, plan: Plan, gate: tuple[Any, ...]) -> None:
+    def launch(self, plan: Plan, gate: Gate | None) -> None:
+        """:meth:`update` by a plan for which its table is all that is needed."""
         table = plan.update
+        gated = () if gate is None else gate.on(self.device)
         _ops.update_(
             plan.backend, table.averages, table.sources, self.n_averaged, self.counters, plan.rules,
-            table.words, table.pairs, self.seed, self.skip_nonfinite, table.short, *gate,
+            table.words, table.pairs, self.seed, self.skip_nonfinite, table.short, *gated,
         )  # fmt: skip
 
     def settle(self) -> None:

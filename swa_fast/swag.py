@@ -36,7 +36,7 @@ _CHUNK = 1 << 22
 class _Engine(Engine):
     """Updates mean, squared deviations and a column of deviations in one launch."""
 
-    def _launch(self, plan: Plan, gate: tuple[Any, ...]) -> None:
+    def launch(self, plan: Plan, gate: Gate | None) -> None:
         table = plan.update
         columns = len(self.averages) - _DEVIATIONS - 1
         _ops.swag_(
@@ -49,7 +49,7 @@ class _Engine(Engine):
             table.pairs,
             columns,
             table.short,
-            *gate,
+            *(() if gate is None else gate.on(self.device)),
         )
 
 

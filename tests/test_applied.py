@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import snapshot, step
+from helpers import BACKENDS, DTYPES, need, snapshot, step
 from test_hooks import at_every_line
 from torch import Tensor, nn
 
@@ -302,6 +302,65 @@ def test_update_bn_inside(buffers: str) -> None:
     if buffers == "copy":
         for name, tensor in averager.averages["s"].items():
             assert torch.equal(tensor, inside[name]), name
+
+
+class Bits(nn.Module):
+    """Parameters of all types, of odd sizes, on unaligned bases, empty and large, of any bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        sizes = (1, 7, 0, 5001)
+        for dtype in (*DTYPES, torch.complex64):
+            for size in sizes:
+                memory = torch.randint(
+                    256, (dtype.itemsize * (size + 3),), dtype=torch.uint8, generator=generator
+                ).view(dtype)
+                name = f"{dtype}_{size}".removeprefix("torch.")
+                self.register_parameter(name, nn.Parameter(memory[3:]))
+        image = torch.randn(2, 3, 5, 7, generator=generator)
+        self.image = nn.Parameter(image.to(memory_format=torch.channels_last))
+        self.register_buffer("count", torch.tensor(3))
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "huge"),
+    [
+        *(pytest.param(*p.values, False, id=p.id, marks=p.marks) for p in BACKENDS),
+        pytest.param("cpu", "cpu", True, id="huge pages"),
+    ],
+)
+def test_every_bit_comes_back(
+    backend: str, device: str, huge: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need(backend, device)
+    if huge:
+        monkeypatch.setattr("swa_fast._kept._HUGE", 1)
+    model = Bits().to(device)
+    averaged = AveragedModel(model, backend=backend)
+    averaged.update_parameters(model)
+
+    def bits(module: nn.Module) -> dict[str, Tensor]:
+        own = {k: t.detach().cpu() for k, t in module.state_dict().items()}
+        copies = {k: t.clone(memory_format=torch.contiguous_format) for k, t in own.items()}
+        return {k: t.view(-1).view(torch.uint8) for k, t in copies.items()}
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.flip(0))
+        model.count += 1
+    live, means = bits(model), bits(averaged.module)
+    versions = {name: tensor._version for name, tensor in model.state_dict().items()}
+    for _ in range(2):
+        with averaged.applied(model):
+            inside = bits(model)
+        assert all(torch.equal(inside[name], means[name]) for name in means)
+        for name, now in bits(model).items():
+            assert torch.equal(now, live[name]), name
+        assert all(torch.equal(now, means[n]) for n, now in bits(averaged.module).items())
+    if backend != "reference":  # whose operators tell autograd by themselves
+        for name, tensor in model.state_dict().items():
+            assert tensor.numel() == 0 or tensor._version > versions[name], name
 
 
 def test_a_model_made_in_inference_mode() -> None:
