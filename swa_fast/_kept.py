@@ -20,6 +20,9 @@ __all__ = ["Block", "Kept", "KeptTables", "put"]
 
 # Bytes from which on larger pages are asked for: malloc maps such memory anew at every call.
 _HUGE = 1 << 25
+# Bytes up to which memory of the CPU is kept for the next time, because fresh pages take longer
+# than all copies. (That of a GPU is kept by torch's allocator, for everybody.)
+_KEPT = 1 << 28
 
 
 class Kept:
@@ -82,6 +85,7 @@ class KeptTables:
     """What three launches read: the sources' values go to memory at ``address``, an average comes
     in their place, and they come back."""
 
+    memory: Tensor | None  # where it is kept for the next time
     address: int
     row: int
     keep: Table
@@ -107,7 +111,9 @@ class Block:
         sizes = [source.numel() * source.element_size() for source in plan.in_place]
         steps = [-(-size // layout.ROW_ALIGNMENT) * layout.ROW_ALIGNMENT for size in sizes]
         self._starts = [0, *np.cumsum(steps, dtype=np.int64).tolist()]
-        memory = _allocate(self._starts[-1] + layout.ROW_ALIGNMENT, device)
+        size = self._starts[-1] + layout.ROW_ALIGNMENT
+        kept = None if plan.kept is None else plan.kept.memory
+        memory = _allocate(size, device) if kept is None else kept
         self._memory = memory[-memory.data_ptr() % layout.ROW_ALIGNMENT :]
         address = self._memory.data_ptr()
         if plan.kept is None or (plan.kept.address, plan.kept.row) != (address, row):
@@ -115,6 +121,7 @@ class Block:
             others = [averages[i].data_ptr() for i in plan.swapped]
             there = [address + start for start in self._starts[:-1]]
             plan.kept = KeptTables(
+                memory if device.type == "cpu" and size <= _KEPT else None,
                 address,
                 row,
                 self._table(own, there, sizes),

@@ -423,9 +423,10 @@ class AveragedModel(nn.Module):
         """Puts the average into ``model`` for the time of a ``with`` block.
 
         The model's values are kept in a copy meanwhile, and this AveragedModel stays what it is, so
-        that it may be saved and copied inside the block. Everything is undone when the block ends,
-        also by an exception or Ctrl-C, at whatever moment. (:meth:`swa_fast.Averager.applied`
-        needs no third copy.)
+        that it may be saved and copied inside the block. On the CPU the copy's memory is kept for
+        the next time, up to 256 MiB, until the model or the average moves or goes. Everything is
+        undone when the block ends, also by an exception or Ctrl-C, at whatever moment.
+        (:meth:`swa_fast.Averager.applied` needs no third copy.)
 
         Args:
             model: as for :meth:`update_parameters`.
