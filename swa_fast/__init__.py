@@ -4,6 +4,7 @@
 """
 
 from ._backends import BackendError, choose_backend
+from ._ops import combine_
 from .averaged_model import AveragedModel
 from .averager import Averager
 from .avg_fns import (
@@ -33,6 +34,7 @@ __all__ = [
     "Warmup",
     "Window",
     "choose_backend",
+    "combine_",
     "get_ema_avg_fn",
     "get_ema_multi_avg_fn",
     "get_swa_avg_fn",

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..analysis import cli as analysis
 from ..checkpoints import cli as checkpoints
 from .config import TrainConfig, option_name, with_absolute_paths
 from .curves import draw_curves
@@ -59,6 +60,7 @@ _PARSERS: dict[Any, Callable[[str], Any]] = {
     "int": int,
     "int | None": int,
     "float": float,
+    "float | None": float,
     "tuple[str, ...]": _names,
     "tuple[float, ...]": _numbers,
 }
@@ -156,6 +158,7 @@ def build_parser() -> argparse.ArgumentParser:
         "(default: the first folder of runs)",
     )
 
+    analysis.add_parser(commands)
     checkpoints.add_parser(commands)
     return parser
 
@@ -220,6 +223,8 @@ def main(argv: Sequence[str] | None = None, *, command: Sequence[str] | None = N
     try:
         if name == "average":
             return checkpoints.run(options)
+        if name == "analyze":
+            return analysis.run(options)
         if name == "train":
             return _train(options, list(command or ("swa-fast", name)))
         if name == "run":

@@ -106,6 +106,15 @@ class TrainConfig:
         "(default: the paper's for the model on cifar10, cifar100 and imagenet, else dataset)",
     )
     fraction: float = _data("F", "share of every class that is used", 1.0)
+    test_fraction: float | None = _data(
+        "F", "that of the test images (default: as --fraction)", None
+    )
+    noise: float = _data(
+        "S",
+        "standard deviation of Gaussian noise that is added to all images once and for all, of 255 "
+        "grey values: makes an easy task harder",
+        0.0,
+    )
     validation: bool = _data(
         "",
         "measure on the last tenth of the training images (5,000 of CIFAR's; of folders, the last "
@@ -323,7 +332,8 @@ class TrainConfig:
             )
         _check_methods(self)
         _check_machine(self)
-        check_data_options(self.dataset, self.data_dir, self.image_size, self.fraction)
+        data = (self.image_size, self.fraction, self.test_fraction, self.noise)
+        check_data_options(self.dataset, self.data_dir, *data)
         if self.pretrained == "torchvision" and MODELS[self.model].image_size != 224:
             raise TrainError(
                 f"--pretrained: torchvision has weights of resnet50, resnet152 and densenet161, "

@@ -44,6 +44,7 @@ class Evaluation:
         interrupted: asked between batches whether to stop.
 
     Attributes:
+        test_batches: called for this process's share of the test set, in batches.
         test_labels: of this process's share of the test set, int64 [N].
 
     Raises:
@@ -63,7 +64,7 @@ class Evaluation:
         self.world = world
         self._device = placement.device
         self._batches = batches
-        self._test_batches = dataset.test_batches(_BATCH, placement)
+        self.test_batches = dataset.test_batches(_BATCH, placement)
         mine = slice(placement.rank, None, placement.world_size)
         self.test_labels = dataset.test_labels[mine].to(placement.device)
         self._interrupted = interrupted
@@ -79,7 +80,7 @@ class Evaluation:
         """What a network in evaluation mode makes of this process's share of the test set, float32
         [B, K], and the labels."""
         model.eval()
-        for images, labels in self._interruptible(self._test_batches()):
+        for images, labels in self._interruptible(self.test_batches()):
             with autocast(self.config):
                 logits = model(images)
             yield logits.float(), labels

@@ -90,6 +90,8 @@ def merge_captures(
         image_size=config.image_size,
         normalise=config.normalise,
         fraction=config.fraction,
+        test_fraction=config.test_fraction,
+        noise=config.noise,
         validation=config.validation,
         threads=config.threads,
     )

@@ -212,6 +212,8 @@ class _Session:
             image_size=config.image_size,
             normalise=config.normalise,
             fraction=config.fraction,
+            test_fraction=config.test_fraction,
+            noise=config.noise,
             validation=config.validation,
             threads=config.threads,
             progress=self.progress.over,

@@ -35,6 +35,8 @@ def load_dataset(
     image_size: int | None = None,
     normalise: str = "dataset",
     fraction: float = 1.0,
+    test_fraction: float | None = None,
+    noise: float = 0.0,
     min_per_class: int = 10,
     validation: bool = False,
     threads: int = 1,
@@ -53,6 +55,9 @@ def load_dataset(
             ``imagenet``, whose images are not read beforehand, the constants ``imagenet``), or a
             name of :data:`~swa_fast.train.data.dataset.NORMALISATIONS`.
         fraction: share of the training and of the test images to take, the same of every class.
+        test_fraction: that of the test images, if it is another one.
+        noise: standard deviation of Gaussian noise that is added to all images once and for all, in
+            grey values of 255: an easy task becomes harder.
         min_per_class: images that every class keeps at least, whatever the fraction.
         validation: whether the last tenth of the training images takes the test set's place, see
             :func:`~swa_fast.train.data.dataset.validation_split`.
@@ -63,11 +68,12 @@ def load_dataset(
         TrainError: an unknown name, a value out of its range, or files that are missing, cannot be
             downloaded or cannot be used; the message says which, and what was expected.
     """
-    check_data_options(name, data_dir, image_size, fraction)
+    check_data_options(name, data_dir, image_size, fraction, test_fraction, noise)
+    shares = (fraction, fraction if test_fraction is None else test_fraction)
     if name == "imagenet":
         assert data_dir is not None
         size = image_size or 224
-        return load_stream(data_dir, size, normalise, fraction, min_per_class, validation)
+        return load_stream(data_dir, size, normalise, shares, min_per_class, validation)
     if name == "digits":
         dataset = load_digits()
     elif name == "synthetic":
@@ -78,12 +84,18 @@ def load_dataset(
     else:
         dataset = load_torchvision(name, Path("data", name) if data_dir is None else data_dir)
     dataset = dataset.held_out() if validation else dataset
-    dataset = dataclasses.replace(dataset, normalise=normalise).share(fraction, min_per_class)
-    return dataset if image_size is None else dataset.resized(image_size)
+    dataset = dataclasses.replace(dataset, normalise=normalise).share(*shares, min_per_class)
+    dataset = dataset if image_size is None else dataset.resized(image_size)
+    return dataset.noisy(noise) if noise > 0 else dataset
 
 
 def check_data_options(
-    name: str, data_dir: str | Path | None, image_size: int | None, fraction: float
+    name: str,
+    data_dir: str | Path | None,
+    image_size: int | None,
+    fraction: float,
+    test_fraction: float | None = None,
+    noise: float = 0.0,
 ) -> None:
     """Raises TrainError for a value out of its range, and for a folder that is missing or not
     needed. The arguments are those of :func:`load_dataset`."""
@@ -92,6 +104,12 @@ def check_data_options(
     if image_size is not None and image_size < MIN_SIZE:
         raise TrainError(f"--image-size: expected {MIN_SIZE} or more pixels, found {image_size}")
     check_fraction(fraction)
+    if test_fraction is not None:
+        check_fraction(test_fraction, "--test-fraction")
+    if not 0 <= noise <= 255:
+        raise TrainError(f"--noise: expected grey values in [0, 255], found {noise}")
+    if noise > 0 and name == "imagenet":
+        raise TrainError(f"--noise: expected 0 for images that are read anew, found {noise}")
     if name in ("images", "imagenet") and data_dir is None:
         expected = "train/<class>/ and " + ("test" if name == "images" else "val") + "/<class>/"
         raise TrainError(

@@ -139,7 +139,7 @@ class Dataset(ABC):
         classes: class names; labels are positions in it.
         train_labels, test_labels: int64 [N].
         normalise: name of the normalisation.
-        fraction: the share of a larger dataset that this one is.
+        fraction: the share of a larger dataset's training images that this one's are.
         skipped_files: files of an image folder that are no images by their extension.
     """
 
@@ -238,10 +238,10 @@ def check_normalise(name: str, channels: int) -> None:
         )
 
 
-def check_fraction(fraction: float) -> None:
+def check_fraction(fraction: float, option: str = "--fraction") -> None:
     """Raises TrainError unless the fraction is in (0, 1]."""
     if not 0 < fraction <= 1:
-        raise TrainError(f"--fraction: expected a number in (0, 1], found {fraction}")
+        raise TrainError(f"{option}: expected a number in (0, 1], found {fraction}")
 
 
 def validation_split(labels: Tensor) -> tuple[Tensor, Tensor]:

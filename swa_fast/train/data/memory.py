@@ -84,12 +84,12 @@ class MemoryDataset(Dataset):
             digest.update(np.ascontiguousarray(tensor.numpy()).data)
         return digest.hexdigest()
 
-    def share(self, fraction: float, min_per_class: int) -> MemoryDataset:
+    def share(self, fraction: float, test_fraction: float, min_per_class: int) -> MemoryDataset:
         """The :func:`~swa_fast.train.data.dataset.balanced_share` of training and test images."""
-        if fraction == 1:
+        if fraction == test_fraction == 1:
             return self
         train = balanced_share(self.train_labels, fraction, min_per_class)
-        test = balanced_share(self.test_labels, fraction, min_per_class)
+        test = balanced_share(self.test_labels, test_fraction, min_per_class)
         return dataclasses.replace(
             self,
             train_images=self.train_images[train],
@@ -120,6 +120,19 @@ class MemoryDataset(Dataset):
             self,
             train_images=_resize(self.train_images, image_size),
             test_images=_resize(self.test_images, image_size),
+        )
+
+    def noisy(self, deviation: float) -> MemoryDataset:
+        """The same images with Gaussian noise of this standard deviation, the same at every call,
+        rounded and clamped to 0..255."""
+        generator = torch.Generator().manual_seed(0)
+
+        def add(images: Tensor) -> Tensor:
+            noise = torch.randn(images.shape, generator=generator).mul_(deviation)
+            return noise.add_(images).round_().clamp_(0, 255).to(torch.uint8)
+
+        return dataclasses.replace(
+            self, train_images=add(self.train_images), test_images=add(self.test_images)
         )
 
     def train_batches(self, batch_size: int, placement: Placement) -> MemoryBatches:

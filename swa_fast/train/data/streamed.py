@@ -197,7 +197,7 @@ def load_stream(
     folder: str | Path,
     image_size: int = 224,
     normalise: str = "dataset",
-    fraction: float = 1.0,
+    shares: tuple[float, float] = (1.0, 1.0),
     min_per_class: int = 10,
     validation: bool = False,
 ) -> StreamedDataset:
@@ -205,7 +205,8 @@ def load_stream(
 
     If the folder holds the official archives of ILSVRC 2012, or the ``meta.bin`` that torchvision
     makes of them, ``torchvision.datasets.ImageNet`` unpacks them first. The arguments are those of
-    :func:`~swa_fast.train.data.load_dataset`; ``normalise="dataset"`` stands for ``imagenet``,
+    :func:`~swa_fast.train.data.load_dataset`, whose fractions of training and test images are
+    ``shares``; ``normalise="dataset"`` stands for ``imagenet``,
     since the images are not read beforehand.
 
     Raises:
@@ -237,7 +238,9 @@ def load_stream(
     train, val = list_images(root, "train", "val")
     parts = validation_split(train.labels) if validation else (None, None)
 
-    def share(listing: Listing, part: Tensor | None) -> tuple[tuple[str, ...], Tensor]:
+    def share(
+        listing: Listing, part: Tensor | None, fraction: float
+    ) -> tuple[tuple[str, ...], Tensor]:
         part = torch.arange(len(listing.files)) if part is None else part
         kept = part[balanced_share(listing.labels[part], fraction, min_per_class)]
         files = (listing.files[i].removeprefix(f"{root}{os.sep}") for i in kept.tolist())
@@ -246,9 +249,9 @@ def load_stream(
     return StreamedDataset(
         root,
         train.classes,
-        *share(train, parts[0]),
-        *share(train if validation else val, parts[1]),
+        *share(train, parts[0], shares[0]),
+        *share(train if validation else val, parts[1], shares[1]),
         image_size=image_size,
         normalise="imagenet" if normalise == "dataset" else normalise,
-        fraction=fraction,
+        fraction=shares[0],
     )
