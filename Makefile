@@ -8,7 +8,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 .PHONY: help demo test test-gpu lint types bench bench-quick bench-record bench-report gpu-report wheel clean
 
 help:
-	@echo "make demo   install and train with SGD and SWA on a small real dataset (RUN=folder)"
+	@echo "make demo   install, train with SGD, EMA and SWA on scikit-learn's digits, compare (RUN=folder)"
 	@echo "make test   install with the test extras and run the tests"
 	@echo "make test-gpu  the tests marked gpu, on the CUDA device or, without one, under tests/gpusim"
 	@echo "make lint   ruff, clang-format"
@@ -34,8 +34,8 @@ $(VENV)/.%: $(VENV)/.torch $(SOURCES)
 
 RUN ?= runs/demo
 demo: $(VENV)/.train
-	$(BIN)/swa-fast train --out $(RUN) --overwrite
-	@echo "curves: $(RUN)/curves.png   results: $(RUN)/results.json"
+	$(BIN)/swa-fast run digits --seeds 12 --threads 1 --out $(RUN) --overwrite
+	@echo "curves: $(RUN)/curves.png   table: $(RUN)/report.md   each run: $(RUN)/seed1, ..."
 
 # Processes share the cores, see tests/conftest.py.
 test: $(VENV)/.test

@@ -334,6 +334,34 @@ def test_a_share_is_no_prefix_of_the_class() -> None:
     assert len(kept) == 100 and 300 < kept.double().mean() < 700
 
 
+def test_another_fraction_of_the_test_images() -> None:
+    half, both = load_dataset("digits", fraction=0.5), load_dataset("digits")
+    found = load_dataset("digits", fraction=0.5, test_fraction=1.0)
+    assert torch.equal(found.train_images, half.train_images)
+    assert torch.equal(found.test_images, both.test_images)
+    found = load_dataset("digits", test_fraction=0.5)
+    assert torch.equal(found.train_images, both.train_images)
+    assert torch.equal(found.test_images, half.test_images)
+    with pytest.raises(TrainError, match=r"--test-fraction: expected a number in \(0, 1\]"):
+        load_dataset("digits", test_fraction=1.5)
+
+
+def test_noise_is_the_same_every_time() -> None:
+    plain, found = load_dataset("digits"), load_dataset("digits", noise=20.0)
+    assert torch.equal(found.train_images, load_dataset("digits", noise=20.0).train_images)
+    # Where nothing is clamped the deviation is the one asked for.
+    grey = (plain.train_images > 90) & (plain.train_images < 165)
+    change = (found.train_images.double() - plain.train_images.double())[grey]
+    assert change.std().item() == pytest.approx(20.0, rel=0.02)
+    assert abs(change.mean().item()) < 0.5
+    assert not torch.equal(found.test_images, plain.test_images)
+    for wrong in (-1.0, 256.0, float("nan")):
+        with pytest.raises(TrainError, match=r"--noise: expected grey values in \[0, 255\]"):
+            load_dataset("digits", noise=wrong)
+    with pytest.raises(TrainError, match="--noise: expected 0 for images that are read anew"):
+        load_dataset("imagenet", "somewhere", noise=1.0)
+
+
 def test_fraction_of_a_dataset() -> None:
     whole = load_dataset("synthetic")
     part = load_dataset("synthetic", fraction=0.1, min_per_class=20)

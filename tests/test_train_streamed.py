@@ -90,7 +90,10 @@ def test_listing(folder: Path) -> None:
 
 
 def test_fraction(folder: Path) -> None:
-    dataset = load_stream(folder, fraction=0.5, min_per_class=2)
+    dataset = load_stream(folder, shares=(0.5, 0.5), min_per_class=2)
+    whole = load_stream(folder, shares=(0.5, 1.0), min_per_class=2)
+    assert whole.train_files == dataset.train_files
+    assert len(whole.test_labels) == len(load_stream(folder).test_labels)
     assert torch.bincount(dataset.train_labels).tolist() == [3, 3, 4]
     assert torch.bincount(dataset.test_labels).tolist() == [2, 2, 2]
     for name, label in zip(dataset.train_files, dataset.train_labels, strict=True):

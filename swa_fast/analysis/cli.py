@@ -53,7 +53,11 @@ def add_parser(commands: Any) -> None:
             "runs", nargs="+" if kind in ("ensemble", "distances") else 1, metavar="RUN",
             help="folder of a finished run; of several, the first says which network and data",
         )  # fmt: skip
-        parser.add_argument("--out", required=kind != "report", metavar="DIR", help="folder of the figures")  # fmt: skip
+        parser.add_argument(
+            "--out", required=kind != "report", metavar="DIR",
+            help="folder of the page (default: the run's)" if kind == "report"
+            else "folder of the figures",
+        )  # fmt: skip
         if kind == "report":
             continue
         if kind == "trajectory":
@@ -209,7 +213,9 @@ def _measured(kind: str, options: dict[str, Any], world: World) -> Study:
     if kind == "segment":
         if options["size"] < 2:
             raise TrainError(f"--size: expected 2 or more, found {options['size']}")
-        return studies.segment(problem, cache, vectors, size=options["size"], margin=options["margin"])  # fmt: skip
+        return studies.segment(
+            problem, cache, vectors, size=options["size"], margin=options["margin"]
+        )
     if kind == "ensemble":
         return studies.ensemble(problem, vectors, halvings=options["halvings"], progress=bar)
     centre = options["centre"] or ("swa" if "swa" in vectors else None)
@@ -240,7 +246,8 @@ def _say(study: Study) -> None:
     if study.kind == "ensemble":
         for name in ("ensemble", "member"):
             low, high = facts[f"{name}_slope_95"]
-            print(f"slope of the {name}'s difference: {facts[f'{name}_slope']:.3f} [{low:.3f}, {high:.3f}]")  # fmt: skip
+            slope = f"{facts[f'{name}_slope']:.3f} (95 %: {low:.3f} to {high:.3f})"
+            print(f"slope of the {name}'s difference from the average: {slope}")
         first = {key: column[0] for key, column in study.columns.items()}
         print(
             f"accuracy: ensemble {first['ensemble_accuracy']:.2f} %, average of the weights "

@@ -39,7 +39,8 @@ def save(study: Study, folder: Path, title: str) -> list[Path]:
     numbers.update({name: tensor.numpy() for name, tensor in study.arrays.items()})
     np.savez(arrays, allow_pickle=False, **numbers)
     contents["npz"] = arrays.getvalue()
-    contents["json"] = json.dumps({"title": title, "kind": kind, **_plain(study.facts)}, indent=1).encode() + b"\n"  # fmt: skip
+    facts = {"title": title, "kind": kind, **_plain(study.facts)}
+    contents["json"] = json.dumps(facts, indent=1).encode() + b"\n"
     draw = _DRAW[kind]
     import_extra("matplotlib.backends.backend_agg")
     figure_class = import_extra("matplotlib.figure").Figure
@@ -90,7 +91,11 @@ def _levels(values: np.ndarray[Any, Any], count: int = 12) -> np.ndarray[Any, An
 
 
 def _plane(study: Study, figure_class: Any, numbers: dict[str, Any]) -> Any:
-    figure = figure_class(figsize=(10.0, 4.6), layout="constrained")
+    width, height = np.ptp(numbers["x"]), np.ptp(numbers["y"])
+    # As high as the plane is, so that the bars of the colours are too.
+    figure = figure_class(
+        figsize=(10.0, float(np.clip(3.6 * height / width + 1.1, 2.6, 7.0))), layout="constrained"
+    )
     for axes, name, label in zip(
         figure.subplots(1, 2),
         ("train_loss", "test_error"),
@@ -101,7 +106,8 @@ def _plane(study: Study, figure_class: Any, numbers: dict[str, Any]) -> Any:
         good = np.isfinite(z)
         x, y, z = numbers["x"][good], numbers["y"][good], z[good]
         levels = _levels(z)
-        drawn = axes.tricontourf(x, y, z, levels=[float(z.min()) - 1e-12, *levels], cmap="viridis_r", extend="max")  # fmt: skip
+        least = float(z.min()) - 1e-12 * max(1.0, abs(float(z.min())))
+        drawn = axes.tricontourf(x, y, z, levels=[least, *levels], cmap="viridis_r", extend="max")
         axes.tricontour(x, y, z, levels=levels, colors="white", linewidths=0.4)
         bar = figure.colorbar(drawn, ax=axes, ticks=levels[::2], format="%.3g")
         bar.set_label(label)

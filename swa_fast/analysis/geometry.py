@@ -97,7 +97,8 @@ class Plane:
 
     def points(self, coordinates: Sequence[tuple[float, float]]) -> Tensor:
         """The weight vectors [K, n] at coordinates."""
-        return combine(self.rows, torch.tensor([(1.0, x, y) for x, y in coordinates]))
+        weights = [(1.0, x, y) for x, y in coordinates]
+        return combine(self.rows, torch.tensor(weights, dtype=torch.float64))
 
 
 def directions(count: int, like: Tensor, seed: int) -> Tensor:

@@ -218,9 +218,10 @@ class Cache:
                 keys[i] = problem.key(vector)
                 if (value := self._read(keys[i])) is not None:
                     found[i] = value
-        missing = [i for i in range(count) if i not in found]
         rank, size = (0, 1) if self._world is None else (self._world.rank, self._world.size)
-        mine = missing[rank::size]
+        # By their numbers: what is missing another process may see otherwise, a moment later.
+        missing = [i for i in range(count) if i not in found]
+        mine = [i for i in missing if i % size == rank]
         rows: dict[int, Tensor] = {}
         for at, i in enumerate(self._progress(mine, len(mine))):
             if i not in rows:

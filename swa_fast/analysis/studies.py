@@ -214,11 +214,12 @@ def segment(
         raise TrainError(f"--points: expected two distinct weight vectors, found {names} equal")
     ts = [(1 + 2 * margin) * i / (size - 1) - margin for i in range(size)]
     rows = torch.stack((first, second))
-    values = cache.values(
-        problem,
-        size,
-        lambda which: combine(rows, torch.tensor([(1 - ts[i], ts[i]) for i in which])),
-    )
+
+    def points(which: Sequence[int]) -> Tensor:
+        weights = [(1 - ts[i], ts[i]) for i in which]
+        return combine(rows, torch.tensor(weights, dtype=torch.float64))
+
+    values = cache.values(problem, size, points)
     columns = {"t": ts, "distance": [t * length for t in ts], **_columns(values)}
     return Study("segment", columns, {"ends": names, "distance": length})
 

@@ -228,16 +228,15 @@ def _studies() -> Iterator[tuple[str, Preset]]:
             }
         ),
     )
-    # That of `make demo`: two hundred of scikit-learn's digits under noise, of which the test set
-    # is all of it.
+    # What `make demo` runs: two hundred of scikit-learn's digits under noise, and all test images.
     yield (
         "digits",
         Preset(
             {
                 **{"dataset": "digits", "fraction": 0.14, "test_fraction": 1.0, "noise": 60.0},
                 **{"model": "preresnet8", "width": 8, "epochs": 60, "batch_size": 32},
-                **{"lr": 0.1, "weight_decay": 5e-4, "swa_lr": 0.05, "eval_every": 4},
-                **{"methods": ("sgd", "swa"), "budgets": (1.0,), "swa_start": 0.75},
+                **{"lr": 0.1, "weight_decay": 5e-4, "swa_lr": 0.05, "swa_from": "sgd"},
+                **{"methods": ("sgd", "ema", "swa"), "budgets": (1.0,), "eval_every": 6},
             }
         ),
     )
