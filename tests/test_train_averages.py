@@ -134,9 +134,7 @@ def test_ensemble_averages_probabilities(tmp_path: Path) -> None:
         model.load_state_dict(load(path))
         model.eval()
         with torch.no_grad():
-            outputs += [
-                model(images).softmax(1) for images, _ in trainer.evaluation._test_batches()
-            ]
+            outputs += [model(images).softmax(1) for images, _ in trainer.evaluation.test_batches()]
     mean = torch.stack(outputs).mean(0)
     correct = (mean.argmax(1) == labels).double().mean().item()
     assert summary["fge"]["test_accuracy"] == pytest.approx(100 * correct)

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("small")
     ("options", "message"),
     [
         (["--dataset", "mnist"], "--dataset: expected one of digits, images, .* found 'mnist'"),
-        (["--model", "vgg"], "--model: expected one of vgg16, .*densenet161, found 'vgg'"),
+        (["--model", "vgg"], "--model: expected one of .*, or package.module:factory, found 'vgg'"),
         (["--epochs", "0"], "--epochs: expected 1 or more, found 0"),
         (["--batch-size", "-1"], "--batch-size: expected 1 or more, found -1"),
         (["--width", "0"], "--width: expected 1 or more, found 0"),

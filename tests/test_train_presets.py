@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from swa_fast.train import cli, presets
+from swa_fast.train import cli, commands, presets
 from swa_fast.train.config import TrainConfig
 from swa_fast.train.data import Placement, load_dataset
 from swa_fast.train.data.dataset import Normalise
@@ -242,13 +242,13 @@ def test_an_interrupted_list(
     def measure_speed(device: str, amp: str) -> float:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "measure_speed", measure_speed)
+    monkeypatch.setattr(commands, "measure_speed", measure_speed)
     assert cli.main(["presets"]) == 130
     assert capsys.readouterr().err == "\nInterrupted.\n"
 
 
 def test_list(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(cli, "measure_speed", lambda device, amp: 1e12)
+    monkeypatch.setattr(commands, "measure_speed", lambda device, amp: 1e12)
     assert cli.main(["presets", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1 : len(presets.PRESETS) + 1]] == list(

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from ..train.config import TrainConfig
-from ..train.data import load_dataset
 from ..train.distributed import World, resolve_device
 from ..train.errors import TrainError, first_line
 from ..train.randomness import derive_seed
 from ..train.run_folder import RunFolder
-from ..train.trainer import Trainer
+from ..train.trainer import load_trainer
 from .measure import Problem
 
 __all__ = ["Weights", "load_problem"]
@@ -53,20 +52,9 @@ def load_problem(
     if not 0 < share <= 1:
         raise TrainError(f"--share: expected a number in (0, 1], found {share}")
     torch.set_num_threads(threads or config.threads)
-    dataset = load_dataset(
-        config.dataset,
-        config.data_dir,
-        image_size=config.image_size,
-        normalise=config.normalise,
-        fraction=config.fraction,
-        test_fraction=config.test_fraction,
-        noise=config.noise,
-        validation=config.validation,
-        threads=config.threads,
-    )
     # Points are shared among processes; each of them measures with all images.
     alone = _Alone(world) if world is not None and world.size > 1 else World()
-    trainer = Trainer(dataclasses.replace(config, pretrained=None), dataset, alone)
+    trainer = load_trainer(dataclasses.replace(config, pretrained=None), alone)
     model = trainer.build()
     seed = derive_seed(config.seed, "bn", 0)
     steps = max(1, round(share * len(trainer.batches)))
@@ -77,7 +65,7 @@ def load_problem(
                 return
             yield batch
 
-    described = {"data": dataset.to_json(), "steps": steps, "seed": seed}
+    described = {"data": trainer.data, "steps": steps, "seed": seed}
     names = ("model", "width", "batch_size", "image_size", "channels_last")
     described["config"] = {name: getattr(config, name) for name in names}
     return Problem(

@@ -19,24 +19,15 @@ import torch
 
 from ..analysis import cli as analysis
 from ..checkpoints import cli as checkpoints
-from .config import TrainConfig, option_name, with_absolute_paths
-from .curves import draw_curves
+from . import commands
+from .commands import preset_options, stored_config
+from .config import TrainConfig, with_absolute_paths
 from .distributed import World, resolve_device
 from .errors import Stopped, TrainError
-from .files import write_atomically
-from .machine import check_amp, choose_threads, measure_speed
-from .merge import merge_captures
-from .presets import PRESETS, flop, scaled
-from .progress import Progress, duration
-from .report import (
-    compare_runs,
-    find_runs,
-    format_experiment,
-    format_phases,
-    format_published,
-    format_rows,
-    format_table,
-)
+from .machine import check_amp, choose_threads
+from .options import option_name
+from .progress import Progress
+from .report import format_phases, format_table
 from .run_folder import RunFolder
 from .session import run
 
@@ -66,14 +57,18 @@ _PARSERS: dict[Any, Callable[[str], Any]] = {
 }
 
 
+# Other names of options, which say what they are used for.
+_ALIASES = {"dataset": ("--data",), "pretrained": ("--init",)}
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of ``swa-fast``. Options that are not given leave no trace in the result."""
     parser = argparse.ArgumentParser(
         prog="swa-fast", description="Stochastic Weight Averaging from the command line."
     )
-    commands = parser.add_subparsers(dest="command", required=True)
+    subcommands = parser.add_subparsers(dest="command", required=True)
 
-    train = commands.add_parser(
+    train = subcommands.add_parser(
         "train",
         help="train a network by several methods, SGD and SWA at first, and compare them",
         description="Trains a network by plain SGD and, from the same initial weights, with SWA "
@@ -88,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     output.add_argument("--resume", metavar="DIR", default=None, help=resume_help)
     _add_output(output)
 
-    preset = commands.add_parser(
+    preset = subcommands.add_parser(
         "run",
         help="reproduce an experiment of the paper by its name",
         description="Runs a preset, see swa-fast presets, with one seed or several, each in a "
@@ -114,7 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     output.add_argument("--out", metavar="DIR", default=None, help=out_help)
     _add_output(output)
 
-    listing = commands.add_parser(
+    listing = subcommands.add_parser(
         "presets",
         help="list the experiments of the paper",
         description="Lists the presets with the published accuracies, the floating-point "
@@ -127,7 +122,28 @@ def build_parser() -> argparse.ArgumentParser:
         "--scale", type=float, default=1.0, help="as for run (default: 1)", metavar="S"
     )
 
-    merge = commands.add_parser(
+    evaluate = subcommands.add_parser(
+        "eval",
+        help="loss and accuracy of weights in files",
+        description="Measures networks on the test set. The network and the data are those of the "
+        "run in whose folder the first file lies, or of --run, or of the options; options have the "
+        "last word.",
+        argument_default=argparse.SUPPRESS,
+    )
+    evaluate.add_argument(
+        "files",
+        nargs="+",
+        metavar="FILE",
+        help="with a state_dict: .pt by torch.save, or .safetensors",
+    )
+    evaluate.add_argument("--run", metavar="DIR", default=None, help="folder of a run")
+    evaluate.add_argument(
+        "--update-bn", action="store_true", default=False,
+        help="estimate the BatchNorm statistics anew, of the training images",
+    )  # fmt: skip
+    _add_settings(evaluate)
+
+    merge = subcommands.add_parser(
         "merge",
         help="average the captures of finished runs anew, by other weights",
         description="Averages the captures that runs with --keep-captures have left, estimates the "
@@ -143,7 +159,7 @@ def build_parser() -> argparse.ArgumentParser:
     merge.add_argument("--last", type=int, metavar="N", help="the last N captures (default: all)")
     merge.add_argument("--device", help="as for train (default: the run's)")
 
-    report = commands.add_parser(
+    report = subcommands.add_parser(
         "report",
         help="compare finished runs with each other and with the paper",
         description="Reads all runs in folders and below them, takes those together that differ in "
@@ -158,8 +174,8 @@ def build_parser() -> argparse.ArgumentParser:
         "(default: the first folder of runs)",
     )
 
-    analysis.add_parser(commands)
-    checkpoints.add_parser(commands)
+    analysis.add_parser(subcommands)
+    checkpoints.add_parser(subcommands)
     return parser
 
 
@@ -170,10 +186,12 @@ def _add_settings(parser: argparse.ArgumentParser) -> Any:
         meta = field.metadata
         group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
         name = option_name(field.name)
+        also = _ALIASES.get(field.name, ())
         if (parse := _PARSERS.get(field.type)) is None:
             group.add_argument(name, action=argparse.BooleanOptionalAction, help=meta["help"])
         else:
-            group.add_argument(name, type=parse, metavar=meta["kind"].metavar, help=meta["help"])
+            metavar = meta["kind"].metavar
+            group.add_argument(name, *also, type=parse, metavar=metavar, help=meta["help"])
     return groups["output"]
 
 
@@ -230,8 +248,11 @@ def main(argv: Sequence[str] | None = None, *, command: Sequence[str] | None = N
         if name == "run":
             return _run(options, ["swa-fast", *arguments])
         if name == "merge":
-            return _merge(**options)
-        return _presets(**options) if name == "presets" else _report(**options)
+            return commands.merge(**options)
+        if name == "eval":
+            files, run, update_bn = (options.pop(key) for key in ("files", "run", "update_bn"))
+            return commands.evaluate(files, run, update_bn, options)
+        return commands.presets(**options) if name == "presets" else commands.report(**options)
     except TrainError as error:
         print(f"swa-fast {name}: error: {error}", file=sys.stderr)
         return 2
@@ -328,19 +349,12 @@ def _one_run(
         world.close()
 
 
-def _stored_config(previous: dict[str, Any], folder: RunFolder) -> TrainConfig:
-    try:
-        return TrainConfig.from_json(previous["config"])
-    except TrainError as error:
-        raise TrainError(f"{folder.file('results.json')}: {error}") from error
-
-
 def _resumed_config(
     options: dict[str, Any], previous: dict[str, Any], folder: RunFolder
 ) -> TrainConfig:
     """The stored configuration; options that repeat it are allowed, and the data may have moved."""
     path = folder.file("results.json")
-    config = _stored_config(previous, folder)
+    config = stored_config(previous, folder)
     stored = dataclasses.asdict(config)
     options = with_absolute_paths(options)
     if "device" in options:
@@ -356,15 +370,6 @@ def _resumed_config(
     return config
 
 
-def _preset_options(name: str, scale: float, overrides: dict[str, Any]) -> dict[str, Any]:
-    if name not in PRESETS:
-        raise TrainError(f"PRESET: expected one of {', '.join(PRESETS)}, found {name!r}")
-    options = dict(PRESETS[name].options)
-    # The scale has to know what it shrinks; what is given as a number is not shrunk.
-    options.update({k: overrides[k] for k in ("dataset", "model") if k in overrides})
-    return {**scaled(options, scale), **overrides}
-
-
 def _run(options: dict[str, Any], command: list[str]) -> int:
     name = options.pop("preset")
     seeds = options.pop("seeds", 1)
@@ -373,7 +378,7 @@ def _run(options: dict[str, Any], command: list[str]) -> int:
     if seeds < 1:
         raise TrainError(f"--seeds: expected 1 or more, found {seeds}")
     first = options.pop("seed", 1)
-    chosen = _preset_options(name, scale, options)
+    chosen = preset_options(name, scale, options)
     parent = Path(out or Path("runs") / (name if scale == 1 else f"{name}-scale{scale:g}"))
     configs = [
         TrainConfig.from_options({**chosen, "seed": seed}) for seed in range(first, first + seeds)
@@ -384,7 +389,7 @@ def _run(options: dict[str, Any], command: list[str]) -> int:
         previous = None
         if folder.file("results.json").exists() and not manner["overwrite"]:
             previous = folder.read_results()
-            stored = _stored_config(previous, folder)
+            stored = stored_config(previous, folder)
             # Defaults that the machine gives are those of the run's beginning.
             kept = {k: getattr(stored, k) for k in ("threads", "workers") if k not in options}
             config = dataclasses.replace(config, **kept)
@@ -400,75 +405,4 @@ def _run(options: dict[str, Any], command: list[str]) -> int:
             return code
     if not World.is_main():
         return 0
-    return _report([str(parent)], None)
-
-
-def _presets(device: str, amp: str, scale: float) -> int:
-    work = {}
-    for name, preset in PRESETS.items():
-        chosen = _preset_options(name, scale, {"device": device, "amp": amp})
-        if preset.options["dataset"] == "imagenet":
-            chosen["data_dir"] = "."  # nothing is read
-        work[name] = flop(TrainConfig.from_options(chosen))
-    speed = measure_speed(device=device, amp=amp)
-    rows = []
-    for name, preset in PRESETS.items():
-        cells = {"SGD": "-", "SWA": "-", "FGE": "-"}
-        # In the order of budgets: of the averages that with the longest.
-        for (method, budget), result in preset.published.items():
-            if method != "fge" or budget == 1.0:
-                column = "SGD" if method in (None, "sgd") else method.partition("-")[0].upper()
-                cells[column] = format_published(result)
-        rows.append(
-            (name, *cells.values(), f"{work[name] / 1e15:.3g}", duration(work[name] / speed))
-        )
-    header = ("preset", "SGD %", "SWA %", "FGE %", "PFLOP", "estimated time")
-    print(format_rows(header, rows, "plain"))
-    print(
-        f"\nPublished accuracies, SWA's with the longest budget. Time: training only, at "
-        f"{speed / 1e9:,.0f} GFLOP/s as a WRN-16-4 reaches on {resolve_device(device)} with --amp "
-        f"{amp}."
-    )
-    return 0
-
-
-def _merge(folders: Sequence[str], weights: str, last: int | None, device: str | None) -> int:
-    rows = []
-    for folder in folders:
-        merged = merge_captures(RunFolder(folder), weights, last, device)
-        accuracy = f"{merged.accuracy:.2f}"
-        rows.append((folder, str(len(merged.epochs)), accuracy, f"{merged.loss:.4f}"))
-        print(f"{merged.path}: epochs {', '.join(map(str, merged.epochs))}")
-    print("\n" + format_rows(("run", "captures", "accuracy %", "loss"), rows, "plain"))
-    return 0
-
-
-def _report(folders: Sequence[str], out: str | None) -> int:
-    found = find_runs(folders)
-    experiments = compare_runs(found, PRESETS)
-    for path, results in found:
-        if results["status"] != "complete":
-            print(f"left out: {path} is not complete", file=sys.stderr)
-    if not experiments:
-        raise TrainError(f"expected a complete run in {', '.join(folders)}, found none")
-    for experiment in experiments:
-        print("\n" + format_experiment(experiment))
-    print(
-        "\n± is the sample standard deviation over n seeds; gains are paired by seed, against SGD "
-        "or the pretrained network. The difference to the published mean is in points and, where "
-        "both have a deviation, in standard errors, sqrt(s^2/n + s_published^2/3)."
-    )
-    folder = Path(out or folders[0])
-    text = "\n\n".join(format_experiment(e, markdown=True) for e in experiments) + "\n"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "report.md", text.encode(errors="backslashreplace"))
-        for number, experiment in enumerate(experiments, 1):
-            name = "curves.png" if len(experiments) == 1 else f"curves-{number}.png"
-            draw_curves(experiment["runs"], folder / name)
-    except OSError as error:
-        raise TrainError(
-            f"--out: expected a folder that can be written, found {folder} ({error})"
-        ) from error
-    print(f"\nreport.md and the curves are in {folder}")
-    return 0
+    return commands.report([str(parent)], None)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -18,59 +18,26 @@ from .data import DATASETS, NORMALISATIONS, check_data_options
 from .defaults import ALONG_SWA, DEFAULTS, LATER, METHODS
 from .distributed import resolve_device
 from .errors import TrainError
-from .models import MODELS
-
-#: The default of a setting that depends on others or on the machine; its help tells how.
-_RESOLVED = object()
-
-
-class _Kind(NamedTuple):
-    """The name of an option's value in the help, what is expected of it, and whether it is so."""
-
-    metavar: str
-    expected: str = "anything"
-    holds: Callable[[Any], bool] = lambda x: True
-
-
-def _one_of(*names: str) -> _Kind:
-    return _Kind("NAME", f"one of {', '.join(names)}", lambda x: x in names)
-
-
-_COUNT = _Kind("N", "1 or more", lambda x: x >= 1)
-# More than any machine has; the operating system ends a process that asks for too many.
-_THREADS = _Kind("N", "an integer from 1 to 1024", lambda x: 1 <= x <= 1024)
-_SEED = _Kind("N", "an integer in [0, 2^63)", lambda x: 0 <= x < 2**63)
-_RATE = _Kind("RATE", "a finite number above 0", lambda x: math.isfinite(x) and x > 0)
-_START = _Kind("FRACTION", "a fraction of 0 or more", lambda x: math.isfinite(x) and x >= 0)
-_MOMENTUM = _Kind("M", "a number in [0, 1)", lambda x: 0 <= x < 1)
-_DECAY = _Kind("W", "a finite number of 0 or more", lambda x: math.isfinite(x) and x >= 0)
-
-
-def _option(group: str, kind: _Kind | str, help: str, default: Any = _RESOLVED) -> Any:
-    """A field that is a command-line option in a group of the help."""
-    if default is not _RESOLVED and default is not None:
-        help = f"{help} (default: {_shown(default)})".lstrip()
-    kind = _Kind(kind) if isinstance(kind, str) else kind
-    return dataclasses.field(
-        metadata={"group": group, "kind": kind, "help": help, "default": default}
-    )
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    if isinstance(value, tuple):
-        return ",".join(map(_shown, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def option_name(field: str) -> str:
-    """The command-line option that sets a field, for messages."""
-    return "--" + field.replace("_", "-")
-
+from .models import MODELS, spec_of
+from .options import (
+    COUNT,
+    DECAY,
+    MOMENTUM,
+    RATE,
+    RESOLVED,
+    SEED,
+    START,
+    THREADS,
+    Kind,
+    expect,
+    one_of,
+    one_of_or_own,
+    option,
+    option_name,
+)
 
 _data, _recipe, _averaging, _machine, _output = (
-    partial(_option, group) for group in ("data", "recipe", "averaging", "machine", "output")
+    partial(option, group) for group in ("data", "recipe", "averaging", "machine", "output")
 )
 
 
@@ -88,7 +55,9 @@ class TrainConfig:
     """
 
     dataset: str = _data(
-        _one_of(*DATASETS), f"one of {', '.join(DATASETS)} (default: digits, part of scikit-learn)"
+        one_of_or_own(*DATASETS),
+        f"one of {', '.join(DATASETS)}, or package.module:factory, a function that returns a "
+        "training and a test set with their own transforms (default: digits, part of scikit-learn)",
     )
     data_dir: str | None = _data(
         "DIR",
@@ -101,7 +70,7 @@ class TrainConfig:
         "N", "resize all images to NxN (default: as they are; imagenet: 224)", None
     )
     normalise: str = _data(
-        _one_of("dataset", *NORMALISATIONS),
+        one_of("dataset", *NORMALISATIONS),
         f"pixel mean and deviation: dataset (measured) or one of {', '.join(NORMALISATIONS)} "
         "(default: the paper's for the model on cifar10, cifar100 and imagenet, else dataset)",
     )
@@ -122,12 +91,16 @@ class TrainConfig:
         False,
     )
     workers: int = _data(
-        _Kind("N", "an integer from 0 to 1024", lambda x: 0 <= x <= 1024),
+        Kind("N", "an integer from 0 to 1024", lambda x: 0 <= x <= 1024),
         "processes that decode images, for imagenet (default: as many as cores, 4 at most)",
     )
-    model: str = _recipe(_one_of(*MODELS), f"one of {', '.join(MODELS)} (default: by dataset)")
+    model: str = _recipe(
+        one_of_or_own(*MODELS),
+        f"one of {', '.join(MODELS)}, or package.module:factory, a function that returns a network "
+        "and may take num_classes, in_channels and width (default: by dataset)",
+    )
     width: int = _recipe(
-        _COUNT, "width of the model, in the unit of its paper (default: its paper's)"
+        COUNT, "width of the model, in the unit of its paper (default: its paper's)"
     )
     pretrained: str | None = _recipe(
         "FILE",
@@ -136,7 +109,7 @@ class TrainConfig:
         None,
     )
     bn_gamma: str = _recipe(
-        _one_of("ones", "uniform"),
+        one_of("ones", "uniform"),
         "initial scales of BatchNorm: ones, or uniform in [0, 1), PyTorch's default when the "
         "authors ran WRN-28-10 and VGG16 with BatchNorm",
         "ones",
@@ -144,40 +117,61 @@ class TrainConfig:
     methods: tuple[str, ...] = _recipe(
         "NAMES", f"what to compare, separated by commas: {', '.join(METHODS)}", ("sgd", "swa")
     )
-    epochs: int = _recipe(_COUNT, "budget of a conventional run (default: by dataset)")
+    epochs: int = _recipe(COUNT, "budget of a conventional run (default: by dataset)")
     budgets: tuple[float, ...] = _recipe(
         "LIST", "budgets after which averages are reported, separated by commas", (1.0,)
     )
-    batch_size: int = _recipe(_COUNT, "over all processes (default: by dataset)")
-    lr: float = _recipe(_RATE, "initial rate (default: by dataset)")
+    batch_size: int = _recipe(COUNT, "over all processes (default: by dataset)")
+    lr: float = _recipe(RATE, "initial rate (default: by dataset)")
     lr_schedule: str = _recipe(
-        _one_of("paper", "cosine", "steps", "constant"),
+        one_of("paper", "cosine", "steps", "constant"),
         "of the conventional run: paper, cosine, steps, constant",
         "paper",
     )
-    momentum: float = _recipe(_MOMENTUM, "", 0.9)
+    momentum: float = _recipe(MOMENTUM, "", 0.9)
     nesterov: bool = _recipe("", "Nesterov's momentum", False)
-    weight_decay: float = _recipe(_DECAY, "L2 on all parameters (default: by dataset)")
-    seed: int = _recipe(_SEED, "of weights, order and augmentation", 1)
-    swa_start: float = _averaging(
-        _START, "swa and swa-cyclic: fraction of the epochs after which averaging begins", 0.75
+    weight_decay: float = _recipe(
+        DECAY, "L2 on all parameters, with adamw decoupled from the gradients (default: by dataset)"
     )
-    swa_lr: float = _averaging(_RATE, "swa: constant rate while averaging (default: by dataset)")
-    swa_every: int = _averaging(_COUNT, "swa: epochs between captures", 1)
+    optimizer: str = _recipe(
+        one_of("sgd", "adamw"), "sgd, or adamw with betas of 0.9 and 0.999", "sgd"
+    )
+    warmup_epochs: float = _recipe(
+        DECAY._replace(metavar="N"),
+        "epochs in which the rate rises linearly from 0 to what it would be without this",
+        0.0,
+    )
+    label_smoothing: float = _recipe(
+        Kind("E", "a number in [0, 1)", lambda x: 0 <= x < 1),
+        "in the training loss: share of the target that is spread over all classes",
+        0.0,
+    )
+    accumulate: int = _recipe(
+        COUNT,
+        "parts in which a batch goes through the network, whose gradients add up; BatchNorm sees a "
+        "part at a time",
+        1,
+    )
+    seed: int = _recipe(SEED, "of weights, order and augmentation", 1)
+    swa_start: float = _averaging(
+        START, "swa and swa-cyclic: fraction of the epochs after which averaging begins", 0.75
+    )
+    swa_lr: float = _averaging(RATE, "swa: constant rate while averaging (default: by dataset)")
+    swa_every: int = _averaging(COUNT, "swa: epochs between captures", 1)
     swa_from: str = _averaging(
-        _one_of("scratch", "sgd"),
+        one_of("scratch", "sgd"),
         "swa: scratch (its own run, which decays to --swa-lr, as the authors' code) or sgd (goes "
         "on from the conventional run, as the paper words it) (default: scratch, which needs "
         "--lr-schedule paper; else sgd)",
     )
     cycle_epochs: int | None = _averaging("N", "swa-cyclic: epochs per cycle, required", None)
     cycle_shape: str = _averaging(
-        _one_of("linear", "cosine"),
+        one_of("linear", "cosine"),
         "swa-cyclic: linear, or cosine, which repeats a stretch of the cosine schedule",
         "linear",
     )
-    cycle_lr_max: float = _averaging(_RATE, "swa-cyclic: largest rate of a cycle", 0.05)
-    cycle_lr_min: float = _averaging(_RATE, "swa-cyclic: least rate of a cycle", 0.0005)
+    cycle_lr_max: float = _averaging(RATE, "swa-cyclic: largest rate of a cycle", 0.05)
+    cycle_lr_min: float = _averaging(RATE, "swa-cyclic: least rate of a cycle", 0.0005)
     include_initial: bool | None = _averaging(
         "",
         "whether the weights that averaging starts from count (default: only those of a fully "
@@ -185,34 +179,34 @@ class TrainConfig:
         None,
     )
     fge_start: float = _averaging(
-        _START, "fge: fraction of the epochs after which the ensembling begins", 0.8
+        START, "fge: fraction of the epochs after which the ensembling begins", 0.8
     )
     fge_cycle: int = _averaging("N", "fge: epochs per cycle, an even number", 2)
-    fge_lr_max: float = _averaging(_RATE, "fge: largest rate of a cycle", 0.05)
-    fge_lr_min: float = _averaging(_RATE, "fge: least rate of a cycle", 0.0005)
+    fge_lr_max: float = _averaging(RATE, "fge: largest rate of a cycle", 0.05)
+    fge_lr_min: float = _averaging(RATE, "fge: least rate of a cycle", 0.0005)
     ema_epochs: float = _averaging(
-        _Kind("N", _RATE.expected, _RATE.holds),
+        Kind("N", RATE.expected, RATE.holds),
         "ema: time constant of the average in epochs; with n steps per epoch the decay is "
         "1 - 1/(N*n) at each step",
         1.0,
     )
-    fixed_lr: float = _averaging(_RATE, "swa-fixed: the constant rate from the first step", 0.05)
+    fixed_lr: float = _averaging(RATE, "swa-fixed: the constant rate from the first step", 0.05)
     fixed_start: float = _averaging(
-        _START, "swa-fixed: fraction of the epochs after which averaging begins", 0.7
+        START, "swa-fixed: fraction of the epochs after which averaging begins", 0.7
     )
     power_gamma: float = _averaging(
-        _Kind("G", "a finite number above -1", lambda x: math.isfinite(x) and x > -1),
+        Kind("G", "a finite number above -1", lambda x: math.isfinite(x) and x > -1),
         "swa-power: weights grow with the number of captures to this power; -0.5 stands for a rate "
         "that decays as 1 - sqrt(x)",
         -0.5,
     )
     lawa_last: int = _averaging(
-        _Kind("N", "a number from 1 to 15", lambda x: 1 <= x <= 15),
+        Kind("N", "a number from 1 to 15", lambda x: 1 <= x <= 15),
         "lawa: captures that are averaged, the last ones",
         5,
     )
     bn_estimator: str = _averaging(
-        _one_of("weighted", "torch", "pooled"),
+        one_of("weighted", "torch", "pooled"),
         "BatchNorm statistics of averages: weighted (the authors' rule), torch or pooled, see "
         "swa_fast.update_bn",
         "weighted",
@@ -220,21 +214,21 @@ class TrainConfig:
     backend: str | None = _averaging("NAME", "averaging backend (default: chosen by device)", None)
     device: str = _machine("NAME", "auto, cpu, cuda or cuda:N", "auto")
     amp: str = _machine(
-        _Kind("TYPE", *_one_of("none", "bf16", "fp16")[1:]),
+        Kind("TYPE", *one_of("none", "bf16", "fp16")[1:]),
         "mixed precision: none, bf16 (slow on CPUs without bf16 units), or fp16 on CUDA",
         "none",
     )
     channels_last: bool = _machine("", "memory format of images and weights", True)
     compile: bool = _machine("", "torch.compile the network's training step", False)
     sync_bn: bool = _machine("", "several processes: BatchNorm over all of them in training", False)
-    threads: int = _machine(_THREADS, "CPU threads (default: torch's choice)")
+    threads: int = _machine(THREADS, "CPU threads (default: torch's choice)")
     eval_every: int = _output(
-        _COUNT,
+        COUNT,
         "epochs between evaluations; the first and those that are reported are always evaluated",
         1,
     )
     curve_data: float = _output(
-        _Kind("F", "a number in [0, 1]", lambda x: 0 <= x <= 1),
+        Kind("F", "a number in [0, 1]", lambda x: 0 <= x <= 1),
         "share of the training batches in BatchNorm passes that only curves need; 0 leaves these "
         "points of the averages out. Reported results have the whole pass",
         1.0,
@@ -255,17 +249,17 @@ class TrainConfig:
             TrainError: as the class.
         """
         dataset = options.get("dataset", "digits")
-        _expect("dataset", dataset, _one_of(*DATASETS))
-        defaults = dict(DEFAULTS[dataset])
+        expect("dataset", dataset, one_of_or_own(*DATASETS))
+        defaults = dict(DEFAULTS.get(dataset, DEFAULTS["images"]))
         if options.get("model", defaults["model"]) != defaults["model"]:
             defaults.pop("width", None)  # in the unit of another model
         given = {**defaults, **options}
-        _expect("model", given["model"], _one_of(*MODELS))
-        spec = MODELS[given["model"]]
+        expect("model", given["model"], one_of_or_own(*MODELS))
+        spec = spec_of(given["model"])
         values: dict[str, Any] = {
             field.name: default
             for field in dataclasses.fields(cls)
-            if (default := field.metadata["default"]) is not _RESOLVED
+            if (default := field.metadata["default"]) is not RESOLVED
         }
         values.update(
             dataset=dataset,
@@ -321,37 +315,26 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            _expect(field.name, getattr(self, field.name), field.metadata["kind"])
+            expect(field.name, getattr(self, field.name), field.metadata["kind"])
         for name in ("cycle_lr", "fge_lr"):
             most, least = getattr(self, f"{name}_max"), getattr(self, f"{name}_min")
             limit = f"{most} ({option_name(name)}-max) at most"
-            _expect(f"{name}_min", least, limit, least <= most)
+            expect(f"{name}_min", least, limit, least <= most)
         if self.nesterov:
-            _expect(
-                "momentum", self.momentum, "a number above 0 with --nesterov", self.momentum > 0
-            )
+            expect("momentum", self.momentum, "a number above 0 with --nesterov", self.momentum > 0)
+        limit = f"{self.batch_size} (--batch-size) at most"
+        expect("accumulate", self.accumulate, limit, self.accumulate <= self.batch_size)
         _check_methods(self)
         _check_machine(self)
-        data = (self.image_size, self.fraction, self.test_fraction, self.noise)
+        data = (self.image_size, self.fraction, self.test_fraction, self.noise, self.normalise)
         check_data_options(self.dataset, self.data_dir, *data)
-        if self.pretrained == "torchvision" and MODELS[self.model].image_size != 224:
+        if self.pretrained == "torchvision" and spec_of(self.model).image_size != 224:
             raise TrainError(
                 f"--pretrained: torchvision has weights of resnet50, resnet152 and densenet161, "
                 f"found --model {self.model}"
             )
         limit = "ones with --pretrained, whose scales are trained"
-        _expect(
-            "bn_gamma", self.bn_gamma, limit, self.pretrained is None or self.bn_gamma == "ones"
-        )
-
-
-def _expect(field: str, found: Any, expected: _Kind | str, holds: bool = True) -> None:
-    """Raises TrainError unless a value is of its kind, or what else is expected of it holds."""
-    if isinstance(expected, _Kind):
-        holds, expected = expected.holds(found), expected.expected
-    if not holds:
-        shown = repr(found) if isinstance(found, str) else found
-        raise TrainError(f"{option_name(field)}: expected {expected}, found {shown}")
+        expect("bn_gamma", self.bn_gamma, limit, self.pretrained is None or self.bn_gamma == "ones")
 
 
 def _check_methods(config: TrainConfig) -> None:
@@ -362,7 +345,7 @@ def _check_methods(config: TrainConfig) -> None:
             f"{','.join(methods) or 'nothing'}"
         )
     for method in methods:
-        _expect("methods", method, _one_of(*METHODS))
+        expect("methods", method, one_of(*METHODS))
     if (
         any(method in ALONG_SWA for method in methods)
         and config.swa_from == "scratch"
@@ -377,7 +360,7 @@ def _check_methods(config: TrainConfig) -> None:
             f"--budgets: expected numbers in (0, 100], found "
             f"{', '.join(str(b) for b in budgets) or 'nothing'}"
         )
-    _expect("budgets", budgets, "rising numbers", list(budgets) == sorted(set(budgets)))
+    expect("budgets", budgets, "rising numbers", list(budgets) == sorted(set(budgets)))
     for field, method in (
         *(("swa_start", method) for method in ALONG_SWA),
         ("swa_start", "swa-cyclic"),
@@ -390,9 +373,9 @@ def _check_methods(config: TrainConfig) -> None:
         _check_cycle(config)
     if "fge" in methods:
         cycle, left = config.fge_cycle, _left(config, config.epochs, config.fge_start)
-        _expect("fge_cycle", cycle, "an even number of epochs", cycle >= 2 and cycle % 2 == 0)
+        expect("fge_cycle", cycle, "an even number of epochs", cycle >= 2 and cycle % 2 == 0)
         limit = f"a half cycle within the {left} epochs that are left after --fge-start"
-        _expect("fge_cycle", cycle, limit, cycle // 2 <= left)
+        expect("fge_cycle", cycle, limit, cycle // 2 <= left)
 
 
 def _left(config: TrainConfig, end: int, start: float) -> int:
@@ -412,20 +395,20 @@ def _check_start(config: TrainConfig, field: str, method: str) -> None:
     # These go on from the conventional run, which has `epochs` epochs.
     if method in ("swa-cyclic", "fge") or (method in ALONG_SWA and config.swa_from == "sgd"):
         limit = f"1 at most for {method}, which continues the SGD run"
-        _expect(field, start, limit, start <= 1)
+        expect(field, start, limit, start <= 1)
 
 
 def _check_cycle(config: TrainConfig) -> None:
     cycle = config.cycle_epochs
     if cycle is None:
         raise TrainError("--cycle-epochs: expected with the method swa-cyclic, found none")
-    _expect("cycle_epochs", cycle, _COUNT)
+    expect("cycle_epochs", cycle, COUNT)
     if config.cycle_shape == "cosine":
         limit = f"at most half of the {config.epochs} epochs with --cycle-shape cosine"
-        _expect("cycle_epochs", cycle, limit, 2 * cycle <= config.epochs)
+        expect("cycle_epochs", cycle, limit, 2 * cycle <= config.epochs)
     left = _left(config, config.last_epoch, config.swa_start)
     limit = f"at most the {left} epochs that are left after --swa-start"
-    _expect("cycle_epochs", cycle, limit, cycle <= left)
+    expect("cycle_epochs", cycle, limit, cycle <= left)
 
 
 def _check_machine(config: TrainConfig) -> None:

@@ -65,5 +65,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 LATER: dict[str, Any] = {
     **{"power_gamma": -0.5, "lawa_last": 5, "keep_captures": False},
     **{"validation": False, "bn_gamma": "ones", "curve_data": 1.0},
-    **{"test_fraction": None, "noise": 0.0},
+    **{"test_fraction": None, "noise": 0.0, "optimizer": "sgd", "warmup_epochs": 0.0},
+    **{"label_smoothing": 0.0, "accumulate": 1},
 }

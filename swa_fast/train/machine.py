@@ -19,6 +19,7 @@ import swa_fast
 from .config import TrainConfig
 from .distributed import World, resolve_device
 from .errors import TrainError
+from .factories import is_factory
 from .models import MODELS, build_model, forward_macs
 
 
@@ -85,12 +86,14 @@ def choose_threads(config: TrainConfig, seconds: float = 0.5) -> int:
 
     On a machine that others use too, threads wait for those that were taken off their cores, and
     small networks train faster with one. Networks of which one image takes too long to be tried
-    within that time get torch's choice, and so does every process of several, and a run on a GPU.
+    within that time get torch's choice, and so do a user's own networks and data, every process of
+    several, and a run on a GPU.
     torch's number of threads and its random state stay as they are.
     """
     most = torch.get_num_threads()
     candidates = sorted({max(1, most >> shift) for shift in range(most.bit_length())})
-    if len(candidates) == 1 or World.count() > 1 or config.device != "cpu":
+    own = is_factory(config.model) or is_factory(config.dataset)
+    if len(candidates) == 1 or World.count() > 1 or config.device != "cpu" or own:
         return most
     share = seconds / len(candidates)
     with torch.random.fork_rng():

@@ -11,11 +11,10 @@ import torch
 from swa_fast import EMA, SWA, AveragedModel, Power
 
 from .config import TrainConfig
-from .data import load_dataset
-from .distributed import World, resolve_device
+from .distributed import resolve_device
 from .errors import TrainError, first_line
 from .run_folder import RunFolder
-from .trainer import Trainer
+from .trainer import load_trainer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,18 +83,7 @@ def merge_captures(
         if last > len(files):
             raise TrainError(f"--last: expected {len(files)} at most, found {last}")
         files = files[-last:]
-    dataset = load_dataset(
-        config.dataset,
-        config.data_dir,
-        image_size=config.image_size,
-        normalise=config.normalise,
-        fraction=config.fraction,
-        test_fraction=config.test_fraction,
-        noise=config.noise,
-        validation=config.validation,
-        threads=config.threads,
-    )
-    trainer = Trainer(dataclasses.replace(config, pretrained=None), dataset, World())
+    trainer = load_trainer(dataclasses.replace(config, pretrained=None))
     model = trainer.build()
     averaged = AveragedModel(model, rule=rule, backend=config.backend)
     for file in files:

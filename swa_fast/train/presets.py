@@ -22,7 +22,7 @@ from .config import TrainConfig
 from .defaults import DEFAULTS
 from .errors import TrainError
 from .methods import plan
-from .models import MODELS, build_model, forward_macs
+from .models import build_model, forward_macs, spec_of
 
 #: Accuracy and its standard deviation, by method (None for a pretrained network) and budget.
 Published = Mapping[tuple[str | None, float], tuple[float, float | None]]
@@ -279,7 +279,7 @@ def scaled(options: Mapping[str, Any], scale: float) -> dict[str, Any]:
     found = dict(options)
     if scale == 1:
         return found
-    spec = MODELS[found["model"]]
+    spec = spec_of(found["model"])
     side = math.sqrt(scale)
     if "fge_cycle" in found:
         found["fge_cycle"] = max(2, 2 * round(found["fge_cycle"] * scale / 2))
@@ -370,7 +370,7 @@ def _config(options: Mapping[str, Any]) -> TrainConfig:
 def flop(config: TrainConfig) -> float:
     """Floating-point operations of all training steps of a configuration: six for each
     multiply-add of a forward pass, two forward and four backward; evaluation is not counted."""
-    spec = MODELS[config.model]
+    spec = spec_of(config.model)
     side = config.image_size or spec.image_size
     classes = {"cifar100": 100, "imagenet": 1000}.get(config.dataset, 10)
     channels = 1 if config.dataset in ("digits", "fashion-mnist") else 3

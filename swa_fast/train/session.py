@@ -16,7 +16,7 @@ import torch
 from . import snapshot
 from .config import TrainConfig
 from .curves import draw_curves
-from .data import Dataset, load_dataset
+from .data import Dataset
 from .distributed import World
 from .errors import Stopped, TrainError, import_extra
 from .machine import environment, peak_memory
@@ -25,7 +25,7 @@ from .presets import PRESETS, changes, format_changes
 from .progress import Board, Progress
 from .results import summarise
 from .run_folder import RunFolder
-from .trainer import Record, Run, Trainer
+from .trainer import Record, Run, Trainer, load_data
 
 # Several processes have to agree before one of them saves or stops, which makes them wait.
 _AGREE_EVERY = 20
@@ -206,18 +206,7 @@ class _Session:
         config, main = self.config, self.world.main
         if not main:
             self.world.wait()
-        dataset = load_dataset(
-            config.dataset,
-            config.data_dir,
-            image_size=config.image_size,
-            normalise=config.normalise,
-            fraction=config.fraction,
-            test_fraction=config.test_fraction,
-            noise=config.noise,
-            validation=config.validation,
-            threads=config.threads,
-            progress=self.progress.over,
-        )
+        dataset = load_data(config, self.progress.over)
         if main:
             self.world.wait()
         return dataset

@@ -21,12 +21,12 @@ import swa_fast
 from .averages import Average, WeightAverage, make_average
 from .clock import Clock
 from .config import TrainConfig
-from .data import Dataset, Placement
+from .data import Dataset, Placement, Wrap, load_dataset
 from .distributed import World
 from .errors import TrainError
 from .evaluation import Evaluation, Score, autocast
 from .methods import Trajectory
-from .models import MODELS, build_model, load_pretrained
+from .models import build_model, load_pretrained, spec_of
 from .randomness import derive_seed, set_random_state
 
 Record = dict[str, Any]
@@ -60,6 +60,42 @@ class Run:
     records: list[Record] = field(default_factory=list)
 
 
+def load_trainer(
+    config: TrainConfig, world: World | None = None, progress: Wrap | None = None
+) -> Trainer:
+    """A trainer with the data of its configuration.
+
+    Args:
+        config: the settings.
+        world: the processes that share each batch; None for this one alone.
+        progress: as for :func:`~swa_fast.train.data.load_dataset`.
+
+    Raises:
+        TrainError: as :func:`load_data`.
+    """
+    return Trainer(config, load_data(config, progress), world or World())
+
+
+def load_data(config: TrainConfig, progress: Wrap | None = None) -> Dataset:
+    """The data of a configuration.
+
+    Raises:
+        TrainError: as :func:`~swa_fast.train.data.load_dataset`.
+    """
+    return load_dataset(
+        config.dataset,
+        config.data_dir,
+        image_size=config.image_size,
+        normalise=config.normalise,
+        fraction=config.fraction,
+        test_fraction=config.test_fraction,
+        noise=config.noise,
+        validation=config.validation,
+        threads=config.threads,
+        progress=progress,
+    )
+
+
 class Trainer:
     """Trains networks on a dataset by the recipe of a configuration.
 
@@ -70,6 +106,9 @@ class Trainer:
         dataset: the images.
         world: the processes that share each batch.
         interrupted: asked between batches of evaluations and BatchNorm passes whether to stop.
+
+    Attributes:
+        data: what results.json says of the dataset.
     """
 
     def __init__(
@@ -82,6 +121,7 @@ class Trainer:
         self.config = config
         self.world = world
         self.device = world.device(config.device)
+        self.data = dataset.to_json()
         self._classes = len(dataset.classes)
         self._image_shape = dataset.image_shape
         placement = Placement(
@@ -136,24 +176,33 @@ class Trainer:
         run.model.train()
 
     def _train_step(self, run: Run, images: Tensor, labels: Tensor) -> None:
-        rate = run.trajectory.rate(run.epoch, run.step, len(self.batches))
         for group in run.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = self._rate(run)
         with run.clock("forward_backward"):
-            with autocast(self.config):
-                logits = run.forward(images)
-            loss = F.cross_entropy(logits.float(), labels)
             run.optimizer.zero_grad(set_to_none=True)
-            run.scaler.scale(loss * self._share(run.step, len(labels))).backward()
-            # Sums stay on the device: reading them at every step would make the host wait.
-            run.loss += loss.detach() * len(labels)
-            run.correct += (logits.argmax(1) == labels).sum()
+            share, count = self._share(run.step, len(labels)), self.config.accumulate
+            for x, y in zip(images.chunk(count), labels.chunk(count), strict=True):
+                with autocast(self.config):
+                    logits = run.forward(x)
+                smoothing = self.config.label_smoothing
+                loss = F.cross_entropy(logits.float(), y, label_smoothing=smoothing)
+                run.scaler.scale(loss * (share * (len(y) / len(labels)))).backward()
+                # Sums stay on the device: reading them at every step would make the host wait.
+                run.loss += loss.detach() * len(y)
+                run.correct += (logits.argmax(1) == y).sum()
         with run.clock("optimizer"):
             run.scaler.step(run.optimizer)
             run.scaler.update()
         for average in run.averages.values():
             if average.every_step:
                 average.capture(run.model, self.evaluation, run.clock)
+
+    def _rate(self, run: Run) -> float:
+        """The learning rate of the step that comes."""
+        steps = len(self.batches)
+        rate = run.trajectory.rate(run.epoch, run.step, steps)
+        warm, done = self.config.warmup_epochs * steps, run.epoch * steps + run.step + 1
+        return rate * done / warm if done < warm else rate
 
     def _share(self, step: int, count: int) -> float:
         """Weight of this process's mean loss. Gradients are averaged over the processes, each
@@ -175,7 +224,7 @@ class Trainer:
         # The first epoch too, as in the authors' code.
         looked_at = reported or epoch == 1 or epoch % self.config.eval_every == 0
         # Networks without BatchNorm have no pass that could be shortened.
-        curve = self.config.curve_data if MODELS[self.config.model].batch_norm else 1.0
+        curve = self.config.curve_data if spec_of(self.config.model).batch_norm else 1.0
         share = 1.0 if reported else curve
         test: Score | tuple[None, None] = (None, None)
         if looked_at:
@@ -215,14 +264,14 @@ class Trainer:
         model = self.build()
         if config.sync_bn and self.world.size > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        optimizer = torch.optim.SGD(
-            model.parameters(),
-            lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            nesterov=config.nesterov,
-            fused=True,
-        )
+        own: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
+        optimizer: torch.optim.Optimizer
+        if config.optimizer == "adamw":
+            optimizer = torch.optim.AdamW(model.parameters(), **own)
+        else:
+            optimizer = torch.optim.SGD(
+                model.parameters(), momentum=config.momentum, nesterov=config.nesterov, **own
+            )
         forward: Callable[[Tensor], Tensor] = model
         if self.world.size > 1:
             forward = nn.parallel.DistributedDataParallel(

@@ -10,7 +10,9 @@ import dataclasses
 from pathlib import Path
 
 from ..errors import TrainError
+from ..factories import is_factory
 from .dataset import NORMALISATIONS, Batch, Batches, Dataset, Placement, check_fraction
+from .own import load_own
 from .sources import MIN_SIZE, Wrap, load_digits, load_images, load_synthetic, load_torchvision
 from .streamed import load_stream
 
@@ -21,6 +23,7 @@ __all__ = [
     "Batches",
     "Dataset",
     "Placement",
+    "Wrap",
     "check_data_options",
     "load_dataset",
 ]
@@ -45,7 +48,8 @@ def load_dataset(
     """The dataset of a name.
 
     Args:
-        name: one of :data:`DATASETS`.
+        name: one of :data:`DATASETS`, or ``package.module:factory``, see
+            :func:`~swa_fast.train.data.own.load_own`.
         data_dir: where its files are. None stands for ``data/<name>`` in the working directory for
             those that torchvision downloads; ``images`` and ``imagenet`` need a folder, ``digits``
             and ``synthetic`` have none.
@@ -68,8 +72,10 @@ def load_dataset(
         TrainError: an unknown name, a value out of its range, or files that are missing, cannot be
             downloaded or cannot be used; the message says which, and what was expected.
     """
-    check_data_options(name, data_dir, image_size, fraction, test_fraction, noise)
+    check_data_options(name, data_dir, image_size, fraction, test_fraction, noise, normalise)
     shares = (fraction, fraction if test_fraction is None else test_fraction)
+    if is_factory(name):
+        return load_own(name, shares, min_per_class, validation)
     if name == "imagenet":
         assert data_dir is not None
         size = image_size or 224
@@ -96,10 +102,23 @@ def check_data_options(
     fraction: float,
     test_fraction: float | None = None,
     noise: float = 0.0,
+    normalise: str = "dataset",
 ) -> None:
     """Raises TrainError for a value out of its range, and for a folder that is missing or not
     needed. The arguments are those of :func:`load_dataset`."""
-    if name not in DATASETS:
+    if is_factory(name):
+        for option, found, expected in (
+            ("--data-dir", data_dir, None),
+            ("--image-size", image_size, None),
+            ("--noise", noise, 0.0),
+            ("--normalise", normalise, "dataset"),
+        ):
+            if found != expected:
+                raise TrainError(
+                    f"{option}: expected none with a dataset of one's own, whose transforms do "
+                    f"all, found {found}"
+                )
+    elif name not in DATASETS:
         raise TrainError(f"--dataset: expected one of {', '.join(DATASETS)}, found {name!r}")
     if image_size is not None and image_size < MIN_SIZE:
         raise TrainError(f"--image-size: expected {MIN_SIZE} or more pixels, found {image_size}")

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..errors import TrainError
+from ..factories import call_factory, is_factory
 from .imagenet import densenet161, resnet
 from .residual import PreResNet, PyramidNet, WideResNet
 from .shake_shake import ShakeShake
@@ -31,6 +33,7 @@ __all__ = [
     "build_model",
     "forward_macs",
     "load_pretrained",
+    "spec_of",
 ]
 
 
@@ -75,29 +78,44 @@ MODELS: dict[str, ModelSpec] = {
 }
 
 
+def spec_of(name: str) -> ModelSpec:
+    """What is known of a network of :data:`MODELS`, or of a user's own, which is assumed to have
+    BatchNorm."""
+    if is_factory(name):
+        return ModelSpec(partial(call_factory, "--model", name), 1, "dataset", min_size=1)
+    return MODELS[name]
+
+
 def build_model(
     name: str, *, in_channels: int, num_classes: int, width: int | None = None
 ) -> nn.Module:
     """A new network with random weights drawn from torch's global generator.
 
     Args:
-        name: a key of :data:`MODELS`.
+        name: a key of :data:`MODELS`, or ``package.module:factory`` of a function that is called
+            with those of the other arguments that it takes.
         in_channels: channels of the images.
         num_classes: length of the output.
         width: in the model's own unit, as its constructor tells. Default: the paper's.
 
     Raises:
         ValueError: no model of that name (the message lists all), or a size below the least.
-        TrainError: the network is torchvision's, which is not installed.
+        TrainError: the network is torchvision's, which is not installed, or a factory's that cannot
+            be called.
     """
-    if name not in MODELS:
+    if name not in MODELS and not is_factory(name):
         raise ValueError(f"model: expected one of {', '.join(MODELS)}, found {name!r}")
-    spec = MODELS[name]
-    return spec.build(
+    spec = spec_of(name)
+    model = spec.build(
         in_channels=in_channels,
         num_classes=num_classes,
         width=spec.width if width is None else width,
     )
+    if not isinstance(model, nn.Module):
+        raise TrainError(
+            f"--model: expected {name} to return a torch.nn.Module, found {type(model).__name__}"
+        )
+    return model
 
 
 def forward_macs(model: nn.Module, input_shape: Sequence[int]) -> int:
