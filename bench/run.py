@@ -16,6 +16,7 @@ import sys
 
 import bench_average
 import bench_batch_norm
+import bench_combine
 import bench_k_averages
 import bench_low_precision
 import bench_swap
@@ -31,6 +32,7 @@ SUITES = [
     bench_swap.SUITE,
     bench_batch_norm.SUITE,
     bench_update_bn.SUITE,
+    bench_combine.SUITE,
 ]
 
 if __name__ == "__main__":

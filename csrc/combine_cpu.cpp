@@ -6,8 +6,10 @@
 // in the order of the sources, rounded to the output's type once. An element's result depends on
 // nothing but its own values, so no cut of the rows, thread or tail shows in it.
 //
-// Bytes per element: 4 r + 4 K for fp32. A piece of every row is summed up in the first-level
-// cache, where the sums stay until the last source is read.
+// Bytes per element: 4 r + 4 K for fp32. Where all rows are fp32 the sums of four outputs stay in
+// registers while up to four sources are read; of more sources the outputs themselves, a piece of
+// which is in the first-level cache, hold the sums so far. Otherwise a piece of every row is summed
+// up in memory of the kernel's own, until the last source is read.
 
 #include <algorithm>
 #include <vector>
@@ -71,6 +73,76 @@ SWA_FAST_AVX2 void store_avx2(Output* output, const Math* sum, int64_t count) {
     Output rest[L::kCount];
     L::store(rest, L::load(sum + i));
     std::memcpy(output + i, rest, (count - i) * sizeof(Output));
+  }
+}
+
+constexpr int kOutputs = 4;  // whose sums stay in registers
+constexpr int kSources = 4;  // whose factors do
+
+// M outputs of R fp32 sources, after those before unless they are the first. `factors` has a row of
+// `stride` for each output.
+template <int M, int R, bool kFirst>
+SWA_FAST_AVX2 void combine_block(float* const* outputs, const float* const* sources,
+                                 const float* factors, int64_t stride, int64_t begin, int64_t end) {
+  using L = Lanes<float>;
+  L::Register f[M][R];
+  for (int m = 0; m < M; ++m) {
+    for (int j = 0; j < R; ++j) f[m][j] = L::broadcast(factors[m * stride + j]);
+  }
+  const auto sum = [&](int m, const L::Register* x, L::Register before) SWA_FAST_AVX2 {
+    L::Register s = kFirst ? f[m][0] * x[0] : multiply_add(f[m][0], x[0], before);
+    for (int j = 1; j < R; ++j) s = multiply_add(f[m][j], x[j], s);
+    return s;
+  };
+  int64_t i = begin;
+  for (; i + L::kCount <= end; i += L::kCount) {
+    L::Register x[R];
+    for (int j = 0; j < R; ++j) x[j] = L::load(sources[j] + i);
+    for (int m = 0; m < M; ++m) L::store(outputs[m] + i, sum(m, x, L::load(outputs[m] + i)));
+  }
+  if (i == end) return;
+  const size_t bytes = (end - i) * sizeof(float);
+  L::Register x[R];
+  float rest[L::kCount] = {};
+  for (int j = 0; j < R; ++j) {
+    std::memcpy(rest, sources[j] + i, bytes);
+    x[j] = L::load(rest);
+  }
+  for (int m = 0; m < M; ++m) {
+    std::memcpy(rest, outputs[m] + i, bytes);
+    L::store(rest, sum(m, x, L::load(rest)));
+    std::memcpy(outputs[m] + i, rest, bytes);
+  }
+}
+
+template <int M, bool kFirst>
+void combine_sources(int sources, float* const* outputs, const float* const* from,
+                     const float* factors, int64_t stride, int64_t begin, int64_t end) {
+  const auto run = sources == 1   ? combine_block<M, 1, kFirst>
+                   : sources == 2 ? combine_block<M, 2, kFirst>
+                   : sources == 3 ? combine_block<M, 3, kFirst>
+                                  : combine_block<M, kSources, kFirst>;
+  run(outputs, from, factors, stride, begin, end);
+}
+
+// All rows fp32.
+void combine_floats(const std::vector<float*>& outputs, const std::vector<const float*>& sources,
+                    const std::vector<float>& factors, int64_t begin, int64_t end) {
+  const int64_t r = sources.size(), k = outputs.size();
+  for (int64_t at = begin; at < end; at += kPiece) {
+    const int64_t stop = std::min(at + kPiece, end);
+    for (int64_t m = 0; m < k;) {
+      const int64_t members = k - m >= kOutputs ? kOutputs : 1;
+      for (int64_t j = 0; j < r; j += kSources) {
+        const auto run =
+            members == 1
+                ? (j == 0 ? combine_sources<1, true> : combine_sources<1, false>)
+                : (j == 0 ? combine_sources<kOutputs, true> : combine_sources<kOutputs, false>);
+        run(static_cast<int>(std::min<int64_t>(kSources, r - j)), &outputs[m], &sources[j],
+            &factors[m * r + j], r, at, stop);
+      }
+      m += members;
+    }
   }
 }
 
@@ -164,6 +236,22 @@ void combine_cpu(std::vector<Tensor> outputs, std::vector<Tensor> sources, Tenso
   const bool wide = double_precision || std::any_of(to.begin(), to.end(), is_double) ||
                     std::any_of(from.begin(), from.end(), is_double);
   const double* c = static_cast<const double*>(coefficients.const_data_ptr());
+#if SWA_FAST_HAS_AVX2_PATH
+  const auto is_float = [](const Row& row) { return row.type == ScalarType::Float; };
+  const bool floats = std::all_of(to.begin(), to.end(), is_float) &&
+                      std::all_of(from.begin(), from.end(), is_float);
+  if (floats && !wide && cpu_has_avx2()) {
+    std::vector<float*> targets;
+    std::vector<const float*> origins;
+    for (const Row& row : to) targets.push_back(reinterpret_cast<float*>(row.data));
+    for (const Row& row : from) origins.push_back(reinterpret_cast<const float*>(row.data));
+    const std::vector<float> factors(c, c + k * r);
+    torch::stable::parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) {
+      combine_floats(targets, origins, factors, begin, end);
+    });
+    return;
+  }
+#endif
   wide ? combine<double>(to, from, count, c) : combine<float>(to, from, count, c);
 }
 

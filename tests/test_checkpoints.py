@@ -155,10 +155,14 @@ def test_which_inputs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("double_precision", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_combine(backend: str, double_precision: bool, dtype: torch.dtype) -> None:
-    c = torch.randn(11, 5, dtype=torch.float64)
-    for count in (0, 1, 7, 515, 2049):
-        sources = [unaligned(torch.randn(count).to(dtype)) for _ in range(5)]
-        sources[1] = sources[1].float()  # of another type
+    for count, r, mixed in (
+        *((0, 5, False), (1, 3, False), (7, 1, False), (515, 2, False), (513, 4, False)),
+        *((2049, 5, True), (515, 9, False), (2049, 3, True)),
+    ):
+        c = torch.randn(11, r, dtype=torch.float64)
+        sources = [unaligned(torch.randn(count).to(dtype)) for _ in range(r)]
+        if mixed:
+            sources[1] = sources[1].to(torch.bfloat16)  # another type than the rest
         outputs = [unaligned(torch.empty(count, dtype=dtype)) for _ in range(11)]
         _ops.combine_(outputs, sources, c, double_precision=double_precision, backend=backend)
         exact = [sum(extended(w) * extended(s) for w, s in zip(row, sources, strict=True))

@@ -31,7 +31,7 @@ def combine(rows: Tensor, coefficients: Tensor, out: Tensor | None = None) -> Te
     if out is None:
         out = rows.new_empty(len(coefficients), rows.shape[1])
     weights = torch.as_tensor(coefficients, dtype=torch.float64, device="cpu")
-    combine_(list(out), list(rows), weights, double_precision=True)
+    combine_(list(out), list(rows), weights)
     return out
 
 
