@@ -13,7 +13,7 @@ from ._kept import Block, Kept, put
 from .engine import Plan
 from .storage import Part, Storage
 
-__all__ = ["Exchange", "applied"]
+__all__ = ["Applied", "applied"]
 
 Prepare = Callable[[], tuple[Storage, int]]
 Find = Callable[[], tuple[list[Tensor], list[Tensor]]]
@@ -22,7 +22,7 @@ LeftOut = Callable[[], Mapping[str, Tensor]]
 
 @contextlib.contextmanager
 def applied(
-    lock: threading.RLock, prepare: Prepare, find: Find, left_out: LeftOut, exchange: bool
+    lock: threading.RLock, prepare: Prepare, find: Find, left_out: LeftOut, swap: bool
 ) -> Iterator[None]:
     """An average is in the live tensors for the time of a ``with`` block.
 
@@ -33,7 +33,7 @@ def applied(
         find: the live tensors where they are now and the loose ones, asked for if one of them moved
             within the block.
         left_out: other tensors of the model by name, whose values are put back too.
-        exchange: the live values take the average's place meanwhile, where dtype, layout and device
+        swap: the live values take the average's place meanwhile, where dtype, layout and device
             agree; False keeps a copy of them all.
 
     Raises:
@@ -41,12 +41,12 @@ def applied(
             values could not be put back.
         ValueError: the model no longer fits; its values were put back where they were taken.
     """
-    change = Exchange(find, left_out)
+    change = Applied(find, left_out)
     # Twice, because an interrupt may come while the first is at work: the second goes on where that
     # one stopped, and does nothing where it was done.
     try:
         try:
-            change.enter(lock, prepare, exchange)
+            change.enter(lock, prepare, swap)
             yield
         finally:
             change.leave()
@@ -55,9 +55,9 @@ def applied(
     change.report()
 
 
-class _Trade:
-    """The exchange on one device. One launch does the whole of it, so it is done or not; what an
-    interrupt leaves unknown is asked from the marks, which the same launch exchanges."""
+class _Swap:
+    """The swap on one device. One launch does the whole of it, so it is done or not; what an
+    interrupt leaves unknown is asked from the marks, which the same launch swaps."""
 
     def __init__(self, part: Part, plan: Plan) -> None:
         self.part, self.plan = part, plan
@@ -76,11 +76,11 @@ class _Trade:
 
     @property
     def slots(self) -> list[tuple[int, int]]:
-        """What is exchanged: indices within the device and among all."""
+        """What is swapped: indices within the device and among all."""
         return [(at, self.part.members[at]) for at in self.plan.swapped]
 
 
-class Exchange:
+class Applied:
     """The live tensors of a storage get the values of one average, and theirs back.
 
     Whatever is done is noted before, or can be asked for: :meth:`leave` may be called again after
@@ -94,7 +94,7 @@ class Exchange:
         self.row = -1
         self._find, self._find_left_out = find, left_out
         self._storage: Storage | None = None
-        self._trades: list[_Trade] = []
+        self._swaps: list[_Swap] = []
         self._blocks: list[tuple[Part, Plan, Block]] = []
         self._others: list[int] = []
         self._kept = self._loose_kept = Kept(())
@@ -109,7 +109,7 @@ class Exchange:
         self._problems: list[Exception] = []
 
     @torch.no_grad()
-    def enter(self, lock: threading.RLock, prepare: Prepare, exchange: bool) -> None:
+    def enter(self, lock: threading.RLock, prepare: Prepare, swap: bool) -> None:
         """Puts the average in place.
 
         Raises:
@@ -140,31 +140,31 @@ class Exchange:
             served = [pair for pair, swaps in zip(pairs, whole, strict=True) if swaps]
             self._blocks = [
                 (part, plan, Block(plan, part.engine.written[self.row], self.row))
-                for part, plan in ([] if exchange else served)
+                for part, plan in ([] if swap else served)
             ]
-            self._trades = [_Trade(*pair) for pair in (served if exchange else [])]
+            self._swaps = [_Swap(*pair) for pair in (served if swap else [])]
 
             average = storage.averages[self.row]
-            for trade in self._trades:
-                trade.turn(self.row)
-            if self._trades:
+            for each in self._swaps:
+                each.turn(self.row)
+            if self._swaps:
                 storage.note_written()
             for _, _, block in self._blocks:
                 block.fill()
             self._kept.fill([average[i] for i in others])
             if storage.loose:
                 self._loose_kept.fill(storage.loose[self.row])
-            self._versions = storage.versions() if self._trades else []
+            self._versions = storage.versions() if self._swaps else []
 
     @torch.no_grad()
     def values(self) -> dict[int, Tensor]:
         """Copies of what lies in the live tensors' memory and is the average's, by slot. A write to
         one of them is found when the average goes back."""
         copies = {
-            i: trade.plan.sources[at].clone()
-            for trade in self._trades
-            if trade.done()
-            for at, i in trade.slots
+            i: each.plan.sources[at].clone()
+            for each in self._swaps
+            if each.done()
+            for at, i in each.slots
         }
         self._copies += [(copy, copy._version) for copy in copies.values()]
         return copies
@@ -194,10 +194,10 @@ class Exchange:
 
     def _back(self) -> None:
         assert self._storage is not None
-        for trade in self._trades:
-            if trade.done():
-                trade.turn(self.row)
-        if self._trades:
+        for each in self._swaps:
+            if each.done():
+                each.turn(self.row)
+        if self._swaps:
             self._storage.note_written()
         for _, _, block in self._blocks:
             block.restore()
@@ -205,7 +205,7 @@ class Exchange:
         self._loose_kept.restore()
 
     def _back_to_what_moved(self) -> None:
-        """Tensor by tensor. What was exchanged still lies where it was: a tensor that was moved or
+        """Tensor by tensor. What was swapped still lies where it was: a tensor that was moved or
         retyped took a copy with it."""
         storage = self._storage
         assert storage is not None
@@ -216,12 +216,12 @@ class Exchange:
                 self._problems.append(error)
                 self._live = list(storage.live), list(storage.loose_live)
         live, loose = self._live
-        traded = [trade for trade in self._trades if trade.done()]
+        swapped = [each for each in self._swaps if each.done()]
         if self._values is None:
             values = [
-                (i, trade.part.engine.written[self.row][at].clone())
-                for trade in traded
-                for at, i in trade.slots
+                (i, each.part.engine.written[self.row][at].clone())
+                for each in swapped
+                for at, i in each.slots
             ]
             values += [
                 (part.members[at], value)
@@ -230,11 +230,11 @@ class Exchange:
             ]
             self._values = values
         if not self._returned:
-            for trade in traded:
-                for at, i in trade.slots:
+            for each in swapped:
+                for at, i in each.slots:
                     # What is not averaged may have been renewed within the block.
                     renewed = live[i].dtype == storage.slots[i].dtype
-                    source = trade.plan.sources[at]
+                    source = each.plan.sources[at]
                     if renewed and not storage.slots[i].averaged:
                         source = live[i]
                     self._try(storage.averages[self.row][i], source)

@@ -19,7 +19,7 @@ from .hooks import Gate
 from .rules import Member, Rule
 
 if TYPE_CHECKING:
-    from ._applied import Exchange
+    from ._applied import Applied
 
 __all__ = ["Averages", "FlatMemory", "SeparateMemory", "Storage"]
 
@@ -157,7 +157,7 @@ class Storage:
         )
         self.live: list[Tensor] = []
         self.loose, self.loose_live = [list(row) for row in loose], list[Tensor]()
-        self.applied: Exchange | None = None
+        self.applied: Applied | None = None
         self.lock = threading.RLock() if lock is None else lock
         self.counter = counter
         self.parts: list[Part] = []
