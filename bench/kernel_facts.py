@@ -206,7 +206,7 @@ def _launches() -> dict[str, Callable[[], object]]:
     import torch
 
     from swa_fast import _layout
-    from swa_fast.kernels import batch_norm, swag, update
+    from swa_fast.kernels import batch_norm, combine, swag, update
 
     def vector(dtype: torch.dtype, count: int = 4096) -> Any:
         return torch.zeros(count, dtype=dtype)
@@ -236,6 +236,10 @@ def _launches() -> dict[str, Callable[[], object]]:
         accumulators = torch.zeros((9, 64), dtype=torch.float64)
         batch_norm.batch_norm_merge_(accumulators, torch.zeros((4, 64), dtype=torch.float64), 2)
 
+    def combining(dtype: torch.dtype) -> Any:
+        rows, outputs = [vector(dtype) for _ in range(3)], [vector(fp32) for _ in range(4)]
+        return lambda: combine.combine_(outputs, rows, torch.ones(4, 3, dtype=torch.float64))
+
     contiguous, last = torch.contiguous_format, torch.channels_last
     return {
         # Bit 4 a + s of the pairs: averages of type a, sources of type s.
@@ -251,6 +255,8 @@ def _launches() -> dict[str, Callable[[], object]]:
         "bf16 contiguous": collecting(bf16, contiguous),
         "bf16 channels-last": collecting(bf16, last),
         "fp64": merging,
+        "three rows, fp32": combining(fp32),
+        "three rows, bf16": combining(bf16),
     }
 
 

@@ -23,8 +23,6 @@ import torch
 __all__ = ["BACKENDS", "BackendError", "build_info", "choose_backend", "why_unusable"]
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
-# Of operators that have no kernels for GPUs.
-CPU_BACKENDS = ("cpu", "reference")
 
 # The oldest torch with every function of libtorch that the libraries call (setup.py builds for it).
 _OLDEST_TORCH = (2, 11)

@@ -36,6 +36,8 @@ __all__ = [
 ]
 
 AVERAGE_DTYPES = tuple(_layout.TYPE_CODES)
+# Of combine_, which Triton serves on GPUs.
+COMBINE_BACKENDS = ("triton", "cpu", "reference")
 
 _library = torch.library.Library("swa_fast", "DEF")
 
@@ -79,27 +81,24 @@ def _in_kernels(module: str, name: str) -> Callable[..., Any]:
     return call
 
 
-# The reference, what it writes to, the fake kernel, and the file of the Triton kernels; without one
-# the family has no kernels for GPUs.
-_FAMILIES: tuple[tuple[Callable[..., Any], tuple[str, ...], Callable[..., Any], str | None], ...]
+# The reference, what it writes to, the fake kernel, and the file of the Triton kernels.
+_FAMILIES: tuple[tuple[Callable[..., Any], tuple[str, ...], Callable[..., Any], str], ...]
 _FAMILIES = (
     (reference.update_, ("averages", "n_averaged", "counters", "steps"), _update_fake, "update"),
     (reference.swag_, ("averages", "n_averaged", "counters", "steps"), _update_fake, "swag"),
     (reference.swap_, ("averages", "sources"), _swap_fake, "update"),
     (reference.batch_norm_collect, ("batch", "tickets"), _collect_fake, "batch_norm"),
     (reference.batch_norm_merge_, ("accumulators", "batch"), _merge_fake, "batch_norm"),
-    (reference.combine_, ("outputs",), _combine_fake, None),
+    (reference.combine_, ("outputs",), _combine_fake, "combine"),
 )
 for _function, _written, _fake, _module in _FAMILIES:
     _name: str = _function.__name__
     # Plain integers: what they are the sizes of is known to the table's addresses alone.
     _schema = torch.library.infer_schema(_function, mutates_args=_written).replace("SymInt", "int")
-    for _backend in _backends.BACKENDS if _module else _backends.CPU_BACKENDS:
+    for _backend in _backends.BACKENDS if _name != "combine_" else COMBINE_BACKENDS:
         _library.define(f"{_name}.{_backend}{_schema}")
         torch.library.register_fake(f"swa_fast::{_name}.{_backend}", _fake, lib=_library)
     _library.impl(f"{_name}.reference", _function, "CompositeExplicitAutograd")
-    if _module is None:
-        continue
     # Both keys, because Triton's interpreter runs the kernels on CPU tensors.
     _library.impl(f"{_name}.triton", _in_kernels(_module, _name), "CUDA")
     _library.impl(f"{_name}.triton", _in_kernels(_module, _name), "CPU")
@@ -411,8 +410,7 @@ def combine_(
             output.
         coefficients: float64 [K, r] on the CPU.
         double_precision: sum in float64; else in float32, unless a tensor is float64.
-        backend: ``cpu`` or ``reference``; None takes ``cpu`` for tensors on the CPU where its
-            library is there, else ``reference``.
+        backend: ``triton``, ``cpu`` or ``reference``; None chooses by device.
 
     Raises:
         TypeError: another dtype or layout.
@@ -450,17 +448,18 @@ def combine_(
 
 
 def combine_backend(device: torch.device, requested: str | None = None) -> str:
-    """Which of :data:`_backends.CPU_BACKENDS` serves :func:`combine_` on a device.
+    """Which of :data:`COMBINE_BACKENDS` serves :func:`combine_` on a device.
 
     Raises:
         BackendError: the requested one cannot.
     """
-    if requested is not None and requested not in _backends.CPU_BACKENDS:
+    if requested is not None and requested not in COMBINE_BACKENDS:
         _backends.check_name(requested)
         raise _backends.BackendError(
             f"backend={requested}: combine_ has no such kernel; expected one of "
-            f"{', '.join(_backends.CPU_BACKENDS)}"
+            f"{', '.join(COMBINE_BACKENDS)}"
         )
-    if requested is None and _backends.why_unusable("cpu", device):
+    own = "cpu" if device.type == "cpu" else "triton"
+    if requested is None and _backends.why_unusable(own, device):
         return "reference"
-    return _backends.choose_backend(device, requested or "cpu")
+    return _backends.choose_backend(device, requested or own)

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import DTYPES, assert_as_accurate, extended, unaligned
+from helpers import BACKENDS, DTYPES, assert_as_accurate, extended, need, unaligned
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -151,20 +151,25 @@ def test_which_inputs(tmp_path: Path) -> None:
 # The kernel ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(("backend", "device"), [p for p in BACKENDS if p.values[0] != "cuda"])
 @pytest.mark.parametrize("double_precision", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_combine(backend: str, double_precision: bool, dtype: torch.dtype) -> None:
+def test_combine(backend: str, device: str, double_precision: bool, dtype: torch.dtype) -> None:
+    need(backend, device)
     for count, r, mixed in (
         *((0, 5, False), (1, 3, False), (7, 1, False), (515, 2, False), (513, 4, False)),
         *((2049, 5, True), (515, 9, False), (2049, 3, True)),
     ):
         c = torch.randn(11, r, dtype=torch.float64)
-        sources = [unaligned(torch.randn(count).to(dtype)) for _ in range(r)]
+        sources = [torch.randn(count).to(dtype) for _ in range(r)]
         if mixed:
             sources[1] = sources[1].to(torch.bfloat16)  # another type than the rest
-        outputs = [unaligned(torch.empty(count, dtype=dtype)) for _ in range(11)]
-        _ops.combine_(outputs, sources, c, double_precision=double_precision, backend=backend)
+        # Every other time on aligned bases, where accesses are wider.
+        place = unaligned if r % 2 else torch.clone
+        there = [place(torch.zeros(count, dtype=dtype, device=device)) for _ in range(11)]
+        rows = [place(x.to(device)) for x in sources]
+        _ops.combine_(there, rows, c, double_precision=double_precision, backend=backend)
+        outputs = [x.cpu() for x in there]
         exact = [sum(extended(w) * extended(s) for w, s in zip(row, sources, strict=True))
                  for row in c]  # fmt: skip
         math_dtype = torch.float64 if dtype == torch.float64 else torch.float32
