@@ -28,6 +28,7 @@ from transformers import (  # noqa: E402
 
 from swa_fast import EMA, SWA, Averager, Power, Window  # noqa: E402
 from swa_fast.integrations import huggingface  # noqa: E402
+from swa_fast.integrations._put import put  # noqa: E402
 from swa_fast.integrations.huggingface import (  # noqa: E402
     Averaging,
     read_average,
@@ -371,7 +372,7 @@ def test_a_put_that_is_interrupted_changes_nothing() -> None:
     values = [t.detach().clone() + 1 for t in (*model.parameters(), *model.buffers())]
     values[3] = torch.zeros(7)  # of no shape that fits
     with pytest.raises(RuntimeError):
-        huggingface._put(model, values)
+        put(model, values)
     assert all(before[name].equal(tensor) for name, tensor in model.state_dict().items())
 
 

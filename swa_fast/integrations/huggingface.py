@@ -32,11 +32,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from swa_fast import EMA, SWA, Averager, Power, Window
+
+from ._put import put
 
 __all__ = ["Averaging", "read_average", "read_state", "write_state"]
 
@@ -447,22 +449,5 @@ class Averaging(TrainerCallback):
         model = self._trainer.model
         with self.averager.applied(self._evaluate):
             values = [tensor.detach().clone() for tensor in (*model.parameters(), *model.buffers())]
-        _put(model, values)
+        put(model, values)
         self._in_place = True
-
-
-@torch.no_grad()
-def _put(model: nn.Module, values: list[Tensor]) -> None:
-    """Copies values into a model's tensors: all or, where it is interrupted, none. ``values`` is
-    emptied on the way, so that no more than one copy of the model is needed."""
-    live = [*model.parameters(), *model.buffers()]
-    before: list[Tensor] = []
-    values.reverse()
-    try:
-        for tensor in live:
-            before.append(tensor.clone())
-            tensor.copy_(values.pop())
-    except BaseException:
-        for tensor, value in zip(live, before, strict=False):
-            tensor.copy_(value)
-        raise
