@@ -45,7 +45,7 @@ def exact(model: nn.Module, ema: Any, steps: range) -> list[Tensor]:
         move(model, at)
         d = ema.get_decay(at + 1)
         for a, p in zip(averages, model.parameters(), strict=True):
-            a.copy_(d * a + (1 - d) * p.double())
+            a.copy_(d * a + (1 - d) * p.detach().double())
     return averages
 
 

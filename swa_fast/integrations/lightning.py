@@ -38,7 +38,7 @@ _log = logging.getLogger("swa_fast")
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 
 
-class WeightAveraging(stock.WeightAveraging):  # type: ignore[misc, unused-ignore]
+class WeightAveraging(stock.WeightAveraging):
     """Lightning's callback of this name, on a :class:`swa_fast.AveragedModel`.
 
     Its arguments, its ``should_update``, and the keys of its checkpoints are the same, so that
