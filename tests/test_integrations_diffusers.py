@@ -7,12 +7,12 @@ import os
 import pickle
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from docstrings import code_of
 from torch import Tensor, nn
 
 pytest.importorskip("diffusers")
@@ -237,8 +237,8 @@ def test_the_example_of_the_docstring_runs_and_its_files_load_in_diffusers(
         "train_on": lambda at: move(model, at),
         "sample": lambda m: sampled.append(next(m.parameters()).detach().clone()),
     }
-    code = (ours.__doc__ or "").split("\n\n", 1)[1]
-    exec(textwrap.dedent(code), names)
+    (code,) = code_of(ours)
+    exec(code, names)
     ema: Any = names["ema"]
     assert sampled[0].equal(ema.shadow_params[0]) and ema._shadow is not None
     for kind in (Stock, EMAModel):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import re
-import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from docstrings import code_of
 from torch import Tensor, nn
 
 ema_pytorch = pytest.importorskip("ema_pytorch")
@@ -136,7 +135,7 @@ def test_the_example_of_the_docstring_runs() -> None:
         "evaluate": lambda m: seen.append(m(torch.zeros(2, 3))),
         "save": saved.append,
     }
-    (code,) = re.findall(r"(?:^ {4}.*\n|^\n)+(?=^\S)", ours.__doc__ or "", flags=re.M)
-    exec(textwrap.dedent(code), names)
+    (code,) = code_of(ours)
+    exec(code, names)
     ema: Any = names["ema"]
     assert seen[0].shape == (2, 2) and list(saved[0]) == list(ema.state_dict())

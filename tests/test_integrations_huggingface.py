@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from docstrings import code_of
 from torch import Tensor, nn
 
 pytest.importorskip("accelerate")
@@ -115,6 +116,11 @@ def test_every_rule_averages_the_weights_after_each_step(tmp_path: Path) -> None
 
     saved = load_file(tmp_path / "out/model.safetensors")
     assert saved["head.weight"].equal(averages["swa"]["head.weight"])
+    # From here on the model is the user's, and evaluations see it as it is.
+    with torch.no_grad():
+        trainer.model.head.weight.fill_(9)
+    predicted = trainer.predict(data(4)).predictions
+    assert trainer.model.head.weight.eq(9).all() and abs(predicted).max() > 5
 
 
 def test_evaluations_see_the_average_and_live_weights_come_back(tmp_path: Path) -> None:
@@ -183,6 +189,22 @@ def test_a_step_that_the_scaler_skipped_is_not_averaged(tmp_path: Path, optim: s
     trainer.train()
     assert trainer.state.global_step == 3
     assert averaging.averager is not None and averaging.averager.n_averaged == {"swa": 2}
+
+
+def test_an_optimiser_is_not_followed_after_an_error(tmp_path: Path) -> None:
+    class Broken(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, *_: Any, **others: Any) -> None:
+            if state.global_step == 2:
+                raise RuntimeError("broken callback")
+
+    trainer = trainer_of(tmp_path, callbacks=[Broken()])
+    averaging = Averaging(SWA()).attach(trainer)
+    with pytest.raises(RuntimeError, match="broken callback"):
+        trainer.train()
+    assert averaging.averager is not None
+    trainer.optimizer.step()
+    assert averaging.averager.n_averaged == {"average": 2}
+    assert trainer.evaluate()["eval_loss"] > 0
 
 
 def same(a: dict[str, Any], b: dict[str, Any]) -> None:
@@ -470,9 +492,7 @@ def test_the_ten_lines_of_the_docstring_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    document = huggingface.__doc__ or ""
-    first = re.findall(r"(?:^ {4}.*\n|^\n)+", document, flags=re.M)
-    code = next(block for block in first if "Trainer(" in block)
+    with_trainer, with_accelerate = code_of(huggingface)
     names = {
         "Trainer": Trainer,
         "model": tiny_bert(),
@@ -483,9 +503,16 @@ def test_the_ten_lines_of_the_docstring_run(
         "train": text(8),
         "held_out": text(4),
     }  # fmt: skip
-    import textwrap
-
-    exec(textwrap.dedent(code), names)
+    exec(with_trainer, names)
     swa = BertForSequenceClassification.from_pretrained(tmp_path / "out-swa")
     average = names["averaging"].averager.averages["swa"]  # type: ignore[attr-defined]
     assert swa.classifier.weight.equal(average["classifier.weight"])
+
+    from accelerate import Accelerator
+
+    accelerator, model = Accelerator(cpu=True), nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    names |= {"accelerator": accelerator, "model": model, "optimizer": optimizer}
+    exec(with_accelerate, names | {"Averager": Averager, "EMA": EMA})
+    assert len(accelerator._custom_objects) == 2

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from docstrings import code_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -333,8 +332,7 @@ def test_an_error_while_statistics_are_estimated_leaves_live_weights(tmp_path: P
 
 
 def test_the_example_of_the_docstring_runs(tmp_path: Path) -> None:
-    document = ours.__doc__ or ""
-    (code,) = re.findall(r"(?:^ {4}.*\n|^\n)+", document, flags=re.M)
+    (code,) = code_of(ours)
     trainers = []
 
     def small(**options: Any) -> Trainer:
@@ -343,6 +341,6 @@ def test_the_example_of_the_docstring_runs(tmp_path: Path) -> None:
         return trainers[-1]
 
     names = {"Trainer": small, "model": Net(), "loader": loader()}
-    exec(textwrap.dedent(code), names)
+    exec(code, names)
     assert [t.global_step for t in trainers] == [6, 6]
     assert os.path.isdir(tmp_path)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
-import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from docstrings import code_of
 from torch import Tensor, nn
 
 timm_utils = pytest.importorskip("timm.utils")
@@ -171,6 +171,7 @@ def test_the_example_of_the_docstring_runs() -> None:
         "evaluate": lambda m: seen.append(m),
         "save": saved.append,
     }
-    exec(textwrap.dedent((ours.__doc__ or "").split("\n\n", 1)[1]), names)
+    (code,) = code_of(ours)
+    exec(code, names)
     ema: Any = names["ema"]
     assert seen == [ema.module] and list(saved[0]) == list(ema.state_dict())

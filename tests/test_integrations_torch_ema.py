@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import textwrap
 from typing import Any
 
 import pytest
 import torch
+from docstrings import code_of
 from torch import nn
 
 torch_ema = pytest.importorskip("torch_ema")
@@ -84,7 +84,8 @@ def test_the_example_of_the_docstring_runs() -> None:
         "train_on": lambda at: move(model, at),
         "evaluate": lambda m: seen.append(next(m.parameters()).detach().clone()),
     }
-    exec(textwrap.dedent((ours.__doc__ or "").split("\n\n", 1)[1]), names)
+    (code,) = code_of(ours)
+    exec(code, names)
     ema: Any = names["ema"]
     assert seen[0].equal(ema.shadow_params[0]) and not seen[0].equal(next(model.parameters()))
     with pytest.raises(ValueError, match="Number of parameters"):

@@ -8,13 +8,13 @@ import os
 import pickle
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from docstrings import code_of
 from torch import nn
 from torch.optim import swa_utils
 
@@ -188,8 +188,8 @@ def test_without_a_script_there_is_one_line(
 
 
 def test_the_example_of_the_docstring_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    document = torch_patch.__doc__ or ""
-    code = textwrap.dedent(document.split("\n\n", 1)[1]).replace("import lightning", "import torch")
+    (code,) = code_of(torch_patch)
+    code = code.replace("import lightning", "import torch")
     made = []
     exec(code, {"train": lambda: made.append(swa_utils.AveragedModel(nn.Linear(1, 1)))})
     assert isinstance(made[0], swa_fast.AveragedModel)

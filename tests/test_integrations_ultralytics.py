@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
-import re
-import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from docstrings import code_of
 from torch import Tensor, nn
 
 try:
@@ -136,7 +135,7 @@ def test_the_example_of_the_docstring_runs() -> None:
         "evaluate": seen.append,
     }
     model.names = ["b"]  # type: ignore[assignment]
-    (code,) = re.findall(r"(?:^ {4}.*\n|^\n)+", ours.__doc__ or "", flags=re.M)
-    exec(textwrap.dedent(code), names)
+    (code,) = code_of(ours)
+    exec(code, names)
     ema: Any = names["ema"]
     assert seen == [ema.ema] and ema.updates == 3 and ema.ema.names == ["b"]

@@ -1,16 +1,18 @@
 """diffusers' ``EMAModel`` with its update in one launch: :class:`EMAModel`.
 
-from swa_fast.integrations.diffusers import EMAModel  # instead of diffusers.training_utils
+Example::
 
-ema = EMAModel(unet.parameters(), decay=0.9999, model_cls=type(unet), model_config=unet.config)
-for batch in loader:
-    train_on(batch)
-    ema.step(unet.parameters())
-ema.store(unet.parameters())
-ema.copy_to(unet.parameters())
-sample(unet)
-ema.restore(unet.parameters())
-ema.save_pretrained("unet_ema")
+    from swa_fast.integrations.diffusers import EMAModel  # instead of diffusers.training_utils
+
+    ema = EMAModel(unet.parameters(), decay=0.9999, model_cls=type(unet), model_config=unet.config)
+    for batch in loader:
+        train_on(batch)
+        ema.step(unet.parameters())
+    ema.store(unet.parameters())
+    ema.copy_to(unet.parameters())
+    sample(unet)
+    ema.restore(unet.parameters())
+    ema.save_pretrained("unet_ema")
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """ema-pytorch's ``EMA`` with its update in one launch: :class:`EMA`.
 
+Example::
+
     from swa_fast.integrations.ema_pytorch import EMA  # instead of ema_pytorch
 
     ema = EMA(model, beta=0.999, update_after_step=0, update_every=1)

@@ -1,5 +1,7 @@
 """Averages of a model that Hugging Face's ``Trainer`` trains: :class:`Averaging`.
 
+Example::
+
     from swa_fast import EMA, SWA
     from swa_fast.integrations.huggingface import Averaging
 
@@ -11,7 +13,7 @@
     averaging.save_pretrained("out-swa", "swa")
 
 A loop of one's own with ``accelerate`` needs no callback: an averager is an object that can be
-checkpointed, and follows the prepared optimiser through accumulation and skipped steps.
+checkpointed, and follows the prepared optimiser through accumulation and skipped steps::
 
     averager = Averager(accelerator.unwrap_model(model), {"ema": EMA(0.999)})
     attachment = averager.attach(optimizer)
@@ -31,7 +33,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -319,10 +320,6 @@ class Averaging(TrainerCallback):
             _log.info("the average %r has seen no update: evaluating the model", self._evaluate)
             yield
             return
-        args, model = self._trainer.args, self._trainer.model
-        if not self._trainer.is_in_train and (args.bf16_full_eval or args.fp16_full_eval):
-            # As the Trainer would, inside, after the average was put into tensors it then replaces.
-            model.to(torch.bfloat16 if args.bf16_full_eval else torch.float16)
         self._inside = True
         try:
             with averager.applied(self._evaluate):

@@ -1,15 +1,17 @@
 """Averages of a model that Lightning trains: its own two callbacks, made fast and safe.
 
-from swa_fast import SWA
-from swa_fast.integrations.lightning import EMAWeightAveraging, WeightAveraging
+Example::
 
-trainer = Trainer(max_epochs=10, callbacks=EMAWeightAveraging(decay=0.999))
-trainer.fit(model, loader)  # validates the average, checkpoints hold both, ends with it
+    from swa_fast import SWA
+    from swa_fast.integrations.lightning import EMAWeightAveraging, WeightAveraging
 
-# The SWA of the paper: equal weights, and BatchNorm statistics of the average from 50 batches.
-swa = WeightAveraging(rule=SWA(), update_bn=50)
-trainer = Trainer(max_epochs=10, callbacks=swa)
-trainer.fit(model, loader)
+    trainer = Trainer(max_epochs=10, callbacks=EMAWeightAveraging(decay=0.999))
+    trainer.fit(model, loader)  # validates the average, checkpoints hold both, ends with it
+
+    # The SWA of the paper: equal weights, and BatchNorm statistics of the average from 50 batches.
+    swa = WeightAveraging(rule=SWA(), update_bn=50)
+    trainer = Trainer(max_epochs=10, callbacks=swa)
+    trainer.fit(model, loader)
 """
 
 from __future__ import annotations

@@ -1,13 +1,15 @@
 """timm's ``ModelEmaV3`` with its update in one launch: :class:`ModelEmaV3`.
 
-from swa_fast.integrations.timm import ModelEmaV3  # instead of timm.utils
+Example::
 
-ema = ModelEmaV3(model, decay=0.9998, use_warmup=True)
-for step, batch in enumerate(loader):
-    train_on(batch)
-    ema.update(model, step=step)
-evaluate(ema.module)
-save(ema.state_dict())
+    from swa_fast.integrations.timm import ModelEmaV3  # instead of timm.utils
+
+    ema = ModelEmaV3(model, decay=0.9998, use_warmup=True)
+    for step, batch in enumerate(loader):
+        train_on(batch)
+        ema.update(model, step=step)
+    evaluate(ema.module)
+    save(ema.state_dict())
 """
 
 from __future__ import annotations

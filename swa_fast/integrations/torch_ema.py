@@ -1,13 +1,15 @@
 """torch-ema's ``ExponentialMovingAverage`` with its update in one launch.
 
-from swa_fast.integrations.torch_ema import ExponentialMovingAverage
+Example::
 
-ema = ExponentialMovingAverage(model.parameters(), decay=0.995)
-for batch in loader:
-    train_on(batch)
-    ema.update()
-with ema.average_parameters():
-    evaluate(model)
+    from swa_fast.integrations.torch_ema import ExponentialMovingAverage
+
+    ema = ExponentialMovingAverage(model.parameters(), decay=0.995)
+    for batch in loader:
+        train_on(batch)
+        ema.update()
+    with ema.average_parameters():
+        evaluate(model)
 """
 
 from __future__ import annotations

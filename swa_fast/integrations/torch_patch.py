@@ -1,11 +1,13 @@
 """Code that averages by ``torch.optim.swa_utils`` made to use this package: :func:`patch_torch`.
 
-import lightning  # or any code that averages by torch.optim.swa_utils
-import swa_fast
+Example::
 
-with swa_fast.patch_torch() as patch:
-    train()  # every AveragedModel that is made in here is swa_fast's
-print(patch.report())
+    import lightning  # or any code that averages by torch.optim.swa_utils
+    import swa_fast
+
+    with swa_fast.patch_torch() as patch:
+        train()  # every AveragedModel that is made in here is swa_fast's
+    print(patch.report())
 """
 
 from __future__ import annotations

@@ -1,13 +1,15 @@
 """ultralytics' ``ModelEMA`` with its update in one launch: :class:`ModelEMA`.
 
-from swa_fast.integrations.ultralytics import ModelEMA  # instead of ultralytics.utils
+Example::
 
-ema = ModelEMA(model, decay=0.9999, tau=2000)
-for batch in loader:
-    train_on(batch)
-    ema.update(model)
-ema.update_attr(model, include=["names"])
-evaluate(ema.ema)
+    from swa_fast.integrations.ultralytics import ModelEMA  # instead of ultralytics.utils
+
+    ema = ModelEMA(model, decay=0.9999, tau=2000)
+    for batch in loader:
+        train_on(batch)
+        ema.update(model)
+    ema.update_attr(model, include=["names"])
+    evaluate(ema.ema)
 """
 
 from __future__ import annotations
