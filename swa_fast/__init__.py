@@ -3,6 +3,8 @@
 ``import swa_fast as swa_utils`` and everything that :mod:`torch.optim.swa_utils` offers works.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from ._backends import BackendError, choose_backend
 from ._ops import combine_
 from .averaged_model import AveragedModel
@@ -17,6 +19,9 @@ from .batch_norm import BNReport, RepairReport, repair, update_bn
 from .rules import EMA, SWA, Power, Warmup, Window
 from .schedules import SWALR
 from .swag import SWAG
+
+if TYPE_CHECKING:
+    from .integrations.torch_patch import patch_torch
 
 __version__ = "0.1.0"
 
@@ -39,6 +44,16 @@ __all__ = [
     "get_ema_multi_avg_fn",
     "get_swa_avg_fn",
     "get_swa_multi_avg_fn",
+    "patch_torch",
     "repair",
     "update_bn",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # It stands on the names above, which have to be there first.
+    if name == "patch_torch":
+        from .integrations.torch_patch import patch_torch
+
+        return patch_torch
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
