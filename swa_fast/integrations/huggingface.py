@@ -412,17 +412,18 @@ class Averaging(TrainerCallback):
             return
         # On every process, because it may wait for others where the averages are on a device.
         averages = self.averager.state_dict()
-        if not args.should_save:
-            return
-        folder = self._checkpoint
-        if folder is None or not Path(folder).name.endswith(f"-{state.global_step}"):
-            folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
         extra = {
             "attachment": self._attachment.state_dict(),
             "evaluate": self._evaluate if self._swaps else None,
             "global_step": state.global_step,
         }
-        write_state(folder, averages, extra)
+        if args.should_save:
+            folder = self._checkpoint
+            if folder is None or not Path(folder).name.endswith(f"-{state.global_step}"):
+                folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
+            write_state(folder, averages, extra)
+        # Another process may read them next, if this checkpoint is the best and the last.
+        self._trainer.accelerator.wait_for_everyone()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Puts the average into the model: the last, or that of the best checkpoint, whose live

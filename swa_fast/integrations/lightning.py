@@ -159,10 +159,10 @@ class WeightAveraging(stock.WeightAveraging):
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the average into the module, with BatchNorm statistics of its own."""
-        if trainer.state.fn != "fit" or not self._has_average():
+        if trainer.state.fn != "fit":
             return
-        self._enter(pl_module)
-        if self._update_bn and not trainer.sanity_checking:
+        self._swap_models(pl_module)
+        if self._context is not None and self._update_bn and not trainer.sanity_checking:
             try:
                 self._reestimate(trainer, pl_module)
             except BaseException:
@@ -171,7 +171,8 @@ class WeightAveraging(stock.WeightAveraging):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the live weights back."""
-        self._leave()
+        if trainer.state.fn == "fit":
+            self._swap_models(pl_module)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -184,6 +185,26 @@ class WeightAveraging(stock.WeightAveraging):
         """Follows the optimisers no more."""
         self._leave()
         self._release()
+
+    # By the names of Lightning's methods, which classes derived from its callback follow.
+
+    def _swap_models(self, pl_module: LightningModule) -> None:
+        if self._context is not None:
+            self._leave()
+        elif self._has_average():
+            self._enter(pl_module)
+
+    def _copy_average_to_current(self, pl_module: LightningModule) -> None:
+        if not self._has_average():
+            _log.warning("WeightAveraging: nothing was averaged; the module keeps its weights")
+            return
+        assert self._average_model is not None
+        with torch.inference_mode(False):
+            # In the order of the module's own tensors, whatever the average's devices and dtypes.
+            with self._average_model.applied(pl_module):
+                tensors = (*pl_module.parameters(), *pl_module.buffers())
+                values = [tensor.detach().clone() for tensor in tensors]
+            put(pl_module, values)
 
     def _enter(self, pl_module: LightningModule) -> None:
         assert self._average_model is not None
@@ -242,22 +263,13 @@ class WeightAveraging(stock.WeightAveraging):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ends training with the average in the module."""
         self._release()
-        if not self._has_average():
-            _log.warning("WeightAveraging: nothing was averaged; the module keeps its weights")
-            return
-        assert self._average_model is not None
-        if self._update_bn:
+        if self._update_bn and self._has_average():
             self._enter(pl_module)
             try:
                 self._reestimate(trainer, pl_module)
             finally:
                 self._leave()
-        with torch.inference_mode(False):
-            # In the order of the module's own tensors, whatever the average's devices and dtypes.
-            with self._average_model.applied(pl_module):
-                tensors = (*pl_module.parameters(), *pl_module.buffers())
-                values = [tensor.detach().clone() for tensor in tensors]
-            put(pl_module, values)
+        self._copy_average_to_current(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """The steps and epochs of the last updates."""
