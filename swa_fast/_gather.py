@@ -49,9 +49,9 @@ class Gather:
         sizes = [bytes_of(of_chunk) for of_chunk in slots]
         buffer = torch.empty(max(sizes), dtype=torch.uint8, device=self.device)
         try:
-            memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
+            memory = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu", pin_memory=True)
         except RuntimeError:  # more than may be pinned: the copies are slower then
-            memory = torch.empty(sum(sizes), dtype=torch.uint8)
+            memory = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu")
         self._chunks: list[tuple[Engine, Plan, Tensor, Tensor]] = []
         for chunk, of_chunk, size, target in zip(
             chunks, slots, sizes, memory.split(sizes), strict=True

@@ -134,3 +134,18 @@ def test_a_layer_used_several_times_counts_once_for_the_correlation() -> None:
 
     report = swa_fast.update_bn([torch.randn(16, 4) for _ in range(60)], Twice(), tolerance=1e-3)
     assert report.batches == 60 and report.correlation < 0.4
+
+
+@pytest.mark.gpu
+def test_a_tolerance_where_new_tensors_are_on_a_gpu() -> None:
+    batches = [torch.randn(32, 4, device="cpu") for _ in range(40)]
+    torch.set_default_device("cuda")
+    try:
+        model = nn.BatchNorm1d(4)
+        report = swa_fast.update_bn([x.to("cuda") for x in batches], model, tolerance=0.5)
+        averager = swa_fast.Averager(model, {"swa": swa_fast.SWA()}, device="cpu")
+        averager.update()
+    finally:
+        torch.set_default_device(None)
+    assert report.converged is True and report.batches < 40
+    assert averager.averages["swa"]["weight"].device.type == "cpu"

@@ -193,7 +193,7 @@ def _copy_to_host(errors: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     """``errors`` on the CPU, and the event after which they are there; None if they are already."""
     if errors.device.type != "cuda":
         return errors, None
-    pinned = torch.empty(errors.shape, dtype=errors.dtype, pin_memory=True)
+    pinned = torch.empty(errors.shape, dtype=errors.dtype, device="cpu", pin_memory=True)
     pinned.copy_(errors, non_blocking=True)
     # torch.Event(errors.device) forgets the device's index, and records on the stream of whichever
     # device is the current one: it could be over before the copy has begun.
