@@ -336,6 +336,23 @@ def test_tables(row: dict[str, str]) -> None:
             assert list(value) == pytest.approx([float(t) for t in texts], rel=rel), column
 
 
+def test_a_report_replaces_its_own_files_only(
+    tmp_path: Path, repeated: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    for _ in range(2):
+        assert cli.main(["report", str(repeated), "--out", str(out)]) == 0
+    (out / "report.md").write_text("# Notes of my own\n")
+    assert cli.main(["report", str(repeated), "--out", str(out)]) == 2
+    assert "expected a folder without a report.md of others" in capsys.readouterr().err
+    assert (out / "report.md").read_text() == "# Notes of my own\n"
+    (out / "report.md").unlink()
+    before = (out / "curves.png").read_bytes()
+    assert cli.main(["report", str(repeated), "--out", str(out)]) == 2
+    assert "found curves.png in" in capsys.readouterr().err
+    assert (out / "curves.png").read_bytes() == before and not (out / "report.md").exists()
+
+
 def test_tables_are_complete() -> None:
     rows = _rows()
     small = {"cifar10-preresnet20", "fashion-mnist-wrn28-2", "cifar10-small", "digits"}

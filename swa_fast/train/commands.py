@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -140,15 +141,41 @@ def report(folders: Sequence[str], out: str | None) -> int:
     )
     folder = Path(out or folders[0])
     text = "\n\n".join(format_experiment(e, markdown=True) for e in experiments) + "\n"
+    numbers = [""] if len(experiments) == 1 else [f"-{i + 1}" for i in range(len(experiments))]
+    _refuse_to_replace(folder, [f"curves{number}.png" for number in numbers])
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "report.md", text.encode(errors="backslashreplace"))
-        for number, experiment in enumerate(experiments, 1):
-            name = "curves.png" if len(experiments) == 1 else f"curves-{number}.png"
-            draw_curves(experiment["runs"], folder / name)
+        for number, experiment in zip(numbers, experiments, strict=True):
+            draw_curves(experiment["runs"], folder / f"curves{number}.png")
     except OSError as error:
         raise TrainError(
             f"--out: expected a folder that can be written, found {folder} ({error})"
         ) from error
     print(f"\nreport.md and the curves are in {folder}")
     return 0
+
+
+def _refuse_to_replace(folder: Path, figures: Sequence[str]) -> None:
+    """Raises TrainError where a report, or a figure without a report or a run, is somebody
+    else's."""
+    path = folder / "report.md"
+    ours = (folder / "results.json").is_file()
+    try:
+        ours |= re.search(r"\| +paired gain \|", path.read_text(errors="replace")) is not None
+    except OSError:
+        if path.exists():
+            raise TrainError(
+                f"--out: expected a report in {path}, found no readable file"
+            ) from None
+    else:
+        if not ours:
+            raise TrainError(
+                f"--out: expected a folder without a report.md of others, found {path}"
+            )
+    there = [name for name in figures if (folder / name).exists()]
+    if there and not ours:
+        raise TrainError(
+            f"--out: expected a folder without files of these names, found {', '.join(there)} in "
+            f"{folder}, and no report that they could belong to"
+        )
