@@ -248,7 +248,7 @@ def _trajectory(study: Study, figure_class: Any, numbers: dict[str, Any]) -> Any
             numbers["epoch"][there], error[there], color=_COLOURS[number % len(_COLOURS)],
             marker=_MARKS[number % len(_MARKS)], markersize=3, label=label,
         )  # fmt: skip
-    bottom.plot(numbers["epoch"], numbers["lr"], color="black", linewidth=1.2)
+    bottom.plot(numbers["rate_epoch"], numbers["rate"], color="black", linewidth=1.0)
     captures = numbers[f"{study.facts['methods'][0]}_captures"].astype(float)
     grown = np.diff(np.concatenate(([0.0], np.nan_to_num(captures)))) > 0
     bottom.plot(
@@ -256,10 +256,11 @@ def _trajectory(study: Study, figure_class: Any, numbers: dict[str, Any]) -> Any
         color=_COLOURS[1], label="captured",
     )  # fmt: skip
     top.set_ylabel("test error (%)")
-    bottom.set_ylabel("learning rate at the end")
+    bottom.set_ylabel("learning rate")
     bottom.set_xlabel("epoch")
+    top.legend(fontsize=8)
+    bottom.legend(fontsize=8, loc="upper right", framealpha=0.9)
     for axes in (top, bottom):
-        axes.legend(fontsize=8)
         _tidy(axes)
     return figure
 

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..train.config import TrainConfig
 from ..train.errors import TrainError
+from ..train.methods import plan as trajectories
 from .geometry import Plane, combine, directions, distances
 from .measure import Cache, Problem, Value
 
@@ -20,6 +22,8 @@ Vectors = Mapping[str, Tensor]
 
 # Least cells that a refinement halves: those where the error bends most, a quarter of them.
 _REFINED = 0.25
+# Points of the learning rate's curve in an epoch.
+_RATES = 50
 
 
 @dataclass(frozen=True)
@@ -361,4 +365,14 @@ def trajectory(results: Mapping[str, Any], name: str) -> Study:
         columns[f"{method}_captures"] = [None if a is None else a["captures"] for a in averages]
     if not methods:
         raise TrainError(f"--trajectory: expected one with captures, found {name!r} without any")
-    return Study("trajectory", columns, {"trajectory": name, "methods": methods})
+    # The rate within the epochs, which cycles make more of than their ends show.
+    followed = next(
+        t for t in trajectories(TrainConfig.from_json(results["config"])) if t.name == name
+    )
+    grid = [divmod(i, _RATES) for i in range(_RATES * followed.begin, _RATES * followed.end)]
+    rates = [followed.rate(epoch, step, _RATES) for epoch, step in grid]
+    arrays = {
+        "rate_epoch": torch.tensor([epoch + step / _RATES for epoch, step in grid]),
+        "rate": torch.tensor(rates, dtype=torch.float64),
+    }
+    return Study("trajectory", columns, {"trajectory": name, "methods": methods}, arrays)
