@@ -71,8 +71,9 @@ def test_every_name_of_torch_is_replaced_everywhere_and_comes_back(library: Modu
     # What a user took from swa_fast was none of torch's, before and after.
     assert library.chosen is swa_fast.SWALR
     patch.undo()
-    # What was made meanwhile still works.
+    # What was made meanwhile still works, and its pickles are found.
     average.update_parameters(model)
+    assert type(pickle.loads(pickle.dumps(average))) is torch_patch.AveragedModel
 
 
 def test_late_modules_get_torchs_own_back() -> None:
