@@ -350,10 +350,10 @@ def test_every_bit_comes_back(
             parameter.copy_(parameter.flip(0))
         model.count += 1
     live, means = bits(model), bits(averaged.module)
-    versions = {name: tensor._version for name, tensor in model.state_dict().items()}
     for _ in range(2):
         with averaged.applied(model):
             inside = bits(model)
+            versions = {name: tensor._version for name, tensor in model.state_dict().items()}
         assert all(torch.equal(inside[name], means[name]) for name in means)
         for name, now in bits(model).items():
             assert torch.equal(now, live[name]), name
@@ -361,6 +361,25 @@ def test_every_bit_comes_back(
     if backend != "reference":  # whose operators tell autograd by themselves
         for name, tensor in model.state_dict().items():
             assert tensor.numel() == 0 or tensor._version > versions[name], name
+
+
+def test_values_are_set_aside_where_there_is_room_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[Tensor] = []
+
+    def allocate(size: int, device: torch.device) -> Tensor:
+        held.append(torch.full((size,), 255, dtype=torch.uint8, device=device))
+        return held[-1]
+
+    monkeypatch.setattr("swa_fast._kept._allocate", allocate)
+    monkeypatch.setattr("swa_fast._kept._KEPT", 0)
+    pair = Pair("AveragedModel")
+    for _ in range(3):
+        with pair.applied():
+            pair.check_inside()
+        pair.check()
+    assert len(held) == 4 and len({tensor.data_ptr() for tensor in held}) == 4
+    # Not where it was the first time.
+    assert not torch.equal(held[-1], torch.full_like(held[-1], 255))
 
 
 def test_a_model_made_in_inference_mode() -> None:
