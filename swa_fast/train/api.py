@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .commands import stored_config
+from .commands import continued
 from .config import TrainConfig
 from .distributed import World
 from .errors import TrainError
@@ -103,16 +103,9 @@ def train(
         raise TrainError(f"expected settings of {', '.join(sorted(known))}; found {unknown[0]!r}")
     config, folder = TrainConfig.from_options(settings), RunFolder(out)
     previous = None
-    if folder.file("results.json").exists() and not overwrite:
-        previous = folder.read_results()
-        stored = stored_config(previous, folder)
-        kept = {k: getattr(stored, k) for k in ("threads", "workers") if k not in settings}
-        config = dataclasses.replace(config, **kept)
-        if differing := config.differences(stored):
-            raise TrainError(
-                f"{folder.path}: expected a run with these settings, found one with other "
-                f"{', '.join(differing)}; give overwrite=True to replace it, or another folder"
-            )
+    if not overwrite:
+        remedy = "give overwrite=True to replace it, or another folder"
+        config, previous = continued(config, folder, settings, remedy)
     if previous is not None and previous["status"] == "complete":
         return Outcome(folder.path, previous)
     world = World(cuda=config.device.startswith("cuda"))

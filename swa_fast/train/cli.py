@@ -20,7 +20,7 @@ import torch
 from ..analysis import cli as analysis
 from ..checkpoints import cli as checkpoints
 from . import commands
-from .commands import preset_options, stored_config
+from .commands import continued, preset_options, stored_config
 from .config import TrainConfig, with_absolute_paths
 from .distributed import World, resolve_device
 from .errors import Stopped, TrainError
@@ -387,17 +387,9 @@ def _run(options: dict[str, Any], command: list[str]) -> int:
     for config in configs:
         folder = RunFolder(parent / f"seed{config.seed}")
         previous = None
-        if folder.file("results.json").exists() and not manner["overwrite"]:
-            previous = folder.read_results()
-            stored = stored_config(previous, folder)
-            # Defaults that the machine gives are those of the run's beginning.
-            kept = {k: getattr(stored, k) for k in ("threads", "workers") if k not in options}
-            config = dataclasses.replace(config, **kept)
-            if differing := config.differences(stored):
-                raise TrainError(
-                    f"{folder.path}: expected a run with these settings, found one with other "
-                    f"{', '.join(differing)}; replace it with --overwrite, or choose another --out"
-                )
+        if not manner["overwrite"]:
+            remedy = "replace it with --overwrite, or choose another --out"
+            config, previous = continued(config, folder, options, remedy)
         code = _one_run(
             config, options, folder, previous, again, preset=name, scale=scale, **manner
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,29 @@ def stored_config(previous: dict[str, Any], folder: RunFolder) -> TrainConfig:
         return TrainConfig.from_json(previous["config"])
     except TrainError as error:
         raise TrainError(f"{folder.file('results.json')}: {error}") from error
+
+
+def continued(
+    config: TrainConfig, folder: RunFolder, given: Mapping[str, Any], remedy: str
+) -> tuple[TrainConfig, dict[str, Any] | None]:
+    """The run in a folder that has these settings, and they with what the machine gave it at its
+    beginning in the place of what was not given; None where there is no run.
+
+    Raises:
+        TrainError: it has other settings; the message ends with the remedy.
+    """
+    if not folder.file("results.json").exists():
+        return config, None
+    previous = folder.read_results()
+    stored = stored_config(previous, folder)
+    kept = {k: getattr(stored, k) for k in ("threads", "workers") if k not in given}
+    config = dataclasses.replace(config, **kept)
+    if differing := config.differences(stored):
+        raise TrainError(
+            f"{folder.path}: expected a run with these settings, found one with other "
+            f"{', '.join(differing)}; {remedy}"
+        )
+    return config, previous
 
 
 def report(folders: Sequence[str], out: str | None) -> int:
