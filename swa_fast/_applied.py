@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,9 +21,37 @@ Find = Callable[[], tuple[list[Tensor], list[Tensor]]]
 LeftOut = Callable[[], Mapping[str, Tensor]]
 
 
+class Pieces(Protocol):
+    """Of parameters that several processes hold, see :class:`~swa_fast._modules.Selection`."""
+
+    def reshard(self, force: bool = False) -> None: ...
+
+    def publish(self) -> None: ...
+
+    def agree(self, fine: bool) -> bool: ...
+
+
+class _Whole:
+    """This process has everything."""
+
+    def reshard(self, force: bool = False) -> None:
+        pass
+
+    def publish(self) -> None:
+        pass
+
+    def agree(self, fine: bool) -> bool:
+        return fine
+
+
 @contextlib.contextmanager
 def applied(
-    lock: threading.RLock, prepare: Prepare, find: Find, left_out: LeftOut, swap: bool
+    lock: threading.RLock,
+    prepare: Prepare,
+    find: Find,
+    left_out: LeftOut,
+    swap: bool,
+    pieces: Pieces | None = None,
 ) -> Iterator[None]:
     """An average is in the live tensors for the time of a ``with`` block.
 
@@ -35,13 +64,14 @@ def applied(
         left_out: other tensors of the model by name, whose values are put back too.
         swap: the live values take the average's place meanwhile, where dtype, layout and device
             agree; False keeps a copy of them all.
+        pieces: of sharded parameters; all their processes are in this together.
 
     Raises:
-        RuntimeError: the average was written within the block, or a tensor was made such that its
-            values could not be put back.
+        RuntimeError: the average was written within the block, a tensor was made such that its
+            values could not be put back, or another process could not put its piece in place.
         ValueError: the model no longer fits; its values were put back where they were taken.
     """
-    change = Applied(find, left_out)
+    change = Applied(find, left_out, _Whole() if pieces is None else pieces)
     # Twice, because an interrupt may come while the first is at work: the second goes on where that
     # one stopped, and does nothing where it was done.
     try:
@@ -90,8 +120,9 @@ class Applied:
         row: which average, once it is known.
     """
 
-    def __init__(self, find: Find, left_out: LeftOut) -> None:
+    def __init__(self, find: Find, left_out: LeftOut, pieces: Pieces) -> None:
         self.row = -1
+        self._pieces = pieces
         self._find, self._find_left_out = find, left_out
         self._storage: Storage | None = None
         self._swaps: list[_Swap] = []
@@ -108,14 +139,27 @@ class Applied:
         self._returned = False
         self._problems: list[Exception] = []
 
-    @torch.no_grad()
     def enter(self, lock: threading.RLock, prepare: Prepare, swap: bool) -> None:
-        """Puts the average in place.
+        """Puts the average in place, in all processes or in none.
 
         Raises:
             Whatever ``prepare`` raises, and what happens on the way: then :meth:`leave` undoes it.
         """
+        try:
+            self._enter(lock, prepare, swap)
+        except BaseException:
+            # The others would wait for this one in their first forward.
+            self._pieces.agree(False)
+            raise
+        if not self._pieces.agree(True):
+            raise RuntimeError(
+                "applied: another process could not put its piece of the average in place"
+            )
+
+    @torch.no_grad()
+    def _enter(self, lock: threading.RLock, prepare: Prepare, swap: bool) -> None:
         with lock:
+            self._pieces.reshard()
             storage, self.row = prepare()
             self._storage = storage
             storage.applied = self
@@ -155,6 +199,7 @@ class Applied:
             if storage.loose:
                 self._loose_kept.fill(storage.loose[self.row])
             self._versions = storage.versions() if self._swaps else []
+            self._pieces.publish()
 
     @torch.no_grad()
     def values(self) -> dict[int, Tensor]:
@@ -176,6 +221,7 @@ class Applied:
         if storage is None or storage.applied is not self:
             return
         with storage.lock:
+            self._attempt(lambda: self._pieces.reshard(force=True))
             if not self._looked:
                 self._written = bool(self._versions) and self._versions != storage.versions()
                 self._written |= any(_version(copy) != was for copy, was in self._copies)
@@ -190,6 +236,7 @@ class Applied:
                     tensor, version, value = self._left_out[name]
                     if tensor is not now or version != _version(now):
                         self._try(now, value)
+            self._attempt(self._pieces.publish)
             storage.applied = None
 
     def _back(self) -> None:
@@ -248,8 +295,11 @@ class Applied:
         storage.unbind()
 
     def _try(self, target: Tensor, value: Tensor) -> None:
+        self._attempt(lambda: put([target], [value]))
+
+    def _attempt(self, step: Callable[[], None]) -> None:
         try:
-            put([target], [value])
+            step()
         except RuntimeError as error:  # the others get their values all the same
             self._problems.append(error)
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from . import sharding
+
 __all__ = ["Filter", "Selection", "check_kind", "inner", "is_loose", "match", "state_tensors"]
 
 Filter = Callable[[str, Tensor], bool] | str | re.Pattern[str]
@@ -61,6 +63,11 @@ class Selection:
         trainable_only: leave out parameters that do not require a gradient.
         filter: a predicate of name and tensor, or a regular expression to be found in the name.
         unwrap: look into DataParallel, DistributedDataParallel or torch.compile.
+
+    Attributes:
+        module: whose tensors they are, or None.
+        shards: by name, how a process' piece of a DTensor belongs to the whole.
+        sharded: the DTensors, as they were found last.
     """
 
     def __init__(
@@ -82,8 +89,13 @@ class Selection:
         self.module: nn.Module | None = None
         self._listed: list[tuple[str, Tensor, bool]] = []
         self._decided: dict[str, bool] = {}
+        self.shards: dict[str, sharding.Shard] = {}
+        self.sharded: list[Tensor] = []
+        self._front = isinstance(params_or_module, sharding.Front)
+        self._publish = getattr(params_or_module, "publish", None)
         if isinstance(params_or_module, nn.Module):
             self.module = inner(params_or_module) if unwrap else params_or_module
+            sharding.check_not_flat(self.module)
         else:
             for i, item in enumerate(params_or_module):
                 name, tensor = item if isinstance(item, tuple) else (str(i), item)
@@ -93,16 +105,24 @@ class Selection:
         return self._listed if self.module is None else state_tensors(self.module)
 
     def collect(self) -> tuple[dict[str, int], list[Tensor], list[bool]]:
-        """Index of every name, and of every index the tensor and whether it is a parameter.
+        """Index of every name, and of every index the tensor, or this process' piece of a DTensor,
+        and whether it is a parameter.
 
         Raises:
-            ValueError: two tensors have one name.
+            ValueError: two tensors have one name, or a parameter is sharded in another way than
+                before.
+            TypeError, ValueError: see :meth:`Shard.of`.
+            RuntimeError: parameters are gathered for a forward that is running.
         """
+        if self.module is not None:
+            sharding.reshard(self.module)
         names: dict[str, int] = {}
         tensors: list[Tensor] = []
         is_parameter: list[bool] = []
         index: dict[int, int] = {}
         decided: dict[str, bool] = {}
+        shards: dict[str, sharding.Shard] = {}
+        sharded: list[Tensor] = []
         for name, tensor, parameter in self._all():
             chosen = self._decided.get(name)
             if chosen is None:
@@ -112,13 +132,62 @@ class Selection:
                 continue
             if name in names:
                 raise ValueError(f"params_or_module: found the name {name} twice")
+            own = tensor
+            if sharding.is_dtensor(tensor):
+                shards[name], own = sharding.Shard.of(name, tensor)
             if id(tensor) not in index:
                 index[id(tensor)] = len(tensors)
-                tensors.append(tensor)
+                tensors.append(own)
                 is_parameter.append(parameter)
+                if own is not tensor:
+                    sharded.append(tensor)
             names[name] = index[id(tensor)]
+        if self._decided:
+            for name in names.keys() & (shards.keys() | self.shards.keys()):
+                if shards.get(name) != self.shards.get(name):
+                    raise ValueError(
+                        f"{name}: expected it sharded as {self.shards.get(name)}, found "
+                        f"{shards.get(name)}"
+                    )
         self._decided = self._decided or decided
+        self.shards, self.sharded = shards, sharded
         return names, tensors, is_parameter
+
+    def reshard(self, force: bool = False) -> None:
+        """Makes sure that what is written to the pieces of sharded parameters will be seen.
+
+        Args:
+            force: also in the middle of a forward, which has failed.
+
+        Raises:
+            RuntimeError: that cannot be done.
+        """
+        reason = sharding.out_of_reach(self.module, self.shards)
+        if reason is not None:
+            raise RuntimeError(f"FSDP may go on with parameters that it has gathered, and {reason}")
+        if self.module is not None:
+            sharding.reshard(self.module, force)
+
+    def publish(self) -> None:
+        """What was written to pieces reaches the forward."""
+        if self._publish is not None:
+            self._publish()
+
+    def check_nonfinite(self, on_nonfinite: str | None) -> None:
+        """Refuses what each process would decide by its own pieces.
+
+        Raises:
+            ValueError: tensors are sharded, and an update may be skipped.
+        """
+        if on_nonfinite is not None and (self.shards or self._front):
+            raise ValueError(
+                f"on_nonfinite: expected None for sharded parameters, found {on_nonfinite!r}: one "
+                "process would skip what the others do; let a GradScaler skip the step, see attach"
+            )
+
+    def agree(self, fine: bool) -> bool:
+        """Whether all processes that hold pieces are fine: collective where there are pieces."""
+        return sharding.agree(self.shards, fine) if self.shards else fine
 
     def _chooses(self, name: str, tensor: Tensor, parameter: bool) -> bool:
         if not parameter and not self._buffers:
@@ -139,6 +208,11 @@ class Selection:
 
     def __getstate__(self) -> dict[str, Any]:
         # A predicate may be local to a function; what it has chosen stays chosen.
+        if self._publish is not None:
+            raise TypeError(
+                "an Averager of pieces that FSDP1 or DeepSpeed hold cannot be copied or pickled; "
+                "save its state_dict"
+            )
         return {**self.__dict__, "_keeps": None}
 
     def what_leaves_nothing(self) -> tuple[str, str]:
@@ -169,12 +243,14 @@ def check_kind(name: str, tensor: object) -> None:
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, found {type(tensor).__name__}")
+    if (reason := sharding.why_partitioned(tensor)) is not None:
+        raise TypeError(f"{name}: {reason}")
     if is_lazy(tensor):
         raise ValueError(f"{name}: not initialised yet; run a forward of the model first")
     if is_traceable_wrapper_subclass(tensor):
         raise TypeError(
-            f"{name}: found a {type(tensor).__name__}, expected a plain tensor; sharded and "
-            "quantised parameters are not supported"
+            f"{name}: found a {type(tensor).__name__}, expected a plain tensor"
+            + ("; Averager takes sharded models" if sharding.is_dtensor(tensor) else "")
         )
     if tensor.layout != torch.strided:
         raise TypeError(f"{name}: found layout {tensor.layout}, expected torch.strided")

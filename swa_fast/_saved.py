@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from . import sharding
 from ._memory import Slot
+from ._modules import Selection
 from ._state import FORMAT, Differences, read_state, read_weights
 from .rules import EMA, Rule, describe_rule, row_names
 from .storage import FlatMemory, SeparateMemory
@@ -25,6 +27,7 @@ class Saved:
 
     _rules: dict[str, Rule]
     _storage: Storage
+    _selection: Selection
     _aliases: dict[str, int]
     _loose: dict[str, int]
     _counts: list[Tensor]
@@ -83,20 +86,62 @@ class Saved:
         Before the first update they hold the values at construction. Each tensor has a storage of
         its own length, and may be saved, copied or moved to shared memory.
 
+        Sharded parameters have DTensors, with the parameter's mesh, placements, shape and stride.
         Within :meth:`applied` the applied average is a copy of what the live tensors hold."""
         return self._by_name(list(self._rules))
 
-    def _by_name(self, rows: list[str]) -> dict[str, dict[str, Tensor]]:
+    def _by_name(self, rows: list[str], whole: bool = True) -> dict[str, dict[str, Tensor]]:
+        """``whole``: pieces of sharded parameters in DTensors."""
         self._storage.settle()
         self._storage.give_away()
         result: dict[str, dict[str, Tensor]] = _ByName()
         for at, row in enumerate(rows):
-            result[row] = self._named(self._storage.values_of(at), at)
+            result[row] = self._named(self._storage.values_of(at), at, whole)
         return result
 
-    def _named(self, tensors: Sequence[Tensor], row: int) -> dict[str, Tensor]:
+    def _named(self, tensors: Sequence[Tensor], row: int, whole: bool) -> dict[str, Tensor]:
         names = {name: tensors[at] for name, at in self._aliases.items()}
+        if whole:
+            names |= {
+                name: shard.wrap(names[name]) for name, shard in self._selection.shards.items()
+            }
         return names | {name: self._storage.loose[row][at] for name, at in self._loose.items()}
+
+    @torch.no_grad()
+    def full_averages(
+        self,
+        name: str,
+        *,
+        dtype: torch.dtype | None = None,
+        device: int | str | torch.device = "cpu",
+        rank: int = 0,
+    ) -> dict[str, Tensor] | None:
+        """Copies of an average's tensors, whole, in one process: what a ``load_state_dict`` of the
+        model that is not sharded takes. Where parameters are sharded all their processes have to
+        call it; one tensor is gathered at a time.
+
+        Args:
+            name: of an average.
+            dtype: of the floating-point tensors, rounded before they are sent; None keeps theirs.
+            device: where to.
+            rank: of the process that gets them, in the default process group.
+
+        Returns:
+            The tensors by name; None in the other processes.
+
+        Raises:
+            KeyError: there is no average of that name.
+            ValueError: ``rank`` does not hold a piece.
+            RuntimeError: another process failed.
+        """
+        if name not in self._rules:
+            raise KeyError(f"name: expected one of {', '.join(self._rules)}, found {name!r}")
+        self._raise_if_nonfinite(wait=True)
+        with self._storage.lock:
+            tensors = self._by_name(list(self._rules), whole=False)[name]
+            return sharding.gather(
+                tensors, self._selection.shards, dtype, torch.empty(0, device=device).device, rank
+            )
 
     @property
     def n_averaged(self) -> dict[str, int]:
@@ -114,7 +159,9 @@ class Saved:
 
         Only plain values and tensors, so that ``torch.load(weights_only=True)`` reads it. The
         tensors are the averages, not copies: to keep a state in memory while averaging goes on,
-        ``copy.deepcopy`` it. Within :meth:`applied` the applied average is a copy.
+        ``copy.deepcopy`` it. Within :meth:`applied` the applied average is a copy. Those of sharded
+        parameters are DTensors, which ``torch.distributed.checkpoint`` saves, loads and reshards:
+        ``dcp.save({"averager": averager})``.
         """
         self._raise_if_nonfinite(wait=True)
         return {
@@ -132,7 +179,8 @@ class Saved:
         """Continues from a :meth:`state_dict` of an averager with the same rules and tensors.
 
         Args:
-            state_dict: what was saved.
+            state_dict: what was saved. For a sharded parameter it may hold a DTensor sharded in the
+                same way, or the whole tensor, of which each process takes its piece.
             strict: False goes on by this averager's rules, rounding and seed whatever the state's
                 were, converts between floating-point types, leaves averages that the state does not
                 hold as they are, and ignores averages that this averager does not have. The tensors
@@ -151,8 +199,10 @@ class Saved:
             settings: dict[str, Any] = {"rules": rules, "rounding": self._rounding}
             if self._rounding == "stochastic":
                 settings["seed"] = self._seed
-            own = self._by_name(row_names(self._rules))
-            loaded = read_state(state_dict, own, settings, strict=strict)
+            own = self._by_name(row_names(self._rules), whole=False)
+            loaded = read_state(
+                state_dict, own, settings, strict=strict, shards=self._selection.shards
+            )
             self._write(loaded.pairs, loaded.counts, loaded.skipped)
         return loaded.differences
 
@@ -184,10 +234,10 @@ class Saved:
             raise KeyError(f"name: expected one of {', '.join(self._rules)}, found {name!r}")
         with self._storage.lock:
             self._refuse_if_applied("load_average")
-            own = self._by_name(list(self._rules))[name]
+            own = self._by_name(list(self._rules), whole=False)[name]
             slots = self._storage.slots
             averaged = [n for n, at in self._aliases.items() if slots[at].averaged]
-            pairs, found = read_weights(weights, own, averaged)
+            pairs, found = read_weights(weights, own, averaged, self._selection.shards)
             count = found if n_averaged is None else n_averaged
             if count is None and isinstance(self._rules[name], EMA):
                 count = 1

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ._modules import check_kind, is_loose
+from .sharding import Shard
 
 __all__ = ["FORMAT", "Differences", "Loaded", "read_state", "read_weights"]
 
@@ -57,8 +58,18 @@ def _differ(ours: object, theirs: object) -> bool:
         return True
 
 
+def _fit(
+    where: str, own: Tensor, value: object, convert: bool, shard: Shard | None
+) -> tuple[Any, str | None]:
+    """What of ``value`` is to be written to ``own``, and why it cannot be."""
+    try:
+        part = value if shard is None else shard.cut(value)
+    except (TypeError, ValueError) as error:
+        return None, f"{where} {error}"
+    return part, _misfit(where, own, part, convert)
+
+
 def _misfit(where: str, own: Tensor, value: object, convert: bool) -> str | None:
-    """Why ``value`` cannot be written to ``own``."""
     if not isinstance(value, Tensor):
         return f"{where} expected a tensor, found {type(value).__name__}"
     if is_loose(own) or is_loose(value):
@@ -82,7 +93,12 @@ def _kind(tensor: Tensor) -> str:
 
 
 def read_state(
-    state: object, own: Averages, settings: Mapping[str, Any], *, strict: bool
+    state: object,
+    own: Averages,
+    settings: Mapping[str, Any],
+    *,
+    strict: bool,
+    shards: Mapping[str, Shard],
 ) -> Loaded:
     """What a state holds for the averages ``own``.
 
@@ -92,6 +108,7 @@ def read_state(
         settings: ``rules``, ``rounding`` and ``seed`` of the averager, the last only where it
             matters.
         strict: whether rules, averages, rounding, seed and dtypes have to agree.
+        shards: which of ``own`` are pieces, by name of the tensor.
 
     Raises:
         ValueError: it does not fit, with everything that does not.
@@ -146,9 +163,11 @@ def read_state(
         problems += [f"{where}: {name} is unknown" for name in theirs if name not in tensors]
         for name, tensor in tensors.items():
             if name in theirs:
-                problem = _misfit(f"{where}: {name}", tensor, theirs[name], not strict)
+                value, problem = _fit(
+                    f"{where}: {name}", tensor, theirs[name], not strict, shards.get(name)
+                )
                 if problem is None:
-                    loaded.pairs.append((tensor, theirs[name]))
+                    loaded.pairs.append((tensor, value))
                 else:
                     problems.append(problem)
     if problems:
@@ -157,7 +176,10 @@ def read_state(
 
 
 def read_weights(
-    weights: object, own: Mapping[str, Tensor], averaged: Sequence[str]
+    weights: object,
+    own: Mapping[str, Tensor],
+    averaged: Sequence[str],
+    shards: Mapping[str, Shard],
 ) -> tuple[list[tuple[Tensor, Tensor]], int | None]:
     """Values for one average from another library's weights.
 
@@ -166,6 +188,7 @@ def read_weights(
             is that of an AveragedModel; or tensors in the order of ``averaged``.
         own: the average.
         averaged: names that have to be there.
+        shards: which of ``own`` are pieces, by name.
 
     Returns:
         The average's tensors and their values, and the count if there is one.
@@ -201,9 +224,9 @@ def read_weights(
     pairs = []
     for name, value in named.items():
         if name in own:
-            problem = _misfit(str(name), own[name], value, True)
+            part, problem = _fit(str(name), own[name], value, True, shards.get(name))
             if problem is None:
-                pairs.append((own[name], value))
+                pairs.append((own[name], part))
             else:
                 problems.append(problem)
     if problems:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,9 @@ _PLACES = ("_parameters", "_buffers", "_modules")
 
 Place = tuple[dict[str, Any], str]
 
+# The piece of a DTensor.
+_inner = operator.attrgetter("_local_tensor")
+
 
 class Watch:
     """Notices when tensors move or change type, or module dictionaries change their contents or are
@@ -29,12 +33,19 @@ class Watch:
             reference to them is taken, so that ``torch.utils.swap_tensors`` works.
         places: of dictionaries, such as the ``_parameters`` of modules: each the value of a key of
             another dictionary.
+        wrapped: tensors of which some of ``tensors`` are the inner ones.
 
     Raises:
         TypeError, RuntimeError, ValueError: a tensor has no address.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], places: Iterable[Place]) -> None:
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        places: Iterable[Place],
+        wrapped: Sequence[Tensor] = (),
+    ) -> None:
+        self._wrapped, self._inner = wrapped, [_inner(tensor) for tensor in wrapped]
         found = [(owner, key, owner[key], _flat_items(owner[key])) for owner, key in places]
         self._dictionaries = tuple(each for each in found if isinstance(each[2], dict))
         # A scripted module's are no dictionaries, but look like ones.
@@ -59,6 +70,8 @@ class Watch:
     def holds(self) -> bool:
         """True while nothing has changed."""
         if self._lazy and self._bits != [_bits(tensor) for tensor in self._lazy]:
+            return False
+        if self._wrapped and not all(map(operator.is_, map(_inner, self._wrapped), self._inner)):
             return False
         if self._others and not all(map(_same, self._others)):
             return False

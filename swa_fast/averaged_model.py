@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _backends, _ops
+from . import _backends, _ops, sharding
 from ._applied import applied
 from ._memory import Slot, dense_strides
 from ._modules import check_kind, inner, is_loose, match
@@ -112,6 +112,9 @@ class AveragedModel(nn.Module):
         _backends.check_name(backend)
         if rule is not None and getattr(rule, "schedule", None) is not None:
             raise TypeError("rule: a decay that is a function is called by Averager alone")
+        sharding.check_whole(
+            model, "AveragedModel", "it cannot be copied; Averager needs no copy and takes it"
+        )
         # Also where this is called in inference mode, whose tensors could not be changed later.
         with torch.inference_mode(False), torch.no_grad():
             self.module = copy.deepcopy(inner(model) if unwrap else model)

@@ -91,6 +91,9 @@ class Averager(Saved, Decays, Attachable):
 
     Copies and pickles of an averager bring their model with them; several threads may use one.
 
+    DTensor parameters (FSDP2, tensor parallelism) are averaged piece by piece, without
+    communication; functions get the pieces. For FSDP1 and ZeRO-3 see :mod:`swa_fast.sharding`.
+
     Source: Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization",
     UAI 2018.
     """
@@ -164,6 +167,7 @@ class Averager(Saved, Decays, Attachable):
             raise ValueError(
                 f"{found}: expected at least one tensor to average, found none{left_out}"
             )
+        self._selection.check_nonfinite(on_nonfinite)
         first_names: dict[int, str] = {}
         for name, at in names.items():
             first_names.setdefault(at, name)
@@ -254,7 +258,8 @@ class Averager(Saved, Decays, Attachable):
 
     def _bind(self, tensors: list[Tensor], loose: list[Tensor]) -> None:
         module = self._selection.module
-        self._storage.bind(tensors, [] if module is None else Watch.places_of(module), loose)
+        places = [] if module is None else Watch.places_of(module)
+        self._storage.bind(tensors, places, loose, self._selection.sharded)
         self._name_memory()
 
     def _current(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -470,6 +475,5 @@ class Averager(Saved, Decays, Attachable):
             self._refresh()
             return self._storage, list(self._rules).index(name)
 
-        return applied(
-            self._storage.lock, prepare, self._current, self._selection.left_out_buffers, True
-        )
+        lock, chosen = self._storage.lock, self._selection
+        return applied(lock, prepare, self._current, chosen.left_out_buffers, True, chosen)

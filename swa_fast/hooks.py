@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ._modules import Filter
+from ._modules import Filter, Selection
 from .rules import Rule
 
 if TYPE_CHECKING:
@@ -222,6 +222,7 @@ class Attachable:
 
     _rules: dict[str, Rule]
     _storage: Storage
+    _selection: Selection
 
     def _update(self, given: None = None, gate: Gate | None = None) -> None:
         raise NotImplementedError
@@ -289,5 +290,9 @@ class Attachable:
         self._refuse_if_applied("blend_")
         if self.n_averaged[name] == 0:
             raise RuntimeError(f"blend_: the average {name!r} has not been updated yet")
+        self._selection.reshard()
         self._refresh()
-        blend_(self._storage, list(self._rules).index(name), g, filter)
+        try:
+            blend_(self._storage, list(self._rules).index(name), g, filter)
+        finally:
+            self._selection.publish()

@@ -223,7 +223,11 @@ class Storage:
 
     @torch.no_grad()
     def bind(
-        self, live: list[Tensor], places: Iterable[Place], loose: Sequence[Tensor] = ()
+        self,
+        live: list[Tensor],
+        places: Iterable[Place],
+        loose: Sequence[Tensor] = (),
+        wrapped: Sequence[Tensor] = (),
     ) -> None:
         """Averages ``live`` from now on, one tensor for each slot.
 
@@ -231,6 +235,7 @@ class Storage:
             live: of the slots' shapes.
             places: of dictionaries that must not change either, see :class:`Watch`.
             loose: what is copied by torch.
+            wrapped: tensors whose inner ones are among ``live``.
 
         Raises:
             TypeError, ValueError, RuntimeError: see :meth:`Engine.plan`, or an average was changed
@@ -245,7 +250,7 @@ class Storage:
             watched += (tensor for row in self.averages for tensor in row)
         if self.counter is not None:
             watched.append(self.counter)
-        watch = Watch(watched, places)
+        watch = Watch(watched, places, wrapped)
         self.plans, self.live, self._watch = plans, live, watch
         self.loose_live = list(loose)
         self._direct = self._find_direct()

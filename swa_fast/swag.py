@@ -107,6 +107,11 @@ class SWAG:
         if not tensors:
             found, left_out = self._selection.what_leaves_nothing()
             raise ValueError(f"{found}: expected at least one parameter, found none{left_out}")
+        for name in self._selection.shards:
+            raise TypeError(
+                f"{name}: found a DTensor; samples of sharded parameters are not supported, since "
+                "processes that hold the same piece would have to draw the same numbers"
+            )
         names: dict[int, str] = {}
         for name, at in self._aliases.items():
             names.setdefault(at, name)
