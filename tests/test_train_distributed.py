@@ -20,7 +20,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from swa_fast import update_bn
-from swa_fast.train import cli, data, progress
+from swa_fast.train import cli, data, progress, session
 from swa_fast.train import trainer as trainer_module
 from swa_fast.train.averages import WeightAverage
 from swa_fast.train.config import TrainConfig
@@ -228,23 +228,102 @@ def resumed(folder: Path, rank: int) -> None:
     assert cli.main(["train", "--resume", str(folder / "stopped")]) == 0
 
 
-def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
-    processes(whole, tmp_path)
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    processes(whole, folder)
+    return folder / "whole"
+
+
+def test_a_stopped_run_goes_on(whole_run: Path, tmp_path: Path) -> None:
     processes(stopped, tmp_path)
     results = json.loads((tmp_path / "stopped/results.json").read_text())
     assert (results["status"], len(results["records"])) == ("running", 2)
     assert results["environment"]["processes"] == RANKS
     processes(resumed, tmp_path)
-    a, b = (json.loads((tmp_path / x / "results.json").read_text()) for x in ("whole", "stopped"))
+    folders = whole_run, tmp_path / "stopped"
+    a, b = (json.loads((folder / "results.json").read_text()) for folder in folders)
     for results in (a, b):
         for record in results["records"]:
             del record["seconds"]
     assert a["records"] == b["records"] and b["status"] == "complete"
-    names = sorted(p.stem for p in (tmp_path / "whole").glob("model_*.pt"))
+    names = sorted(p.stem for p in whole_run.glob("model_*.pt"))
     assert names == [f"model_{x}" for x in ("ema", "fge-01", "fge-average", "sgd", "swa")]
     for name in names:
-        x, y = (torch.load(tmp_path / folder / f"{name}.pt") for folder in ("whole", "stopped"))
+        x, y = (torch.load(folder / f"{name}.pt") for folder in folders)
         assert all(torch.equal(x[key], y[key]) for key in x), name
+
+
+def sharded(folder: Path, rank: int) -> None:
+    assert cli.main([*arguments(folder / "sharded"), "--shard", "fsdp2"]) == 0
+
+
+def expect_alike(found: Path, expected: Path) -> None:
+    """Sums are rounded in other orders."""
+    a, b = (json.loads((folder / "results.json").read_text()) for folder in (expected, found))
+    assert a["status"] == b["status"] == "complete"
+    for x, y in zip(a["records"], b["records"], strict=True):
+        pairs = [(x, y), *((x["averages"][m], y["averages"][m]) for m in x["averages"])]
+        for one, other in pairs:
+            assert one.keys() == other.keys()
+            for key in one.keys() - {"seconds", "averages"}:
+                if isinstance(one[key], float):
+                    assert other[key] == pytest.approx(one[key], rel=1e-4), key
+                else:
+                    assert other[key] == one[key], key
+    for path in expected.glob("model_*.pt"):
+        torch.testing.assert_close(
+            torch.load(found / path.name), torch.load(path), rtol=1e-3, atol=1e-4
+        )
+
+
+def test_a_sharded_run_is_that_of_whole_networks(whole_run: Path, tmp_path: Path) -> None:
+    processes(sharded, tmp_path)
+    expect_alike(tmp_path / "sharded", whole_run)
+
+
+def sharded_and_stopped(folder: Path, rank: int) -> None:
+    """In the middle of the second epoch, to which the others have to agree."""
+    trainer_module.build_model = lambda *args, **kwargs: _Plain()  # type: ignore[assignment]
+    session._AGREE_EVERY = 1
+    steps = 0
+    original = progress.Progress.step
+
+    def step(self: progress.Progress) -> None:
+        nonlocal steps
+        steps += 1
+        if rank == 1 and steps == 5:
+            signal.raise_signal(signal.SIGTERM)
+        original(self)
+
+    progress.Progress.step = step  # type: ignore[method-assign]
+    assert cli.main([*arguments(folder / "moved"), "--shard", "fsdp2"]) == 130
+
+
+def test_another_number_of_processes_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two began and one ends, without BatchNorm, whose batches would be others."""
+    processes(sharded_and_stopped, tmp_path)
+    results = json.loads((tmp_path / "moved/results.json").read_text())
+    assert (results["status"], len(results["records"])) == ("running", 1)
+    monkeypatch.setattr(data, "load_digits", images)
+    monkeypatch.setattr(trainer_module, "build_model", lambda *args, **kwargs: _Plain())
+    assert cli.main(["train", "--resume", str(tmp_path / "moved")]) == 0
+    assert cli.main([*arguments(tmp_path / "alone"), "--shard", "fsdp2"]) == 0
+    expect_alike(tmp_path / "moved", tmp_path / "alone")
+
+
+def test_sharding_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = arguments(tmp_path / "x")
+    for more, message in (
+        (["--compile"], "without --compile"),
+        (["--methods", "swag"], "other than swag"),
+        ([], "expected one of none, fsdp2"),
+    ):
+        shard = "fsdp2" if more else "fsdp3"
+        assert cli.main([*options, "--shard", shard, *more]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_command_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:

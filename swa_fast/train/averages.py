@@ -17,8 +17,9 @@ from .config import TrainConfig
 from .evaluation import Evaluation, Score
 from .methods import Captured
 from .randomness import derive_seed
+from .sharded import whole, whole_weights
 
-Networks = dict[str, nn.Module]
+Weights = Mapping[str, Mapping[str, Tensor]]  # state dicts, by the names of their files
 
 
 class Average(ABC):
@@ -53,9 +54,9 @@ class Average(ABC):
         training batches where they have to be computed."""
 
     @abstractmethod
-    def networks(self, epoch: int, reported: Sequence[str], model: nn.Module) -> Networks:
-        """The networks that are saved after an epoch, by the names of their files, given the
-        names of the results that are ``reported`` then, and the network in training."""
+    def networks(self, epoch: int, reported: Sequence[str], model: nn.Module) -> Weights:
+        """The weights that are saved after an epoch, given the names of the results that are
+        ``reported`` then, and the network in training. All processes must call it."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
@@ -90,8 +91,8 @@ class WeightAverage(Average):
         with clock("eval"):
             return evaluation.score(self.averaged)
 
-    def networks(self, epoch: int, reported: Sequence[str], model: nn.Module) -> Networks:
-        return dict.fromkeys(reported, self.averaged.module)
+    def networks(self, epoch: int, reported: Sequence[str], model: nn.Module) -> Weights:
+        return dict.fromkeys(reported, self.averaged.module.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         return {"captures": self.captures, "averaged": self.averaged.state_dict()}
@@ -123,14 +124,62 @@ class LastAverage(Average):
         with clock("eval"):
             return evaluation.score(self._network)
 
-    def networks(self, epoch: int, reported: Sequence[str], model: nn.Module) -> Networks:
-        return dict.fromkeys(reported, self._network)
+    def networks(self, epoch: int, reported: Sequence[str], model: nn.Module) -> Weights:
+        return dict.fromkeys(reported, self._network.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         return {"captures": self.captures, "averager": self._averager.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._averager.load_state_dict(state["averager"])
+        self.captures = int(state["captures"])
+
+
+class ShardedAverage(Average):
+    """A running average, each process' pieces beside its weights; evaluated in their place."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        captured: Captured,
+        *,
+        rule: SWA | EMA | Power | Window,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(captured)
+        self._model = model
+        self._averager = Averager(model, {"average": rule}, backend=backend)
+        self._statistics: dict[str, Tensor] = {}  # of BatchNorm, as the last score found them
+
+    def capture(self, model: nn.Module, evaluation: Evaluation, clock: Clock) -> None:
+        with clock("average"):
+            self._averager.update()
+        self.captures += 1
+
+    def score(self, epoch: int, evaluation: Evaluation, clock: Clock, share: float = 1.0) -> Score:
+        with self._averager.applied("average"):
+            with clock("bn"):
+                evaluation.renew_statistics(self._model, epoch, share)
+            self._statistics = {
+                name: buffer.clone() for name, buffer in self._model.named_buffers()
+            }
+            with clock("eval"):
+                return evaluation.score(self._model)
+
+    def networks(self, epoch: int, reported: Sequence[str], model: nn.Module) -> Weights:
+        if not reported:
+            return {}
+        weights = {**(self._averager.full_averages("average") or {}), **self._statistics}
+        return dict.fromkeys(reported, weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        state = self._averager.state_dict()
+        state["averages"] = {name: whole(row) for name, row in state["averages"].items()}
+        return {"captures": self.captures, "averager": state, "statistics": self._statistics}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._averager.load_state_dict(state["averager"])
+        self._statistics = dict(state["statistics"])
         self.captures = int(state["captures"])
 
 
@@ -182,8 +231,8 @@ class Gaussian(Average):
                 return evaluation.score(self._network)
             return evaluation.score_probabilities(probabilities[0] / self.samples)
 
-    def networks(self, epoch: int, reported: Sequence[str], model: nn.Module) -> Networks:
-        return dict.fromkeys(reported, self._network)
+    def networks(self, epoch: int, reported: Sequence[str], model: nn.Module) -> Weights:
+        return dict.fromkeys(reported, self._network.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         return {"captures": self.captures, "swag": self._swag.state_dict()}
@@ -221,13 +270,30 @@ class Ensemble(Average):
         with clock("eval"):
             return evaluation.score_probabilities(self._sum / self.captures)
 
-    def networks(self, epoch: int, reported: Sequence[str], model: nn.Module) -> Networks:
+    def networks(self, epoch: int, reported: Sequence[str], model: nn.Module) -> Weights:
         # A file for every member, named by its number.
-        return {f"fge-{self.captures:02d}": model} if self.due(epoch) else {}
+        if not self.due(epoch):
+            return {}
+        return {f"fge-{self.captures:02d}": whole_weights(model)}
 
     def state_dict(self) -> dict[str, Any]:
         # The labels are for reports, which join the ensembles of several runs.
         return {"captures": self.captures, "sum": self._sum, "labels": self._labels}
+
+    def join(self, states: Sequence[Mapping[str, Any]], rank: int, size: int) -> None:
+        """Goes on from the states of another number of processes, as one of ``size``."""
+        parts = [state["sum"] for state in states]
+        if any(part is None for part in parts):
+            return self.load_state_dict(states[0])
+        # Each process has every so-manieth image of the test set.
+        count, classes = sum(len(part) for part in parts), parts[0].shape[1]
+        total = parts[0].new_empty(count, classes)
+        labels = torch.empty(count, dtype=torch.int64, device=total.device)
+        for start, state in enumerate(states):
+            total[start :: len(states)] = state["sum"]
+            labels[start :: len(states)] = state["labels"]
+        mine = {"sum": total[rank::size].clone(), "labels": labels[rank::size].clone()}
+        return self.load_state_dict({**states[0], **mine})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         captures, total = int(state["captures"]), state["sum"]
@@ -242,13 +308,17 @@ def make_average(
     """What a method averages, of a network that is trained for ``steps`` steps per epoch."""
     if method == "fge":
         return Ensemble(captured)
-    if method == "lawa":
+    if method == "lawa" and config.shard == "none":
         return LastAverage(model, captured, config.lawa_last, config.backend)
     if method == "swag":
         return Gaussian(model, captured, config)
-    rule: SWA | EMA | Power = SWA()
+    rule: SWA | EMA | Power | Window = SWA()
     if method == "ema":
         rule = EMA(max(0.0, 1.0 - 1.0 / (config.ema_epochs * steps)))
     if method == "swa-power":
         rule = Power(config.power_gamma)
+    if method == "lawa":
+        rule = Window(config.lawa_last)
+    if config.shard != "none" or isinstance(rule, Window):
+        return ShardedAverage(model, captured, rule=rule, backend=config.backend)
     return WeightAverage(model, captured, rule=rule, backend=config.backend)

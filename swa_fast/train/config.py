@@ -221,6 +221,11 @@ class TrainConfig:
     channels_last: bool = _machine("", "memory format of images and weights", True)
     compile: bool = _machine("", "torch.compile the network's training step", False)
     sync_bn: bool = _machine("", "several processes: BatchNorm over all of them in training", False)
+    shard: str = _machine(
+        one_of("none", "fsdp2"),
+        "several processes: divide weights, gradients and momenta among them (fsdp2), or none",
+        "none",
+    )
     threads: int = _machine(THREADS, "CPU threads (default: torch's choice)")
     eval_every: int = _output(
         COUNT,
@@ -412,6 +417,10 @@ def _check_cycle(config: TrainConfig) -> None:
 
 
 def _check_machine(config: TrainConfig) -> None:
+    if config.shard != "none" and config.compile:
+        raise TrainError("--shard: expected it without --compile, found both")
+    if config.shard != "none" and "swag" in config.methods:
+        raise TrainError("--shard: expected methods other than swag, whose samples are whole")
     if torch.device(config.device).type == "cuda":
         return
     if config.amp == "fp16":

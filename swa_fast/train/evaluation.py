@@ -18,6 +18,7 @@ from .data import Batch, Batches, Dataset, Placement
 from .distributed import World
 from .errors import Stopped, TrainError
 from .randomness import derive_seed
+from .sharded import gather
 
 _BATCH = 512
 
@@ -80,6 +81,7 @@ class Evaluation:
         """What a network in evaluation mode makes of this process's share of the test set, float32
         [B, K], and the labels."""
         model.eval()
+        gather(model)  # processes may have different numbers of batches
         for images, labels in self._interruptible(self.test_batches()):
             with autocast(self.config):
                 logits = model(images)
@@ -126,6 +128,7 @@ class Evaluation:
         config = self.config
         torch.manual_seed(derive_seed(config.seed, "bn-model", epoch) ^ self.world.rank)
         batches = self._batches.epoch(derive_seed(config.seed, "bn", epoch - 1))
+        gather(model)
         try:
             with autocast(config):
                 update_bn(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import snapshot
 from .config import TrainConfig
@@ -25,6 +26,7 @@ from .presets import PRESETS, changes, format_changes
 from .progress import Board, Progress
 from .results import summarise
 from .run_folder import RunFolder
+from .sharded import whole_weights
 from .trainer import Record, Run, Trainer, load_data
 
 # Several processes have to agree before one of them saves or stops, which makes them wait.
@@ -312,8 +314,6 @@ class _Session:
 
     def _save_models(self, current: Run) -> None:
         """Final weights of the methods whose results this epoch gives, and new ensemble members."""
-        if not self.world.main:
-            return
         averages, name = current.averages.values(), current.trajectory.name
         if (
             self.config.keep_captures
@@ -321,18 +321,24 @@ class _Session:
             and any(average.due(current.epoch) for average in averages)
         ):
             capture = f"capture-{name}-{current.epoch:04d}"
-            self.folder.save_model(capture, current.model.state_dict())
+            self._save_model(capture, whole_weights(current.model))
         for method, marks in current.trajectory.marks.items():
             names = [
                 method if budget == max(marks) else f"{method}-{budget:g}"
                 for budget, end in marks.items()
                 if end == current.epoch
             ]
-            networks = dict.fromkeys(names, current.model)
-            if (average := current.averages.get(method)) is not None:
-                networks = average.networks(current.epoch, names, current.model)
-            for name, network in networks.items():
-                self.folder.save_model(name, network.state_dict())
+            average = current.averages.get(method)
+            if average is not None:
+                found = average.networks(current.epoch, names, current.model)
+            else:
+                found = dict.fromkeys(names, whole_weights(current.model)) if names else {}
+            for name, weights in found.items():
+                self._save_model(name, weights)
+
+    def _save_model(self, name: str, weights: Mapping[str, Tensor]) -> None:
+        if self.world.main:
+            self.folder.save_model(name, weights)
 
     def _compare(self, previous: dict[str, Any], current: dict[str, Any]) -> None:
         """Refuses other data; mentions other software or hardware."""

@@ -2,7 +2,8 @@
 
 Since everything random is a function of the seed and the epoch, a continued run needs no saved
 generator but in the middle of an epoch. Its weights, averages and records are those of an
-uninterrupted one, bit by bit, on the same machine with the same software.
+uninterrupted one, bit by bit, on the same machine with the same software. Sharded runs may also go
+on with another number of processes, whose sums are rounded in another order.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .averages import Ensemble
 from .clock import Clock
 from .config import TrainConfig
 from .errors import TrainError
 from .randomness import random_state
+from .sharded import load_training, training_state
 from .trainer import Run, Trainer
 
 
@@ -38,8 +41,7 @@ def take(trainer: Trainer, run: Run) -> dict[str, Any]:
         "captured": run.captured,
         "seconds": run.clock.read(),
         "records": run.records,
-        "model": run.model.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
+        **training_state(run.model, run.optimizer, trainer.config.shard != "none"),
         "averages": {method: state for method, state in states.items() if method not in own},
         "scaler": run.scaler.state_dict(),
         "ranks": ranks,
@@ -56,7 +58,8 @@ def restore(trainer: Trainer, run: Run, state: Mapping[str, Any], path: Path) ->
     """
     trajectory, world = run.trajectory, trainer.world
     with _fitting(trainer.config, state, path):
-        if len(state["ranks"]) != world.size:
+        portable, ranks = trainer.config.shard != "none", state["ranks"]
+        if len(ranks) != world.size and not portable:
             raise TrainError(
                 f"expected {world.size} processes, found the state of {len(state['ranks'])}; "
                 f"continue with as many as the run began with"
@@ -68,14 +71,23 @@ def restore(trainer: Trainer, run: Run, state: Mapping[str, Any], path: Path) ->
                 f"{trajectory.end} at most, found epoch {state['epoch']} and "
                 f"{len(state['records'])} records"
             )
-        own = state["ranks"][world.rank]
-        _load_training(run, state)
+        _load_training(run, state, portable)
         for method, average in run.averages.items():
-            source = own if average.per_process else state
-            average.load_state_dict(source["averages"][method])
-        run.loss.copy_(own["loss"])
-        run.correct.copy_(own["correct"])
-        run.random = own["random"]
+            if not average.per_process:
+                average.load_state_dict(state["averages"][method])
+            elif len(ranks) == world.size:
+                average.load_state_dict(ranks[world.rank]["averages"][method])
+            else:
+                assert isinstance(average, Ensemble)
+                average.join([r["averages"][method] for r in ranks], world.rank, world.size)
+        if len(ranks) == world.size:
+            own = ranks[world.rank]
+            run.loss.copy_(own["loss"])
+            run.correct.copy_(own["correct"])
+            run.random = own["random"]
+        elif world.main:  # the others have nothing to add
+            run.loss.copy_(sum(rank["loss"] for rank in ranks))
+            run.correct.copy_(sum(rank["correct"] for rank in ranks))
         run.epoch, run.step = int(state["epoch"]), int(state["step"])
         run.captured = bool(state["captured"])
         run.clock = Clock(trainer.device, state["seconds"])
@@ -96,13 +108,12 @@ def continue_from(trainer: Trainer, run: Run, state: Mapping[str, Any], path: Pa
                 f"expected the state after epoch {begin}, found one after epoch "
                 f"{state['epoch']} and step {state['step']}"
             )
-        _load_training(run, state)
+        _load_training(run, state, trainer.config.shard != "none")
     run.epoch = begin
 
 
-def _load_training(run: Run, state: Mapping[str, Any]) -> None:
-    run.model.load_state_dict(state["model"])
-    run.optimizer.load_state_dict(state["optimizer"])
+def _load_training(run: Run, state: Mapping[str, Any], portable: bool) -> None:
+    load_training(run.model, run.optimizer, state, portable)
     run.scaler.load_state_dict(state["scaler"])
 
 

@@ -28,6 +28,7 @@ from .evaluation import Evaluation, Score, autocast
 from .methods import Trajectory
 from .models import build_model, load_pretrained, spec_of
 from .randomness import derive_seed, set_random_state
+from .sharded import shard
 
 Record = dict[str, Any]
 
@@ -173,6 +174,10 @@ class Trainer:
         elif run.random is not None:
             set_random_state(run.random, self.device)
             run.random = None
+        else:  # another number of processes has begun the epoch
+            torch.manual_seed(
+                derive_seed(self.config.seed, f"train-{run.step}", run.epoch) ^ self.world.rank
+            )
         run.model.train()
 
     def _train_step(self, run: Run, images: Tensor, labels: Tensor) -> None:
@@ -264,7 +269,11 @@ class Trainer:
         model = self.build()
         if config.sync_bn and self.world.size > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        own: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
+        sharded = config.shard != "none" and self.world.size > 1
+        if sharded:
+            shard(model, self.device, self.world.size)
+        own: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+        own["fused"] = not sharded  # torch has no fused SGD of pieces
         optimizer: torch.optim.Optimizer
         if config.optimizer == "adamw":
             optimizer = torch.optim.AdamW(model.parameters(), **own)
@@ -273,7 +282,7 @@ class Trainer:
                 model.parameters(), momentum=config.momentum, nesterov=config.nesterov, **own
             )
         forward: Callable[[Tensor], Tensor] = model
-        if self.world.size > 1:
+        if self.world.size > 1 and not sharded:
             forward = nn.parallel.DistributedDataParallel(
                 model, device_ids=[self.device] if self.device.type == "cuda" else None
             )
@@ -311,7 +320,8 @@ class Trainer:
             path = None if config.pretrained == "torchvision" else config.pretrained
             load_pretrained(model, config.model, path)
         model = model.to(self.device)
-        if config.channels_last:
+        # Only dense rows can be divided.
+        if config.channels_last and config.shard == "none":
             model = model.to(memory_format=torch.channels_last)
         return model
 
