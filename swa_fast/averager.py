@@ -9,24 +9,18 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from . import _backends, _ops
+from . import _ops
 from ._applied import applied
+from ._arguments import check_averages, check_settings
 from ._decays import Decays
-from ._layout import MAX_AVERAGES
+from ._fit import tensors_of
 from ._memory import Slot, dense_strides
 from ._modules import Filter, Selection, check_kind, is_loose
 from ._saved import Saved
 from ._watch import Watch
 from .engine import Engine
 from .hooks import Attachable, Gate
-from .rules import (
-    BUILT_IN,
-    EMA,
-    Rule,
-    row_names,
-    why_it_stands_still,
-    with_members,
-)
+from .rules import EMA, Rule, why_it_stands_still, with_members
 from .storage import FlatMemory, SeparateMemory, Storage
 
 __all__ = ["Averager"]
@@ -111,44 +105,9 @@ class Averager(Saved, Decays, Attachable):
         seed: int = 0,
         on_nonfinite: str | None = None,
     ) -> None:
-        for name, rule in averages.items():
-            if not isinstance(rule, BUILT_IN) and not callable(rule):
-                raise TypeError(
-                    f"averages[{name!r}]: expected SWA, EMA, Power, Window or a function, found "
-                    f"{type(rule).__name__}"
-                )
-        rows = with_members(list(averages.values()))
-        if not rows or len(rows) > MAX_AVERAGES:
-            raise ValueError(
-                f"averages: expected 1 to {MAX_AVERAGES} rules, found {len(rows)}"
-                + (" (a Window counts as k + 1)" if len(rows) > len(averages) else "")
-            )
-        if dtype is not None and dtype not in _ops.AVERAGE_DTYPES:
-            raise TypeError(f"dtype: expected None or one of {_ops.AVERAGE_DTYPES}, found {dtype}")
-        _backends.check_name(backend)
-        for argument, value, expected in (
-            ("buffers", buffers, ("copy", "average", "skip")),
-            ("rounding", rounding, ("nearest", "stochastic")),
-            ("on_nonfinite", on_nonfinite, (None, "skip", "raise")),
-        ):
-            if value not in expected:
-                raise ValueError(f"{argument}: expected one of {expected}, found {value!r}")
-        if rounding == "stochastic" and dtype != torch.bfloat16:
-            raise ValueError(f"rounding='stochastic': expected dtype torch.bfloat16, found {dtype}")
-        if on_nonfinite is not None and any(
-            not isinstance(rule, BUILT_IN) for rule in averages.values()
-        ):
-            raise ValueError(
-                "on_nonfinite: expected None beside a user's function, which runs before the "
-                f"check; found {on_nonfinite!r}"
-            )
-
+        check_settings(dtype, backend, buffers, rounding, on_nonfinite)
+        check_averages(averages, on_nonfinite)
         self._rules = dict(averages)
-        if len(set(row_names(self._rules))) < len(rows):
-            raise ValueError(
-                "averages: expected names other than those of a window's rows, such as NAME[0]; "
-                f"found {', '.join(row_names(self._rules))}"
-            )
         self._rounding = rounding
         self._seed = seed
         self._on_nonfinite = on_nonfinite
@@ -200,6 +159,7 @@ class Averager(Saved, Decays, Attachable):
         devices = [self._device or tensor.device for tensor in sources]
         # Also where this is called in inference mode, whose tensors could not be changed later.
         with torch.inference_mode(False), torch.no_grad():
+            rows = with_members(list(averages.values()))
             memory = FlatMemory(slots, devices, len(rows))
             copies = [[tensors[i].detach().clone() for i in loose] for _ in rows]
             self._build(slots, memory, copies)
@@ -258,59 +218,7 @@ class Averager(Saved, Decays, Attachable):
         self._name_memory()
 
     def _current(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The model's tensors in the order of the slots, wherever they are now, and the loose ones.
-
-        Raises:
-            ValueError, TypeError: they do not fit the averages; all that does not is named.
-        """
-        names, tensors, _ = self._selection.collect()
-        ours = {**self._aliases, **self._loose}
-        problems = [f"{n}: in the average, not in the model" for n in ours if n not in names]
-        problems += [f"{n}: in the model, not in the average" for n in names if n not in ours]
-        slots, averages = self._storage.slots, self._storage.averages[0]
-        sources, loose = list(averages), list(self._storage.loose[0])
-        chosen: dict[int, tuple[str, Tensor]] = {}
-        for name, at in names.items():
-            tensor = tensors[at]
-            if name in self._loose:
-                i = self._loose[name]
-                own = loose[i]
-                if not is_loose(tensor) or (own.layout, own.dtype) != (tensor.layout, tensor.dtype):
-                    problems.append(
-                        f"{name}: {own.layout}, {own.dtype} in the average, {tensor.layout}, "
-                        f"{tensor.dtype} in the model"
-                    )
-                loose[i] = tensor
-                continue
-            i = self._aliases.get(name, -1)
-            if i < 0:
-                continue
-            slot = slots[i]
-            first = chosen.setdefault(i, (name, tensor))
-            if first[1] is not tensor:
-                problems.append(f"{name}: tied to {first[0]} in the average, not in the model")
-                continue
-            sources[i] = tensor
-            check_kind(name, tensor)
-            if tuple(tensor.shape) != slot.shape:
-                problems.append(
-                    f"{name}: shape {slot.shape} in the average, {tuple(tensor.shape)} in the model"
-                )
-            expected = slot.dtype
-            if not (
-                tensor.dtype == expected
-                or (tensor.is_floating_point() and expected.is_floating_point)
-            ):
-                problems.append(f"{name}: {expected} in the average, {tensor.dtype} in the model")
-            where = averages[i].device
-            if self._device is None and tensor.device != where:
-                problems.append(
-                    f"{name}: the average is on {where}, the model on {tensor.device} (give "
-                    "device= to keep the averages elsewhere)"
-                )
-        if problems:
-            raise ValueError("the model does not fit the averages\n  " + "\n  ".join(problems))
-        return sources, loose
+        return tensors_of(self._selection, self._storage, self._aliases, self._loose, self._device)
 
     @staticmethod
     def _mirror(engine: Engine) -> Tensor:
