@@ -15,6 +15,7 @@ from .rules import EMA, Rule, describe_rule, row_names
 from .storage import FlatMemory, SeparateMemory
 
 if TYPE_CHECKING:
+    from ._cadence import Cadence
     from .storage import Storage
 
 __all__ = ["Saved"]
@@ -25,6 +26,7 @@ class Saved:
 
     _rules: dict[str, Rule]
     _storage: Storage
+    _cadence: Cadence | None
     _aliases: dict[str, int]
     _loose: dict[str, int]
     _counts: list[Tensor]
@@ -48,6 +50,12 @@ class Saved:
 
     def _raise_if_nonfinite(self, wait: bool = False) -> None:
         raise NotImplementedError
+
+    def _tried(self) -> int:
+        """Updates done or skipped. Waits for the device where that is not known here."""
+        if self._calls is None:
+            self._calls = max(self.n_averaged.values()) + self.skipped_updates
+        return self._calls
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy, a pickle or another process needs; within ``applied`` the averages are those
@@ -117,6 +125,7 @@ class Saved:
         ``copy.deepcopy`` it. Within :meth:`applied` the applied average is a copy.
         """
         self._raise_if_nonfinite(wait=True)
+        cadence = self._settled_cadence()
         return {
             "format": FORMAT,
             "rules": {name: describe_rule(rule) for name, rule in self._rules.items()},
@@ -125,6 +134,7 @@ class Saved:
             "seed": self._seed,
             "skipped_updates": self.skipped_updates,
             "averages": dict(self._by_name(row_names(self._rules))),
+            **({} if cadence is None else {"cadence": cadence.describe()}),
         }
 
     @torch.no_grad()
@@ -151,9 +161,12 @@ class Saved:
             settings: dict[str, Any] = {"rules": rules, "rounding": self._rounding}
             if self._rounding == "stochastic":
                 settings["seed"] = self._seed
+            cadence = self._settled_cadence()
+            if cadence is not None:
+                settings["cadence"] = {"every": cadence.every, "start": cadence.start}
             own = self._by_name(row_names(self._rules))
             loaded = read_state(state_dict, own, settings, strict=strict)
-            self._write(loaded.pairs, loaded.counts, loaded.skipped)
+            self._write(loaded.pairs, loaded.counts, loaded.skipped, loaded.calls)
         return loaded.differences
 
     @torch.no_grad()
@@ -184,6 +197,7 @@ class Saved:
             raise KeyError(f"name: expected one of {', '.join(self._rules)}, found {name!r}")
         with self._storage.lock:
             self._refuse_if_applied("load_average")
+            self._settled_cadence()
             own = self._by_name(list(self._rules))[name]
             slots = self._storage.slots
             averaged = [n for n, at in self._aliases.items() if slots[at].averaged]
@@ -195,8 +209,17 @@ class Saved:
                 raise ValueError(f"n_averaged: expected the number of updates, found {count!r}")
             self._write(pairs, {name: count}, None)
 
+    def _settled_cadence(self) -> Cadence | None:
+        if self._cadence is not None:
+            self._cadence.settle(self._tried)
+        return self._cadence
+
     def _write(
-        self, pairs: list[tuple[Tensor, Tensor]], counts: dict[str, int], skipped: int | None
+        self,
+        pairs: list[tuple[Tensor, Tensor]],
+        counts: dict[str, int],
+        skipped: int | None,
+        calls: int | None = None,
     ) -> None:
         """All of it or, where it is interrupted, nothing."""
         parts = self._storage.parts
@@ -205,6 +228,7 @@ class Saved:
             counters += [part.engine.skipped for part in parts]
         written = [*(own for own, _ in pairs), *counters]
         before = [tensor.detach().clone() for tensor in written]
+        calls_before = None if self._cadence is None else self._cadence.calls
         new = []
         for count in counters[: len(parts)]:
             values = count.tolist()
@@ -223,7 +247,11 @@ class Saved:
                     part.engine.skipped.fill_(skipped)
                     seen.fill_(skipped)
                 self._reported = skipped
+            if calls is not None and self._cadence is not None:
+                self._cadence.calls = calls
         except BaseException:
+            if calls_before is not None and self._cadence is not None:
+                self._cadence.calls = calls_before
             for tensor, value in zip(written, before, strict=True):
                 tensor.copy_(value)
             raise

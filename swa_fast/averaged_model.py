@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import _backends, _ops
 from ._applied import applied
+from ._cadence import Cadence
 from ._memory import Slot, dense_strides
 from ._modules import check_kind, inner, is_loose, match
 from ._watch import Watch
@@ -415,8 +416,7 @@ class AveragedModel(nn.Module):
             optimizer,
             lambda gate: self._update(followed, gate),
             lambda: self._storage,
-            every,
-            start,
+            Cadence(every, start),
         )
 
     def applied(self, model: nn.Module) -> AbstractContextManager[None]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import _ops
 from ._applied import applied
 from ._arguments import check_averages, check_settings
+from ._cadence import Cadence
 from ._decays import Decays
 from ._fit import tensors_of
 from ._memory import Slot, dense_strides
@@ -19,7 +20,7 @@ from ._modules import Filter, Selection, check_kind, is_loose
 from ._saved import Saved
 from ._watch import Watch
 from .engine import Engine
-from .hooks import Attachable, Gate
+from .hooks import Attachable, Gate, Given
 from .rules import EMA, Rule, why_it_stands_still, with_members
 from .storage import FlatMemory, SeparateMemory, Storage
 
@@ -76,6 +77,14 @@ class Averager(Saved, Decays, Attachable):
             it, ``skip`` leaves all averages and counters as they are, ``raise`` does the same and
             raises FloatingPointError: on the CPU at once, on a GPU, which is not waited for, at
             the first later ``update``, ``applied`` or ``state_dict`` that finds it.
+        update_every: calls of :meth:`update` from one that updates to the next, at least 1.
+        start: calls of :meth:`update` before the first that counts, at least 0. Updates happen in
+            the calls ``start + update_every``, ``start + 2 update_every``, ...; the others leave
+            averages and counters alone. How many there were is part of the state. (``start`` of a
+            rule counts updates instead, and copies until then.)
+        count_initial: count the values at construction as the first update, so that averages begin
+            at the initial weights, with ``n_averaged`` at 1, as those of timm, torch-ema and
+            diffusers do. False: the first update copies.
 
     Raises:
         TypeError: a dtype or tensor that cannot be averaged.
@@ -104,9 +113,15 @@ class Averager(Saved, Decays, Attachable):
         rounding: str = "nearest",
         seed: int = 0,
         on_nonfinite: str | None = None,
+        update_every: int = 1,
+        start: int = 0,
+        count_initial: bool = False,
     ) -> None:
         check_settings(dtype, backend, buffers, rounding, on_nonfinite)
         check_averages(averages, on_nonfinite)
+        cadence = Cadence(update_every, start, "update_every")
+        self._cadence = cadence if (update_every, start) != (1, 0) else None
+        self._initial = bool(count_initial)
         self._rules = dict(averages)
         self._rounding = rounding
         self._seed = seed
@@ -166,6 +181,10 @@ class Averager(Saved, Decays, Attachable):
             for row in self._storage.averages:
                 for own, tensor in zip(row, sources, strict=True):
                     own.copy_(tensor)
+            if self._initial:
+                for part in self._storage.parts:
+                    part.engine.n_averaged.fill_(1)
+                self._calls = None
         self._bind(sources, [tensors[i] for i in loose])
 
     def _build(
@@ -260,7 +279,7 @@ class Averager(Saved, Decays, Attachable):
         Nothing is written if it raises.
         """
         if not torch.compiler.is_compiling():
-            self._update(decay=decay)
+            self._call(decay=decay)
         elif decay is not None:
             raise RuntimeError("update: a decay cannot be given to a compiled update")
         else:
@@ -275,11 +294,11 @@ class Averager(Saved, Decays, Attachable):
     def _update_with(
         self, averages: list[Tensor], counts: list[Tensor], sources: list[Tensor]
     ) -> None:
-        self._update((averages, counts, sources))
+        self._call((averages, counts, sources))
 
     def _update(
         self,
-        given: tuple[list[Tensor], list[Tensor], list[Tensor]] | None = None,
+        given: Given | None = None,
         gate: Gate | None = None,
         decay: float | Mapping[str, float] | None = None,
     ) -> None:
@@ -309,14 +328,12 @@ class Averager(Saved, Decays, Attachable):
                 if all(not seen.is_pinned() for seen in self._seen):
                     self._raise_if_nonfinite()
 
-    def _take(
-        self, given: tuple[list[Tensor], list[Tensor], list[Tensor]] | None, gate: Gate | None
-    ) -> None:
+    def _take(self, given: Given | None, gate: Gate | None) -> None:
         calls, self._calls = self._calls, None  # not known while it is on the way
         if given is None:
             self._storage.update(gate)
         else:
-            self._storage.update_with(*given)
+            self._storage.update_with(*given, gate)
         if calls is not None and gate is None:
             self._calls = calls + 1
 

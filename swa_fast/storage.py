@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ._cadence import Gate, Place
 from ._memory import Slot, allocate, averages_in, tensors_in
 from ._modules import check_kind
-from ._watch import Place, Watch
+from ._watch import Place as WatchedPlace
+from ._watch import Watch
 from .engine import Engine, Plan
-from .hooks import Gate
 from .rules import Member, Rule
 
 if TYPE_CHECKING:
@@ -204,6 +205,11 @@ class Storage:
         return [part.engine.device for part in self.parts]
 
     @property
+    def places(self) -> list[Place]:
+        """Likewise, and which engine there."""
+        return [part.engine.place for part in self.parts]
+
+    @property
     def decides_on_device(self) -> bool:
         """Whether an update may be left undone for what only the devices know."""
         counted = self.counter is None or any(self._counts(device) for device in self.devices)
@@ -223,7 +229,7 @@ class Storage:
 
     @torch.no_grad()
     def bind(
-        self, live: list[Tensor], places: Iterable[Place], loose: Sequence[Tensor] = ()
+        self, live: list[Tensor], places: Iterable[WatchedPlace], loose: Sequence[Tensor] = ()
     ) -> None:
         """Averages ``live`` from now on, one tensor for each slot.
 
@@ -382,12 +388,16 @@ class Storage:
 
     @torch.no_grad()
     def update_with(
-        self, memory: list[Tensor], counts: list[Tensor], live: Sequence[Tensor]
+        self,
+        memory: list[Tensor],
+        counts: list[Tensor],
+        live: Sequence[Tensor],
+        gate: Gate | None = None,
     ) -> None:
         """:meth:`update` on given tensors, which a compiler may have put in the place of the
         averages' memory, the counters and the live tensors."""
         if self.is_own(memory, counts, live):
-            self.update()
+            self.update(gate)
             return
         averages = self.memory.averages(memory)
         parts = []
@@ -400,7 +410,7 @@ class Storage:
             rows = [part.of(row) for row in averages]
             parts.append(Part(part.engine.with_memory(rows, n), part.members))
         plans = [part.engine.plan(part.of(live)) for part in parts]
-        self._update(parts, plans, None if self.counter is None else counts[0])
+        self._update(parts, plans, None if self.counter is None else counts[0], gate)
 
     def is_own(
         self, memory: Sequence[Tensor], counts: Sequence[Tensor], live: Sequence[Tensor]
