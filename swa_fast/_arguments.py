@@ -47,6 +47,7 @@ def check_settings(
     buffers: str,
     rounding: str,
     on_nonfinite: str | None,
+    excluded: str,
 ) -> None:
     """Raises TypeError or ValueError unless each is one that there is, and they go together."""
     if dtype is not None and dtype not in _ops.AVERAGE_DTYPES:
@@ -56,6 +57,7 @@ def check_settings(
         ("buffers", buffers, ("copy", "average", "skip")),
         ("rounding", rounding, ("nearest", "stochastic")),
         ("on_nonfinite", on_nonfinite, (None, "skip", "raise")),
+        ("excluded", excluded, ("skip", "copy")),
     ):
         if value not in expected:
             raise ValueError(f"{argument}: expected one of {expected}, found {value!r}")

@@ -61,7 +61,14 @@ class Selection:
         trainable_only: leave out parameters that do not require a gradient.
         filter: a predicate of name and tensor, or a regular expression to be found in the name.
         unwrap: look into DataParallel, DistributedDataParallel or torch.compile.
+        copies: choose what ``trainable_only`` and ``filter`` leave out all the same, to be copied.
+
+    Attributes:
+        copied: indices of the last call's tensors that are copied because none of their names is
+            to be averaged.
     """
+
+    copied: frozenset[int] = frozenset()
 
     def __init__(
         self,
@@ -70,8 +77,11 @@ class Selection:
         trainable_only: bool,
         filter: Filter | None,
         unwrap: bool,
+        copies: bool = False,
     ) -> None:
         self._buffers = buffers
+        self._copies = copies
+        self._left_out: set[str] = set()
         self._trainable_only = trainable_only
         self._keeps: Callable[[str, Tensor], object] | None = None
         if isinstance(filter, str | re.Pattern):
@@ -118,14 +128,19 @@ class Selection:
                 is_parameter.append(parameter)
             names[name] = index[id(tensor)]
         self._decided = self._decided or decided
+        averaged = {at for name, at in names.items() if name not in self._left_out}
+        self.copied = frozenset(range(len(tensors))) - averaged
         return names, tensors, is_parameter
 
     def _chooses(self, name: str, tensor: Tensor, parameter: bool) -> bool:
         if not parameter and not self._buffers:
             return False
-        if parameter and self._trainable_only and not tensor.requires_grad:
-            return False
-        return self._keeps is None or bool(self._keeps(name, tensor))
+        frozen = parameter and self._trainable_only and not tensor.requires_grad
+        if not frozen and (self._keeps is None or self._keeps(name, tensor)):
+            return True
+        if self._copies:
+            self._left_out.add(name)
+        return self._copies
 
     def left_out_buffers(self) -> dict[str, Tensor]:
         """The buffers of the model that are not averaged, by name."""

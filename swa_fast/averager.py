@@ -85,6 +85,9 @@ class Averager(Saved, Decays, Attachable):
         count_initial: count the values at construction as the first update, so that averages begin
             at the initial weights, with ``n_averaged`` at 1, as those of timm, torch-ema and
             diffusers do. False: the first update copies.
+        excluded: what becomes of tensors that ``filter`` or ``trainable_only`` leave out: ``skip``
+            leaves them out of the averages, too; ``copy`` keeps their last values there, so that a
+            filtered average is a whole model's weights.
 
     Raises:
         TypeError: a dtype or tensor that cannot be averaged.
@@ -116,8 +119,9 @@ class Averager(Saved, Decays, Attachable):
         update_every: int = 1,
         start: int = 0,
         count_initial: bool = False,
+        excluded: str = "skip",
     ) -> None:
-        check_settings(dtype, backend, buffers, rounding, on_nonfinite)
+        check_settings(dtype, backend, buffers, rounding, on_nonfinite, excluded)
         check_averages(averages, on_nonfinite)
         cadence = Cadence(update_every, start, "update_every")
         self._cadence = cadence if (update_every, start) != (1, 0) else None
@@ -130,10 +134,15 @@ class Averager(Saved, Decays, Attachable):
         self._backend = backend
         self._device = None if device is None else torch.empty(0, device=device).device
         self._selection = Selection(
-            params_or_module, buffers != "skip", trainable_only, filter, unwrap
+            params_or_module,
+            buffers != "skip",
+            trainable_only,
+            filter,
+            unwrap,
+            excluded == "copy",
         )
         names, tensors, is_parameter = self._selection.collect()
-        if not tensors:
+        if len(self._selection.copied) == len(tensors):
             found, left_out = self._selection.what_leaves_nothing()
             raise ValueError(
                 f"{found}: expected at least one tensor to average, found none{left_out}"
@@ -143,7 +152,7 @@ class Averager(Saved, Decays, Attachable):
             first_names.setdefault(at, name)
         loose = [
             i for i, t in enumerate(tensors) if isinstance(t, Tensor) and is_loose(t)
-            and not is_parameter[i]
+            and (not is_parameter[i] or i in self._selection.copied)
         ]  # fmt: skip
         place_of_loose = {at: i for i, at in enumerate(loose)}
         plain = [i for i in range(len(tensors)) if i not in place_of_loose]
@@ -159,6 +168,7 @@ class Averager(Saved, Decays, Attachable):
             check_kind(name, tensor)
             numeric = tensor.is_floating_point() or tensor.is_complex()
             averaged = (is_parameter[i] or buffers == "average") and numeric
+            averaged = averaged and i not in self._selection.copied
             slots.append(
                 Slot(
                     name,
