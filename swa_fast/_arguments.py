@@ -8,6 +8,7 @@ import torch
 
 from . import _backends, _ops
 from ._layout import MAX_AVERAGES
+from .by_name import ByName
 from .rules import BUILT_IN, Rule, row_names, with_members
 
 __all__ = ["check_averages", "check_settings"]
@@ -16,10 +17,10 @@ __all__ = ["check_averages", "check_settings"]
 def check_averages(averages: Mapping[str, Rule], on_nonfinite: str | None) -> None:
     """Raises TypeError or ValueError unless these are rules that one averager can have."""
     for name, rule in averages.items():
-        if not isinstance(rule, BUILT_IN) and not callable(rule):
+        if not isinstance(rule, BUILT_IN | ByName) and not callable(rule):
             raise TypeError(
-                f"averages[{name!r}]: expected SWA, EMA, Power, Window or a function, found "
-                f"{type(rule).__name__}"
+                f"averages[{name!r}]: expected SWA, EMA, Power, Window, ByName or a function, "
+                f"found {type(rule).__name__}"
             )
     rows = with_members(list(averages.values()))
     if not rows or len(rows) > MAX_AVERAGES:
@@ -27,13 +28,14 @@ def check_averages(averages: Mapping[str, Rule], on_nonfinite: str | None) -> No
             f"averages: expected 1 to {MAX_AVERAGES} rules, found {len(rows)}"
             + (" (a Window counts as k + 1)" if len(rows) > len(averages) else "")
         )
-    if on_nonfinite is not None and any(
-        not isinstance(rule, BUILT_IN) for rule in averages.values()
-    ):
-        raise ValueError(
-            "on_nonfinite: expected None beside a user's function, which runs before the "
-            f"check; found {on_nonfinite!r}"
+    others = [rule for rule in averages.values() if not isinstance(rule, BUILT_IN)]
+    if on_nonfinite is not None and others:
+        why = (
+            "rules by name, whose tensors are looked at and updated one set after the other"
+            if isinstance(others[0], ByName)
+            else "a user's function, which runs before the check"
         )
+        raise ValueError(f"on_nonfinite: expected None beside {why}; found {on_nonfinite!r}")
     if len(set(row_names(averages))) < len(rows):
         raise ValueError(
             "averages: expected names other than those of a window's rows, such as NAME[0]; "

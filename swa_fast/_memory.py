@@ -45,6 +45,7 @@ class Slot:
     dtype: torch.dtype  # of the average
     shape: tuple[int, ...]
     stride: tuple[int, ...]  # dense
+    group: int = 0  # of those that follow the same rules
 
     @property
     def numel(self) -> int:

@@ -228,7 +228,7 @@ class AveragedModel(nn.Module):
         storage = Storage(
             slots,
             SeparateMemory([[tensor for _, tensor, _ in own]]),
-            [SWA() if rule is None else rule],
+            [[SWA() if rule is None else rule]],
             counter=self.n_averaged,
             backend=self.backend,
             loose=[[tensor for _, tensor, _ in loose_own]],

@@ -19,6 +19,7 @@ from ._memory import Slot, dense_strides
 from ._modules import Filter, Selection, check_kind, is_loose
 from ._saved import Saved
 from ._watch import Watch
+from .by_name import check_patterns, grouped
 from .engine import Engine
 from .hooks import Attachable, Gate, Given
 from .rules import EMA, Rule, why_it_stands_still, with_members
@@ -178,8 +179,8 @@ class Averager(Saved, Decays, Attachable):
                     dense_strides(tensor),
                 )
             )
-            if averaged:
-                self._check_that_it_moves(self._rules, slots[-1].dtype)
+        check_patterns(self._rules, slots)
+        self._check_that_all_move(self._rules, slots)
         sources = [tensors[i] for i in plain]
         devices = [self._device or tensor.device for tensor in sources]
         # Also where this is called in inference mode, whose tensors could not be changed later.
@@ -200,10 +201,11 @@ class Averager(Saved, Decays, Attachable):
     def _build(
         self, slots: list[Slot], memory: FlatMemory | SeparateMemory, loose: list[list[Tensor]]
     ) -> None:
+        slots, rules = grouped(list(self._rules.values()), slots)
         self._storage = Storage(
             slots,
             memory,
-            with_members(list(self._rules.values())),
+            [with_members(each) for each in rules],
             backend=self._backend,
             seed=self._seed if self._rounding == "stochastic" else None,
             skip_nonfinite=self._on_nonfinite is not None,
@@ -222,6 +224,13 @@ class Averager(Saved, Decays, Attachable):
     def _name_memory(self) -> None:
         # What a traced update reads and writes.
         self._memory, self._counts = self._storage.memory.tensors, self._storage.counts
+
+    def _check_that_all_move(self, rules: Mapping[str, Rule], slots: list[Slot]) -> None:
+        """Raises ValueError for an average that would stand still in one of its dtypes."""
+        slots, groups = grouped(list(rules.values()), slots)
+        found = {(slot.group, slot.dtype): None for slot in slots if slot.averaged}
+        for group, dtype in found:
+            self._check_that_it_moves(dict(zip(rules, groups[group], strict=True)), dtype)
 
     def _check_that_it_moves(self, rules: Mapping[str, Rule], dtype: torch.dtype) -> None:
         for name, rule in rules.items() if self._rounding == "nearest" else ():

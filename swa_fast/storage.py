@@ -4,9 +4,9 @@ devices, the live tensors that they are taken from, and the watch over both."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ class FlatMemory:
 
     def __init__(self, slots: Sequence[Slot], devices: Sequence[torch.device], rows: int) -> None:
         self._slots = slots
-        self._members = _by_device(devices)
+        self._members = _together(devices)
         self._rows = rows
         self.tensors: list[Tensor] = []
         self._parts: list[int] = []  # how many of the tensors are a device's
@@ -92,16 +92,19 @@ class FlatMemory:
 Averages = SeparateMemory | FlatMemory
 
 
-def _by_device(devices: Sequence[torch.device]) -> dict[torch.device, list[int]]:
-    members: dict[torch.device, list[int]] = {}
-    for i, device in enumerate(devices):
-        members.setdefault(device, []).append(i)
+_Where = TypeVar("_Where", bound=Hashable)
+
+
+def _together(places: Iterable[_Where]) -> dict[_Where, list[int]]:
+    members: dict[_Where, list[int]] = {}
+    for i, place in enumerate(places):
+        members.setdefault(place, []).append(i)
     return members
 
 
 @dataclass(frozen=True)
 class Part:
-    """What lives on one device."""
+    """What lives on one device and follows the same rules."""
 
     engine: Engine
     members: tuple[int, ...]  # indices of its slots among all
@@ -116,7 +119,7 @@ class Storage:
     Args:
         slots: the tensors of an average.
         memory: where the averages lie.
-        rules: one for each average.
+        rules: for each group of slots one for each average.
         counter: one int64, updates done, that every device's count follows; None: each device
             counts for itself.
         backend: a name of ``BACKENDS``, or None to choose by device.
@@ -140,7 +143,7 @@ class Storage:
         self,
         slots: Sequence[Slot],
         memory: Averages,
-        rules: Sequence[Rule | Member],
+        rules: Sequence[Sequence[Rule | Member]],
         *,
         counter: Tensor | None = None,
         backend: str | None = None,
@@ -163,16 +166,18 @@ class Storage:
         self.counter = counter
         self.parts: list[Part] = []
         devices = [average.device for average in self.averages[0]] if self.averages else []
-        for device, members in _by_device(devices).items():
+        groups = [slot.group for slot in self.slots]
+        for (device, group), members in _together(zip(devices, groups, strict=False)).items():
             of_device = engine(
                 [self.slots[i] for i in members],
                 [[row[i] for i in members] for row in self.averages],
-                rules,
+                rules[group],
                 device,
                 n_averaged=counter if self._counts(device) else None,
                 backend=backend,
                 seed=seed,
                 skip_nonfinite=skip_nonfinite,
+                group=group,
             )
             self.parts.append(Part(of_device, tuple(members)))
         self.plans: list[Plan] = []

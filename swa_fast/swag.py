@@ -124,7 +124,7 @@ class SWAG:
         where = device_of(device)
         rows = _DEVIATIONS + k + 1
         memory = FlatMemory(slots, [where or tensor.device for tensor in tensors], rows)
-        self._storage = Storage(slots, memory, [SWA()] * rows, backend=backend, engine=_Engine)
+        self._storage = Storage(slots, memory, [[SWA()] * rows], backend=backend, engine=_Engine)
         self._watched(tensors)
 
     @property
