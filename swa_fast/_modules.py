@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -80,7 +81,7 @@ class Selection:
         copies: bool = False,
     ) -> None:
         self._buffers = buffers
-        self._copies = copies
+        self._copies, self._unwrap = copies, unwrap
         self._left_out: set[str] = set()
         self._trainable_only = trainable_only
         self._keeps: Callable[[str, Tensor], object] | None = None
@@ -89,15 +90,29 @@ class Selection:
             self._keeps = lambda name, _: pattern.search(name)
         elif filter is not None:
             self._keeps = filter
+        self._decided: dict[str, bool] = {}
+        self._look_at(params_or_module)
+
+    def _look_at(
+        self, params_or_module: nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
+    ) -> None:
         self.module: nn.Module | None = None
         self._listed: list[tuple[str, Tensor, bool]] = []
-        self._decided: dict[str, bool] = {}
         if isinstance(params_or_module, nn.Module):
-            self.module = inner(params_or_module) if unwrap else params_or_module
+            self.module = inner(params_or_module) if self._unwrap else params_or_module
         else:
             for i, item in enumerate(params_or_module):
                 name, tensor = item if isinstance(item, tuple) else (str(i), item)
                 self._listed.append((name, tensor, True))
+
+    def of(
+        self, params_or_module: nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
+    ) -> Selection:
+        """The tensors of the same names elsewhere."""
+        other = copy.copy(self)
+        other._left_out = set(self._left_out)
+        other._look_at(params_or_module)
+        return other
 
     def _all(self) -> Iterable[tuple[str, Tensor, bool]]:
         return self._listed if self.module is None else state_tensors(self.module)

@@ -63,6 +63,7 @@ class Saved:
         storage = self._storage
         left_out = (
             "_storage", "_memory", "_counts", "_seen", "_handle", "_calls", "_known_updated",
+            "_lent",
         )  # fmt: skip
         return {
             **{key: value for key, value in self.__dict__.items() if key not in left_out},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -15,6 +15,7 @@ from ._arguments import check_averages, check_settings
 from ._cadence import Cadence
 from ._decays import Decays
 from ._fit import tensors_of
+from ._lent import Lent, Source
 from ._memory import Slot, dense_strides
 from ._modules import Filter, Selection, check_kind, is_loose
 from ._saved import Saved
@@ -217,6 +218,7 @@ class Averager(Saved, Decays, Attachable):
         self._known_updated: set[str] = set()
         self._reported = 0
         self._seen = [self._mirror(part.engine) for part in self._storage.parts]
+        self._lent: Lent | None = None
         self._name_memory()
         self._handle = str(id(self))
         _ops.averagers[self._handle] = self
@@ -255,8 +257,9 @@ class Averager(Saved, Decays, Attachable):
         self._storage.bind(tensors, [] if module is None else Watch.places_of(module), loose)
         self._name_memory()
 
-    def _current(self) -> tuple[list[Tensor], list[Tensor]]:
-        return tensors_of(self._selection, self._storage, self._aliases, self._loose, self._device)
+    def _current(self, selection: Selection | None = None) -> tuple[list[Tensor], list[Tensor]]:
+        selection = self._selection if selection is None else selection
+        return tensors_of(selection, self._storage, self._aliases, self._loose, self._device)
 
     @staticmethod
     def _mirror(engine: Engine) -> Tensor:
@@ -265,16 +268,19 @@ class Averager(Saved, Decays, Attachable):
             return engine.skipped
         return torch.zeros((), dtype=torch.int64, device="cpu", pin_memory=True)
 
-    def _raise_if_nonfinite(self, wait: bool = False) -> None:
+    def _raise_if_nonfinite(
+        self, wait: bool = False, sources: Sequence[Tensor] | None = None
+    ) -> None:
         if self._on_nonfinite != "raise":
             return
         skipped = self.skipped_updates if wait else max(int(seen) for seen in self._seen)
         if skipped > self._reported:
             found = skipped - self._reported
             self._reported = skipped
+            live = self._storage.live
             bad = [
                 slot.name
-                for slot, source in zip(self._storage.slots, self._storage.live, strict=True)
+                for slot, source in zip(self._storage.slots, sources or live, strict=False)
                 if slot.averaged and not bool(source.isfinite().all())
             ]
             raise FloatingPointError(
@@ -282,15 +288,23 @@ class Averager(Saved, Decays, Attachable):
                 f"{', '.join(bad) or 'none'}"
             )
 
-    def update(self, *, decay: float | Mapping[str, float] | None = None) -> None:
+    def update(
+        self,
+        *,
+        decay: float | Mapping[str, float] | None = None,
+        source: Source | None = None,
+    ) -> None:
         """Takes the current values of all tensors into every average.
 
         Args:
             decay: of the exponential averages in this update alone: one for all of them, or by
                 name. None uses their rules'.
+            source: what is averaged in this call instead of the averager's own model: a module
+                with tensors of the same names, or tensors or pairs as for the constructor. The
+                averager stays bound to its own. A module that is given again costs no new table.
 
         Raises:
-            RuntimeError: an average is applied at the moment.
+            RuntimeError: an average is applied at the moment; or an argument in compiled code.
             ValueError: tensors are missing, extra, reshaped, retyped or on another device, all
                 named in one message; or a decay outside [0, 1].
             FloatingPointError: see ``on_nonfinite``.
@@ -298,9 +312,9 @@ class Averager(Saved, Decays, Attachable):
         Nothing is written if it raises.
         """
         if not torch.compiler.is_compiling():
-            self._call(decay=decay)
-        elif decay is not None:
-            raise RuntimeError("update: a decay cannot be given to a compiled update")
+            self._call(None, decay, source)
+        elif decay is not None or source is not None:
+            raise RuntimeError("update: no decay or source can be given to a compiled update")
         else:
             _ops.refresh_averager(self._handle)
             _ops.update_averager(self._memory, self._counts, self._storage.live, self._handle)
@@ -320,6 +334,7 @@ class Averager(Saved, Decays, Attachable):
         given: Given | None = None,
         gate: Gate | None = None,
         decay: float | Mapping[str, float] | None = None,
+        source: Source | None = None,
     ) -> None:
         """``given``: memory, counters and sources to use instead of the averager's own."""
         with self._storage.lock:
@@ -328,15 +343,17 @@ class Averager(Saved, Decays, Attachable):
                 self._raise_if_nonfinite()
             if given is not None and self._storage.is_own(*given):
                 given = None
-            self._refresh()
+            lent = None if source is None else self._borrow(source)
+            if lent is None:
+                self._refresh()
             if decay is None and not self._scheduled:
-                self._take(given, gate)
+                self._take(given, gate, lent)
             else:
                 rules = self._rules_now(decay)
                 try:
                     for row, rule in rules.items():
                         self._storage.set_rule(row, rule)
-                    self._take(given, gate)
+                    self._take(given, gate, lent)
                 finally:
                     for row in rules:
                         self._storage.set_rule(row, list(self._rules.values())[row])
@@ -345,11 +362,20 @@ class Averager(Saved, Decays, Attachable):
                     if seen.is_pinned():
                         seen.copy_(part.engine.skipped, non_blocking=True)
                 if all(not seen.is_pinned() for seen in self._seen):
-                    self._raise_if_nonfinite()
+                    self._raise_if_nonfinite(sources=None if lent is None else lent.live)
 
-    def _take(self, given: Given | None, gate: Gate | None) -> None:
+    def _borrow(self, source: Source) -> Lent:
+        self._storage.settle()
+        selection = self._selection.of(source)
+        if self._lent is None or not self._lent.serves(self._storage, selection.module):
+            self._lent = Lent(self._storage, selection, *self._current(selection))
+        return self._lent
+
+    def _take(self, given: Given | None, gate: Gate | None, lent: Lent | None) -> None:
         calls, self._calls = self._calls, None  # not known while it is on the way
-        if given is None:
+        if lent is not None:
+            self._storage.update_from(lent, gate)
+        elif given is None:
             self._storage.update(gate)
         else:
             self._storage.update_with(*given, gate)

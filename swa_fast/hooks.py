@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ._cadence import Cadence, Gate, is_count
+from ._lent import Source
 from ._modules import Filter
 from .rules import Rule
 
@@ -175,6 +176,7 @@ class Attachable:
         given: Given | None = None,
         gate: Gate | None = None,
         decay: float | Mapping[str, float] | None = None,
+        source: Source | None = None,
     ) -> None:
         raise NotImplementedError
 
@@ -192,16 +194,23 @@ class Attachable:
         raise NotImplementedError
 
     def _call(
-        self, given: Given | None = None, decay: float | Mapping[str, float] | None = None
+        self,
+        given: Given | None = None,
+        decay: float | Mapping[str, float] | None = None,
+        source: Source | None = None,
     ) -> None:
         """An update, if the averager's own count of calls says so."""
         cadence = self._cadence
         if cadence is None:
-            self._update(given, decay=decay)
+            self._update(given, None, decay, source)
             return
         with self._storage.lock:
             self._refuse_if_applied("update")
-            cadence.call(self._storage, lambda gate: self._update(given, gate, decay), self._tried)
+            cadence.call(
+                self._storage,
+                lambda gate: self._update(given, gate, decay, source),
+                self._tried,
+            )
 
     def attach(self, optimizer: Optimizer, *, every: int = 1, start: int = 0) -> Attachment:
         """Updates after the optimiser's steps ``start + every``, ``start + 2 every``, ..., counted

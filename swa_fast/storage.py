@@ -21,6 +21,7 @@ from .rules import Member, Rule
 
 if TYPE_CHECKING:
     from ._applied import Applied
+    from ._lent import Lent
 
 __all__ = ["Averages", "FlatMemory", "SeparateMemory", "Storage"]
 
@@ -247,6 +248,18 @@ class Storage:
             TypeError, ValueError, RuntimeError: see :meth:`Engine.plan`, or an average was changed
                 to something else; nothing has changed then.
         """
+        self.plans, self._watch = self.plans_for(live, places)
+        self.live, self.loose_live = live, list(loose)
+        self._direct = self._find_direct()
+
+    def plans_for(
+        self, live: list[Tensor], places: Iterable[WatchedPlace]
+    ) -> tuple[list[Plan], Watch]:
+        """How to take ``live`` into the averages, and the watch over all that this stands on.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: see :meth:`bind`.
+        """
         for slot, tensor in zip(self.slots, live, strict=True):
             check_kind(slot.name, tensor)
         self._find_averages()
@@ -256,10 +269,7 @@ class Storage:
             watched += (tensor for row in self.averages for tensor in row)
         if self.counter is not None:
             watched.append(self.counter)
-        watch = Watch(watched, places)
-        self.plans, self.live, self._watch = plans, live, watch
-        self.loose_live = list(loose)
-        self._direct = self._find_direct()
+        return plans, Watch(watched, places)
 
     def _find_direct(self) -> tuple[Engine, Plan] | None:
         """What one launch updates as a whole, on the CPU; None where more has to be done."""
@@ -334,19 +344,26 @@ class Storage:
             self._direct[0].launch(self._direct[1], gate)
             self.note_written()
         else:
-            self._update_all(gate)
+            self._update_all(gate, self.plans, self.loose_live)
+
+    def update_from(self, lent: Lent, gate: Gate | None) -> None:
+        """:meth:`update` from other tensors than those bound last."""
+        lent.follow(self)
+        self._update_all(gate, lent.plans, lent.loose)
 
     # Only here: to enter and leave it takes a tenth of a small model's update.
     @torch.no_grad()
-    def _update_all(self, gate: Gate | None) -> None:
-        for part, plan in zip(self.parts, self.plans, strict=True):
+    def _update_all(
+        self, gate: Gate | None, plans: Sequence[Plan], loose_live: Sequence[Tensor]
+    ) -> None:
+        for part, plan in zip(self.parts, plans, strict=True):
             if part.engine.capturing():
                 _captured.append((part.engine, plan, self.memory))
         # Before the rest, because torch may find that it cannot.
         for row in self.loose:
-            for own, live in zip(row, self.loose_live, strict=True):
+            for own, live in zip(row, loose_live, strict=True):
                 own.copy_(live)
-        self._update(self.parts, self.plans, gate=gate)
+        self._update(self.parts, plans, gate=gate)
         self.note_written()
 
     def note_written(self) -> None:
