@@ -16,6 +16,7 @@ from . import _ops
 __all__ = [
     "Slot",
     "allocate",
+    "average_dtype",
     "averages_in",
     "bytes_of",
     "dense_strides",
@@ -34,6 +35,12 @@ def dense_strides(tensor: Tensor) -> tuple[int, ...]:
     if tensor.is_contiguous():
         return tensor.stride()
     return torch.empty_like(tensor, device="meta").stride()
+
+
+def average_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """Of the average of ``tensor`` where ``dtype`` is asked for; None: the tensor's own."""
+    converts = tensor.is_floating_point() and tensor.dtype != torch.float64
+    return dtype if converts and dtype is not None else tensor.dtype
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from .storage import FlatMemory, SeparateMemory
 
 if TYPE_CHECKING:
     from ._cadence import Cadence
+    from .engine import Engine
     from .storage import Storage
 
 __all__ = ["Saved"]
@@ -40,6 +41,10 @@ class Saved:
     def _build(
         self, slots: list[Slot], memory: FlatMemory | SeparateMemory, loose: list[list[Tensor]]
     ) -> None:
+        raise NotImplementedError
+
+    @staticmethod
+    def _mirror(engine: Engine) -> Tensor:
         raise NotImplementedError
 
     def _name_memory(self) -> None:
@@ -83,6 +88,7 @@ class Saved:
         self._build(slots, SeparateMemory(averages), loose)
         for part, (n_averaged, of_device) in zip(self._storage.parts, counters, strict=True):
             part.engine.n_averaged, part.engine.counters = n_averaged, of_device
+        self._seen = [self._mirror(part.engine) for part in self._storage.parts]
         self._reported, self._calls = reported, None
         self._name_memory()
 

@@ -13,10 +13,11 @@ from . import _ops
 from ._applied import applied
 from ._arguments import check_averages, check_settings
 from ._cadence import Cadence
+from ._changes import Changes
 from ._decays import Decays
 from ._fit import tensors_of
 from ._lent import Lent, Source
-from ._memory import Slot, dense_strides
+from ._memory import Slot, average_dtype, dense_strides
 from ._modules import Filter, Selection, check_kind, is_loose
 from ._saved import Saved
 from ._watch import Watch
@@ -31,7 +32,7 @@ __all__ = ["Averager"]
 _log = logging.getLogger("swa_fast")
 
 
-class Averager(Saved, Decays, Attachable):
+class Averager(Saved, Changes, Decays, Attachable):
     r"""Running averages of a model's weights, several at once, without a copy of the model.
 
     .. math::
@@ -175,7 +176,7 @@ class Averager(Saved, Decays, Attachable):
                 Slot(
                     name,
                     averaged,
-                    self._average_dtype(tensor),
+                    average_dtype(tensor, dtype),
                     tuple(tensor.shape),
                     dense_strides(tensor),
                 )
@@ -227,7 +228,7 @@ class Averager(Saved, Decays, Attachable):
         # What a traced update reads and writes.
         self._memory, self._counts = self._storage.memory.tensors, self._storage.counts
 
-    def _check_that_all_move(self, rules: Mapping[str, Rule], slots: list[Slot]) -> None:
+    def _check_that_all_move(self, rules: Mapping[str, Rule], slots: Sequence[Slot]) -> None:
         """Raises ValueError for an average that would stand still in one of its dtypes."""
         slots, groups = grouped(list(rules.values()), slots)
         found = {(slot.group, slot.dtype): None for slot in slots if slot.averaged}
@@ -246,11 +247,6 @@ class Averager(Saved, Decays, Attachable):
             if isinstance(rule, EMA) or dtype != torch.float16:
                 raise ValueError(message)
             _log.warning("%s", message)
-
-    def _average_dtype(self, tensor: Tensor) -> torch.dtype:
-        if self._dtype is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
-            return tensor.dtype
-        return self._dtype
 
     def _bind(self, tensors: list[Tensor], loose: list[Tensor]) -> None:
         module = self._selection.module

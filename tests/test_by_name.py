@@ -158,4 +158,4 @@ def test_an_exception_before_every_line_of_an_update() -> None:
 
         return averager.update, check
 
-    assert at_every_line(make) > 10
+    assert at_every_line(make, "storage.py") > 10
