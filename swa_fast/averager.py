@@ -20,6 +20,7 @@ from ._lent import Lent, Source
 from ._memory import Slot, average_dtype, dense_strides
 from ._modules import Filter, Selection, check_kind, is_loose
 from ._saved import Saved
+from ._view import Views
 from ._watch import Watch
 from .by_name import check_patterns, grouped
 from .engine import Engine
@@ -32,7 +33,7 @@ __all__ = ["Averager"]
 _log = logging.getLogger("swa_fast")
 
 
-class Averager(Saved, Changes, Decays, Attachable):
+class Averager(Saved, Changes, Decays, Views, Attachable):
     r"""Running averages of a model's weights, several at once, without a copy of the model.
 
     .. math::
@@ -397,6 +398,12 @@ class Averager(Saved, Changes, Decays, Attachable):
             + ")"
         )
 
+    def _updated(self, name: str) -> bool:
+        # Counters only grow, but for load_state_dict: the device is asked once.
+        if name not in self._known_updated and self.n_averaged[name] > 0:
+            self._known_updated.add(name)
+        return name in self._known_updated
+
     def applied(self, name: str) -> AbstractContextManager[None]:
         """Puts an average into the live tensors for the time of a ``with`` block.
 
@@ -428,11 +435,8 @@ class Averager(Saved, Changes, Decays, Attachable):
                 now = list(self._rules)[self._storage.applied.row]
                 raise RuntimeError(f"applied: the average {now!r} is already applied")
             self._raise_if_nonfinite(wait=True)
-            # Counters only grow, but for load_state_dict: the device is asked once.
-            if name not in self._known_updated:
-                if self.n_averaged[name] == 0:
-                    raise RuntimeError(f"applied: the average {name!r} has not been updated yet")
-                self._known_updated.add(name)
+            if not self._updated(name):
+                raise RuntimeError(f"applied: the average {name!r} has not been updated yet")
             self._refresh()
             return self._storage, list(self._rules).index(name)
 
