@@ -58,8 +58,8 @@ class Views:
         live weights stay where they are, training may go on between two calls, and what the average
         leaves out (by ``filter``, or buffers with ``skip``) is the model's own. A forward computes
         in the model's dtypes and on its devices: where an average has another, it is converted at
-        every call, which takes as much memory meanwhile. The modes are the model's, ``model.eval()``
-        before evaluation; what a forward in training mode writes to buffers, such as BatchNorm
+        every call, which takes as much memory meanwhile. The modes are the model's: call
+        ``model.eval()`` before evaluation. What a forward in training mode writes to buffers, such as BatchNorm
         statistics, is lost: neither average nor model change. Gradients reach the inputs alone.
         Of DistributedDataParallel, DataParallel and torch.compile it is the model inside that is
         called.
