@@ -59,10 +59,10 @@ class Views:
         leaves out (by ``filter``, or buffers with ``skip``) is the model's own. A forward computes
         in the model's dtypes and on its devices: where an average has another, it is converted at
         every call, which takes as much memory meanwhile. The modes are the model's: call
-        ``model.eval()`` before evaluation. What a forward in training mode writes to buffers, such as BatchNorm
-        statistics, is lost: neither average nor model change. Gradients reach the inputs alone.
-        Of DistributedDataParallel, DataParallel and torch.compile it is the model inside that is
-        called.
+        ``model.eval()`` before evaluation. What a forward in training mode writes to buffers, such
+        as BatchNorm statistics, is lost: neither average nor model change. Gradients reach the
+        inputs alone. Of DistributedDataParallel, DataParallel and torch.compile it is the model
+        inside that is called.
 
         Where the model is called many times between two updates, :meth:`applied` saves what a call
         costs here, some microseconds for each tensor.

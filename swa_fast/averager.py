@@ -54,9 +54,10 @@ class Averager(Saved, Changes, Decays, Views, Attachable):
             pairs of name and tensor. A tensor that appears under several names is averaged once.
         averages: rules by name, 1 to 16 of them: :class:`~swa_fast.SWA`, :class:`~swa_fast.EMA`,
             :class:`~swa_fast.Power`, :class:`~swa_fast.Window` (which counts as ``k + 1``),
-            :class:`~swa_fast.ByName` for several of them in one average, or a function ``(averages, sources, n_averaged) -> None`` that changes lists of tensors in
-            place, called for each device and dtype. The function is called at every update; the
-            first update then copies the sources over its result.
+            :class:`~swa_fast.ByName` for several of them in one average, or a function
+            ``(averages, sources, n_averaged) -> None`` that changes lists of tensors in place,
+            called for each device and dtype. The function is called at every update; the first
+            update then copies the sources over its result.
         dtype: of the averages of floating-point tensors: float32, float64, bfloat16 or float16.
             A float64 tensor's average is float64 all the same, complex tensors keep their dtype,
             and None keeps every tensor's own. float64 is worth its memory where steps are small
