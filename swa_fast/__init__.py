@@ -16,6 +16,7 @@ from .avg_fns import (
     get_swa_multi_avg_fn,
 )
 from .batch_norm import BNReport, RepairReport, repair, update_bn
+from .by_name import ByName
 from .rules import EMA, SWA, Power, Warmup, Window
 from .schedules import SWALR
 from .swag import SWAG
@@ -34,6 +35,7 @@ __all__ = [
     "Averager",
     "BNReport",
     "BackendError",
+    "ByName",
     "Power",
     "RepairReport",
     "Warmup",

@@ -23,14 +23,6 @@ class Decays:
     # Updates done or tried, which schedules of the decay go by; None: to be asked for.
     _calls: int | None
 
-    @property
-    def n_averaged(self) -> dict[str, int]:
-        raise NotImplementedError
-
-    @property
-    def skipped_updates(self) -> int:
-        raise NotImplementedError
-
     def _check_that_it_moves(self, rules: Mapping[str, Rule], dtype: torch.dtype) -> None:
         raise NotImplementedError
 
@@ -40,22 +32,22 @@ class Decays:
             row for row, rule in rules if isinstance(rule, EMA) and rule.schedule is not None
         ]
 
+    def _tried(self) -> int:
+        raise NotImplementedError
+
     def _rules_now(self, decay: float | Mapping[str, float] | None) -> dict[int, Rule]:
         """The rules of this update by row, where they are not the averager's own."""
         rules = list(self._rules.values())
-        if self._scheduled:
-            if self._storage.capturing():
-                raise RuntimeError(
-                    "update: a decay that is a function cannot be captured in a CUDA graph, whose "
-                    "replays do not call it"
-                )
-            if self._calls is None:
-                self._calls = max(self.n_averaged.values()) + self.skipped_updates
+        if self._scheduled and self._storage.capturing():
+            raise RuntimeError(
+                "update: a decay that is a function cannot be captured in a CUDA graph, whose "
+                "replays do not call it"
+            )
         result: dict[int, Rule] = {}
         for row in self._scheduled:
             rule = rules[row]
             assert isinstance(rule, EMA) and rule.schedule is not None
-            result[row] = rule.with_decay(rule.schedule(self._calls or 0))
+            result[row] = rule.with_decay(rule.schedule(self._tried()))
         if decay is None:
             return result
         if not isinstance(decay, Mapping):

@@ -16,6 +16,7 @@ from . import _ops
 __all__ = [
     "Slot",
     "allocate",
+    "average_dtype",
     "averages_in",
     "bytes_of",
     "dense_strides",
@@ -36,6 +37,12 @@ def dense_strides(tensor: Tensor) -> tuple[int, ...]:
     return torch.empty_like(tensor, device="meta").stride()
 
 
+def average_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """Of the average of ``tensor`` where ``dtype`` is asked for; None: the tensor's own."""
+    converts = tensor.is_floating_point() and tensor.dtype != torch.float64
+    return dtype if converts and dtype is not None else tensor.dtype
+
+
 @dataclass(frozen=True)
 class Slot:
     """One tensor of an average."""
@@ -45,6 +52,7 @@ class Slot:
     dtype: torch.dtype  # of the average
     shape: tuple[int, ...]
     stride: tuple[int, ...]  # dense
+    group: int = 0  # of those that follow the same rules
 
     @property
     def numel(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -63,12 +64,17 @@ class Selection:
         trainable_only: leave out parameters that do not require a gradient.
         filter: a predicate of name and tensor, or a regular expression to be found in the name.
         unwrap: look into DataParallel, DistributedDataParallel or torch.compile.
+        copies: choose what ``trainable_only`` and ``filter`` leave out all the same, to be copied.
 
     Attributes:
         module: whose tensors they are, or None.
         shards: by name, how a process' piece of a DTensor belongs to the whole.
         sharded: the DTensors, as they were found last.
+        copied: indices of the last call's tensors that are copied because none of their names is
+            to be averaged.
     """
+
+    copied: frozenset[int] = frozenset()
 
     def __init__(
         self,
@@ -77,8 +83,11 @@ class Selection:
         trainable_only: bool,
         filter: Filter | None,
         unwrap: bool,
+        copies: bool = False,
     ) -> None:
         self._buffers = buffers
+        self._copies, self._unwrap = copies, unwrap
+        self._left_out: set[str] = set()
         self._trainable_only = trainable_only
         self._keeps: Callable[[str, Tensor], object] | None = None
         if isinstance(filter, str | re.Pattern):
@@ -86,20 +95,35 @@ class Selection:
             self._keeps = lambda name, _: pattern.search(name)
         elif filter is not None:
             self._keeps = filter
+        self._decided: dict[str, bool] = {}
+        self._look_at(params_or_module)
+
+    def _look_at(
+        self, params_or_module: nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
+    ) -> None:
         self.module: nn.Module | None = None
         self._listed: list[tuple[str, Tensor, bool]] = []
-        self._decided: dict[str, bool] = {}
         self.shards: dict[str, sharding.Shard] = {}
         self.sharded: list[Tensor] = []
         self._front = isinstance(params_or_module, sharding.Front)
         self._publish = getattr(params_or_module, "publish", None)
         if isinstance(params_or_module, nn.Module):
-            self.module = inner(params_or_module) if unwrap else params_or_module
+            self.module = inner(params_or_module) if self._unwrap else params_or_module
             sharding.check_not_flat(self.module)
         else:
             for i, item in enumerate(params_or_module):
                 name, tensor = item if isinstance(item, tuple) else (str(i), item)
                 self._listed.append((name, tensor, True))
+
+    def of(
+        self, params_or_module: nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
+    ) -> Selection:
+        """The tensors of the same names elsewhere."""
+        other = copy.copy(self)
+        other._left_out = set(self._left_out)
+        other._look_at(params_or_module)
+        other.shards = self.shards  # what it is compared with
+        return other
 
     def _all(self) -> Iterable[tuple[str, Tensor, bool]]:
         return self._listed if self.module is None else state_tensors(self.module)
@@ -151,6 +175,8 @@ class Selection:
                     )
         self._decided = self._decided or decided
         self.shards, self.sharded = shards, sharded
+        averaged = {at for name, at in names.items() if name not in self._left_out}
+        self.copied = frozenset(range(len(tensors))) - averaged
         return names, tensors, is_parameter
 
     def reshard(self, force: bool = False) -> None:
@@ -192,9 +218,12 @@ class Selection:
     def _chooses(self, name: str, tensor: Tensor, parameter: bool) -> bool:
         if not parameter and not self._buffers:
             return False
-        if parameter and self._trainable_only and not tensor.requires_grad:
-            return False
-        return self._keeps is None or bool(self._keeps(name, tensor))
+        frozen = parameter and self._trainable_only and not tensor.requires_grad
+        if not frozen and (self._keeps is None or self._keeps(name, tensor)):
+            return True
+        if self._copies:
+            self._left_out.add(name)
+        return self._copies
 
     def left_out_buffers(self) -> dict[str, Tensor]:
         """The buffers of the model that are not averaged, by name."""

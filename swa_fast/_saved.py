@@ -17,6 +17,8 @@ from .rules import EMA, Rule, describe_rule, row_names
 from .storage import FlatMemory, SeparateMemory
 
 if TYPE_CHECKING:
+    from ._cadence import Cadence
+    from .engine import Engine
     from .storage import Storage
 
 __all__ = ["Saved"]
@@ -28,6 +30,7 @@ class Saved:
     _rules: dict[str, Rule]
     _storage: Storage
     _selection: Selection
+    _cadence: Cadence | None
     _aliases: dict[str, int]
     _loose: dict[str, int]
     _counts: list[Tensor]
@@ -43,6 +46,10 @@ class Saved:
     ) -> None:
         raise NotImplementedError
 
+    @staticmethod
+    def _mirror(engine: Engine) -> Tensor:
+        raise NotImplementedError
+
     def _name_memory(self) -> None:
         raise NotImplementedError
 
@@ -52,12 +59,19 @@ class Saved:
     def _raise_if_nonfinite(self, wait: bool = False) -> None:
         raise NotImplementedError
 
+    def _tried(self) -> int:
+        """Updates done or skipped. Waits for the device where that is not known here."""
+        if self._calls is None:
+            self._calls = max(self.n_averaged.values()) + self.skipped_updates
+        return self._calls
+
     def __getstate__(self) -> dict[str, Any]:
         """What a copy, a pickle or another process needs; within ``applied`` the averages are those
         that are applied."""
         storage = self._storage
         left_out = (
             "_storage", "_memory", "_counts", "_seen", "_handle", "_calls", "_known_updated",
+            "_lent",
         )  # fmt: skip
         return {
             **{key: value for key, value in self.__dict__.items() if key not in left_out},
@@ -77,6 +91,7 @@ class Saved:
         self._build(slots, SeparateMemory(averages), loose)
         for part, (n_averaged, of_device) in zip(self._storage.parts, counters, strict=True):
             part.engine.n_averaged, part.engine.counters = n_averaged, of_device
+        self._seen = [self._mirror(part.engine) for part in self._storage.parts]
         self._reported, self._calls = reported, None
         self._name_memory()
 
@@ -99,7 +114,7 @@ class Saved:
             result[row] = self._named(self._storage.values_of(at), at, whole)
         return result
 
-    def _named(self, tensors: Sequence[Tensor], row: int, whole: bool) -> dict[str, Tensor]:
+    def _named(self, tensors: Sequence[Tensor], row: int, whole: bool = True) -> dict[str, Tensor]:
         names = {name: tensors[at] for name, at in self._aliases.items()}
         if whole:
             names |= {
@@ -164,6 +179,7 @@ class Saved:
         ``dcp.save({"averager": averager})``.
         """
         self._raise_if_nonfinite(wait=True)
+        cadence = self._settled_cadence()
         return {
             "format": FORMAT,
             "rules": {name: describe_rule(rule) for name, rule in self._rules.items()},
@@ -172,6 +188,7 @@ class Saved:
             "seed": self._seed,
             "skipped_updates": self.skipped_updates,
             "averages": dict(self._by_name(row_names(self._rules))),
+            **({} if cadence is None else {"cadence": cadence.describe()}),
         }
 
     @torch.no_grad()
@@ -199,11 +216,14 @@ class Saved:
             settings: dict[str, Any] = {"rules": rules, "rounding": self._rounding}
             if self._rounding == "stochastic":
                 settings["seed"] = self._seed
+            cadence = self._settled_cadence()
+            if cadence is not None:
+                settings["cadence"] = {"every": cadence.every, "start": cadence.start}
             own = self._by_name(row_names(self._rules), whole=False)
             loaded = read_state(
                 state_dict, own, settings, strict=strict, shards=self._selection.shards
             )
-            self._write(loaded.pairs, loaded.counts, loaded.skipped)
+            self._write(loaded.pairs, loaded.counts, loaded.skipped, loaded.calls)
         return loaded.differences
 
     @torch.no_grad()
@@ -234,6 +254,7 @@ class Saved:
             raise KeyError(f"name: expected one of {', '.join(self._rules)}, found {name!r}")
         with self._storage.lock:
             self._refuse_if_applied("load_average")
+            self._settled_cadence()
             own = self._by_name(list(self._rules), whole=False)[name]
             slots = self._storage.slots
             averaged = [n for n, at in self._aliases.items() if slots[at].averaged]
@@ -245,8 +266,17 @@ class Saved:
                 raise ValueError(f"n_averaged: expected the number of updates, found {count!r}")
             self._write(pairs, {name: count}, None)
 
+    def _settled_cadence(self) -> Cadence | None:
+        if self._cadence is not None:
+            self._cadence.settle(self._tried)
+        return self._cadence
+
     def _write(
-        self, pairs: list[tuple[Tensor, Tensor]], counts: dict[str, int], skipped: int | None
+        self,
+        pairs: list[tuple[Tensor, Tensor]],
+        counts: dict[str, int],
+        skipped: int | None,
+        calls: int | None = None,
     ) -> None:
         """All of it or, where it is interrupted, nothing."""
         parts = self._storage.parts
@@ -255,6 +285,7 @@ class Saved:
             counters += [part.engine.skipped for part in parts]
         written = [*(own for own, _ in pairs), *counters]
         before = [tensor.detach().clone() for tensor in written]
+        calls_before = None if self._cadence is None else self._cadence.calls
         new = []
         for count in counters[: len(parts)]:
             values = count.tolist()
@@ -273,7 +304,11 @@ class Saved:
                     part.engine.skipped.fill_(skipped)
                     seen.fill_(skipped)
                 self._reported = skipped
+            if calls is not None and self._cadence is not None:
+                self._cadence.calls = calls
         except BaseException:
+            if calls_before is not None and self._cadence is not None:
+                self._cadence.calls = calls_before
             for tensor, value in zip(written, before, strict=True):
                 tensor.copy_(value)
             raise

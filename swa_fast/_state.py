@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._cadence import is_count
 from ._modules import check_kind, is_loose
 from .sharding import Shard
 
@@ -17,7 +18,6 @@ __all__ = ["FORMAT", "Differences", "Loaded", "read_state", "read_weights"]
 
 FORMAT = 1
 _KEYS = ("n_averaged", "rounding", "rules", "seed", "skipped_updates", "averages")
-_MOST = 1 << 62  # updates: what a counter of 64 bits counts on from
 
 Averages = Mapping[str, Mapping[str, Tensor]]
 
@@ -42,12 +42,9 @@ class Loaded:
 
     counts: dict[str, int] = field(default_factory=dict)  # updates, by average
     skipped: int = 0
+    calls: int | None = None  # of the averager's own cadence; None leaves it
     pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # averages and their values
     differences: Differences = field(default_factory=lambda: Differences([], [], []))
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST
 
 
 def _differ(ours: object, theirs: object) -> bool:
@@ -105,8 +102,8 @@ def read_state(
     Args:
         state: hopefully a ``state_dict`` of an Averager.
         own: the averages by name.
-        settings: ``rules``, ``rounding`` and ``seed`` of the averager, the last only where it
-            matters.
+        settings: ``rules``, ``rounding``, ``seed`` and ``cadence`` of the averager, the last two
+            only where they matter.
         strict: whether rules, averages, rounding, seed and dtypes have to agree.
         shards: which of ``own`` are pieces, by name of the tensor.
 
@@ -124,13 +121,22 @@ def read_state(
     for key in ("rules", "n_averaged", "averages"):
         if not isinstance(state[key], Mapping):
             problems.append(f"{key}: expected a mapping, found {type(state[key]).__name__}")
-    if not _is_count(state["skipped_updates"]):
+    if not is_count(state["skipped_updates"]):
         problems.append(
             f"skipped_updates: expected an integer of 0 or more, found {state['skipped_updates']!r}"
         )
     if problems:
         raise ValueError("state_dict does not fit\n  " + "\n  ".join(problems))
     rules, counts, averages = (state[key] for key in ("rules", "n_averaged", "averages"))
+    settings = dict(settings)
+    cadence, saved = settings.pop("cadence", None), state.get("cadence")
+    calls = saved.get("calls") if isinstance(saved, Mapping) else None
+    if saved is not None and not is_count(calls):
+        problems.append(f"cadence: expected a mapping with the number of calls, found {saved!r}")
+    elif strict:
+        kept = None if saved is None else {key: v for key, v in saved.items() if key != "calls"}
+        if _differ(cadence, kept):
+            problems.append(f"cadence: expected {cadence}, found {kept}")
     for key, expected in settings.items() if strict else ():
         if _differ(expected, state[key]):
             problems.append(f"{key}: expected {expected}, found {state[key]}")
@@ -143,12 +149,13 @@ def read_state(
         problems += [f"averages: {name!r} is missing" for name in differences.missing]
         problems += [f"averages: {name!r} is unknown" for name in differences.unexpected]
     loaded = Loaded(skipped=state["skipped_updates"], differences=differences)
+    loaded.calls = calls if cadence is not None else None
     for average, tensors in own.items():
         if average in differences.missing:
             continue
         # The sources that a window keeps are counted as it is.
         count = counts.get(average if average in settings["rules"] else average.rsplit("[", 1)[0])
-        if not _is_count(count):
+        if not is_count(count):
             problems.append(
                 f"n_averaged[{average!r}]: expected an integer of 0 or more, found {count!r}"
             )
@@ -202,7 +209,7 @@ def read_weights(
         found = named.pop("n_averaged", None) if "n_averaged" not in own else None
         if isinstance(found, Tensor) and found.numel() == 1 and not is_loose(found):
             found = found.item()
-        if found is not None and not _is_count(found):
+        if found is not None and not is_count(found):
             raise ValueError(f"n_averaged: expected an integer of 0 or more, found {found!r}")
         count = found
         prefix = "module."

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import _backends, _ops, sharding
 from ._applied import applied
+from ._cadence import Cadence
 from ._memory import Slot, dense_strides
 from ._modules import check_kind, inner, is_loose, match
 from ._watch import Watch
@@ -230,7 +231,7 @@ class AveragedModel(nn.Module):
         storage = Storage(
             slots,
             SeparateMemory([[tensor for _, tensor, _ in own]]),
-            [SWA() if rule is None else rule],
+            [[SWA() if rule is None else rule]],
             counter=self.n_averaged,
             backend=self.backend,
             loose=[[tensor for _, tensor, _ in loose_own]],
@@ -418,8 +419,7 @@ class AveragedModel(nn.Module):
             optimizer,
             lambda gate: self._update(followed, gate),
             lambda: self._storage,
-            every,
-            start,
+            Cadence(every, start),
         )
 
     def applied(self, model: nn.Module) -> AbstractContextManager[None]:

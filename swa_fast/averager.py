@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
-from . import _backends, _ops
+from . import _ops
 from ._applied import applied
+from ._arguments import check_averages, check_settings
+from ._cadence import Cadence
+from ._changes import Changes
 from ._decays import Decays
-from ._layout import MAX_AVERAGES
-from ._memory import Slot, dense_strides
+from ._fit import tensors_of
+from ._lent import Lent, Source
+from ._memory import Slot, average_dtype, dense_strides
 from ._modules import Filter, Selection, check_kind, is_loose
 from ._saved import Saved
+from ._view import Views
 from ._watch import Watch
+from .by_name import check_patterns, grouped
 from .engine import Engine
-from .hooks import Attachable, Gate
-from .rules import (
-    BUILT_IN,
-    EMA,
-    Rule,
-    row_names,
-    why_it_stands_still,
-    with_members,
-)
+from .hooks import Attachable, Gate, Given
+from .rules import EMA, Rule, why_it_stands_still, with_members
 from .storage import FlatMemory, SeparateMemory, Storage
 
 __all__ = ["Averager"]
@@ -34,7 +33,7 @@ __all__ = ["Averager"]
 _log = logging.getLogger("swa_fast")
 
 
-class Averager(Saved, Decays, Attachable):
+class Averager(Saved, Changes, Decays, Views, Attachable):
     r"""Running averages of a model's weights, several at once, without a copy of the model.
 
     .. math::
@@ -54,10 +53,11 @@ class Averager(Saved, Decays, Attachable):
         params_or_module: a module, whose averages are named like its ``state_dict``; or tensors; or
             pairs of name and tensor. A tensor that appears under several names is averaged once.
         averages: rules by name, 1 to 16 of them: :class:`~swa_fast.SWA`, :class:`~swa_fast.EMA`,
-            :class:`~swa_fast.Power`, :class:`~swa_fast.Window` (which counts as ``k + 1``), or a
-            function ``(averages, sources, n_averaged) -> None`` that changes lists of tensors in
-            place, called for each device and dtype. The function is called at every update; the
-            first update then copies the sources over its result.
+            :class:`~swa_fast.Power`, :class:`~swa_fast.Window` (which counts as ``k + 1``),
+            :class:`~swa_fast.ByName` for several of them in one average, or a function
+            ``(averages, sources, n_averaged) -> None`` that changes lists of tensors in place,
+            called for each device and dtype. The function is called at every update; the first
+            update then copies the sources over its result.
         dtype: of the averages of floating-point tensors: float32, float64, bfloat16 or float16.
             A float64 tensor's average is float64 all the same, complex tensors keep their dtype,
             and None keeps every tensor's own. float64 is worth its memory where steps are small
@@ -82,6 +82,17 @@ class Averager(Saved, Decays, Attachable):
             it, ``skip`` leaves all averages and counters as they are, ``raise`` does the same and
             raises FloatingPointError: on the CPU at once, on a GPU, which is not waited for, at
             the first later ``update``, ``applied`` or ``state_dict`` that finds it.
+        update_every: calls of :meth:`update` from one that updates to the next, at least 1.
+        start: calls of :meth:`update` before the first that counts, at least 0. Updates happen in
+            the calls ``start + update_every``, ``start + 2 update_every``, ...; the others leave
+            averages and counters alone. How many there were is part of the state. (``start`` of a
+            rule counts updates instead, and copies until then.)
+        count_initial: count the values at construction as the first update, so that averages begin
+            at the initial weights, with ``n_averaged`` at 1, as those of timm, torch-ema and
+            diffusers do. False: the first update copies.
+        excluded: what becomes of tensors that ``filter`` or ``trainable_only`` leave out: ``skip``
+            leaves them out of the averages, too; ``copy`` keeps their last values there, so that a
+            filtered average is a whole model's weights.
 
     Raises:
         TypeError: a dtype or tensor that cannot be averaged.
@@ -113,45 +124,17 @@ class Averager(Saved, Decays, Attachable):
         rounding: str = "nearest",
         seed: int = 0,
         on_nonfinite: str | None = None,
+        update_every: int = 1,
+        start: int = 0,
+        count_initial: bool = False,
+        excluded: str = "skip",
     ) -> None:
-        for name, rule in averages.items():
-            if not isinstance(rule, BUILT_IN) and not callable(rule):
-                raise TypeError(
-                    f"averages[{name!r}]: expected SWA, EMA, Power, Window or a function, found "
-                    f"{type(rule).__name__}"
-                )
-        rows = with_members(list(averages.values()))
-        if not rows or len(rows) > MAX_AVERAGES:
-            raise ValueError(
-                f"averages: expected 1 to {MAX_AVERAGES} rules, found {len(rows)}"
-                + (" (a Window counts as k + 1)" if len(rows) > len(averages) else "")
-            )
-        if dtype is not None and dtype not in _ops.AVERAGE_DTYPES:
-            raise TypeError(f"dtype: expected None or one of {_ops.AVERAGE_DTYPES}, found {dtype}")
-        _backends.check_name(backend)
-        for argument, value, expected in (
-            ("buffers", buffers, ("copy", "average", "skip")),
-            ("rounding", rounding, ("nearest", "stochastic")),
-            ("on_nonfinite", on_nonfinite, (None, "skip", "raise")),
-        ):
-            if value not in expected:
-                raise ValueError(f"{argument}: expected one of {expected}, found {value!r}")
-        if rounding == "stochastic" and dtype != torch.bfloat16:
-            raise ValueError(f"rounding='stochastic': expected dtype torch.bfloat16, found {dtype}")
-        if on_nonfinite is not None and any(
-            not isinstance(rule, BUILT_IN) for rule in averages.values()
-        ):
-            raise ValueError(
-                "on_nonfinite: expected None beside a user's function, which runs before the "
-                f"check; found {on_nonfinite!r}"
-            )
-
+        check_settings(dtype, backend, buffers, rounding, on_nonfinite, excluded)
+        check_averages(averages, on_nonfinite)
+        cadence = Cadence(update_every, start, "update_every")
+        self._cadence = cadence if (update_every, start) != (1, 0) else None
+        self._initial = bool(count_initial)
         self._rules = dict(averages)
-        if len(set(row_names(self._rules))) < len(rows):
-            raise ValueError(
-                "averages: expected names other than those of a window's rows, such as NAME[0]; "
-                f"found {', '.join(row_names(self._rules))}"
-            )
         self._rounding = rounding
         self._seed = seed
         self._on_nonfinite = on_nonfinite
@@ -159,10 +142,15 @@ class Averager(Saved, Decays, Attachable):
         self._backend = backend
         self._device = None if device is None else torch.empty(0, device=device).device
         self._selection = Selection(
-            params_or_module, buffers != "skip", trainable_only, filter, unwrap
+            params_or_module,
+            buffers != "skip",
+            trainable_only,
+            filter,
+            unwrap,
+            excluded == "copy",
         )
         names, tensors, is_parameter = self._selection.collect()
-        if not tensors:
+        if len(self._selection.copied) == len(tensors):
             found, left_out = self._selection.what_leaves_nothing()
             raise ValueError(
                 f"{found}: expected at least one tensor to average, found none{left_out}"
@@ -173,7 +161,7 @@ class Averager(Saved, Decays, Attachable):
             first_names.setdefault(at, name)
         loose = [
             i for i, t in enumerate(tensors) if isinstance(t, Tensor) and is_loose(t)
-            and not is_parameter[i]
+            and (not is_parameter[i] or i in self._selection.copied)
         ]  # fmt: skip
         place_of_loose = {at: i for i, at in enumerate(loose)}
         plain = [i for i in range(len(tensors)) if i not in place_of_loose]
@@ -189,36 +177,43 @@ class Averager(Saved, Decays, Attachable):
             check_kind(name, tensor)
             numeric = tensor.is_floating_point() or tensor.is_complex()
             averaged = (is_parameter[i] or buffers == "average") and numeric
+            averaged = averaged and i not in self._selection.copied
             slots.append(
                 Slot(
                     name,
                     averaged,
-                    self._average_dtype(tensor),
+                    average_dtype(tensor, dtype),
                     tuple(tensor.shape),
                     dense_strides(tensor),
                 )
             )
-            if averaged:
-                self._check_that_it_moves(self._rules, slots[-1].dtype)
+        check_patterns(self._rules, slots)
+        self._check_that_all_move(self._rules, slots)
         sources = [tensors[i] for i in plain]
         devices = [self._device or tensor.device for tensor in sources]
         # Also where this is called in inference mode, whose tensors could not be changed later.
         with torch.inference_mode(False), torch.no_grad():
+            rows = with_members(list(averages.values()))
             memory = FlatMemory(slots, devices, len(rows))
             copies = [[tensors[i].detach().clone() for i in loose] for _ in rows]
             self._build(slots, memory, copies)
             for row in self._storage.averages:
                 for own, tensor in zip(row, sources, strict=True):
                     own.copy_(tensor)
+            if self._initial:
+                for part in self._storage.parts:
+                    part.engine.n_averaged.fill_(1)
+                self._calls = None
         self._bind(sources, [tensors[i] for i in loose])
 
     def _build(
         self, slots: list[Slot], memory: FlatMemory | SeparateMemory, loose: list[list[Tensor]]
     ) -> None:
+        slots, rules = grouped(list(self._rules.values()), slots)
         self._storage = Storage(
             slots,
             memory,
-            with_members(list(self._rules.values())),
+            [with_members(each) for each in rules],
             backend=self._backend,
             seed=self._seed if self._rounding == "stochastic" else None,
             skip_nonfinite=self._on_nonfinite is not None,
@@ -230,6 +225,7 @@ class Averager(Saved, Decays, Attachable):
         self._known_updated: set[str] = set()
         self._reported = 0
         self._seen = [self._mirror(part.engine) for part in self._storage.parts]
+        self._lent: Lent | None = None
         self._name_memory()
         self._handle = str(id(self))
         _ops.averagers[self._handle] = self
@@ -237,6 +233,13 @@ class Averager(Saved, Decays, Attachable):
     def _name_memory(self) -> None:
         # What a traced update reads and writes.
         self._memory, self._counts = self._storage.memory.tensors, self._storage.counts
+
+    def _check_that_all_move(self, rules: Mapping[str, Rule], slots: Sequence[Slot]) -> None:
+        """Raises ValueError for an average that would stand still in one of its dtypes."""
+        slots, groups = grouped(list(rules.values()), slots)
+        found = {(slot.group, slot.dtype): None for slot in slots if slot.averaged}
+        for group, dtype in found:
+            self._check_that_it_moves(dict(zip(rules, groups[group], strict=True)), dtype)
 
     def _check_that_it_moves(self, rules: Mapping[str, Rule], dtype: torch.dtype) -> None:
         for name, rule in rules.items() if self._rounding == "nearest" else ():
@@ -251,71 +254,15 @@ class Averager(Saved, Decays, Attachable):
                 raise ValueError(message)
             _log.warning("%s", message)
 
-    def _average_dtype(self, tensor: Tensor) -> torch.dtype:
-        if self._dtype is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
-            return tensor.dtype
-        return self._dtype
-
     def _bind(self, tensors: list[Tensor], loose: list[Tensor]) -> None:
         module = self._selection.module
         places = [] if module is None else Watch.places_of(module)
         self._storage.bind(tensors, places, loose, self._selection.sharded)
         self._name_memory()
 
-    def _current(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The model's tensors in the order of the slots, wherever they are now, and the loose ones.
-
-        Raises:
-            ValueError, TypeError: they do not fit the averages; all that does not is named.
-        """
-        names, tensors, _ = self._selection.collect()
-        ours = {**self._aliases, **self._loose}
-        problems = [f"{n}: in the average, not in the model" for n in ours if n not in names]
-        problems += [f"{n}: in the model, not in the average" for n in names if n not in ours]
-        slots, averages = self._storage.slots, self._storage.averages[0]
-        sources, loose = list(averages), list(self._storage.loose[0])
-        chosen: dict[int, tuple[str, Tensor]] = {}
-        for name, at in names.items():
-            tensor = tensors[at]
-            if name in self._loose:
-                i = self._loose[name]
-                own = loose[i]
-                if not is_loose(tensor) or (own.layout, own.dtype) != (tensor.layout, tensor.dtype):
-                    problems.append(
-                        f"{name}: {own.layout}, {own.dtype} in the average, {tensor.layout}, "
-                        f"{tensor.dtype} in the model"
-                    )
-                loose[i] = tensor
-                continue
-            i = self._aliases.get(name, -1)
-            if i < 0:
-                continue
-            slot = slots[i]
-            first = chosen.setdefault(i, (name, tensor))
-            if first[1] is not tensor:
-                problems.append(f"{name}: tied to {first[0]} in the average, not in the model")
-                continue
-            sources[i] = tensor
-            check_kind(name, tensor)
-            if tuple(tensor.shape) != slot.shape:
-                problems.append(
-                    f"{name}: shape {slot.shape} in the average, {tuple(tensor.shape)} in the model"
-                )
-            expected = slot.dtype
-            if not (
-                tensor.dtype == expected
-                or (tensor.is_floating_point() and expected.is_floating_point)
-            ):
-                problems.append(f"{name}: {expected} in the average, {tensor.dtype} in the model")
-            where = averages[i].device
-            if self._device is None and tensor.device != where:
-                problems.append(
-                    f"{name}: the average is on {where}, the model on {tensor.device} (give "
-                    "device= to keep the averages elsewhere)"
-                )
-        if problems:
-            raise ValueError("the model does not fit the averages\n  " + "\n  ".join(problems))
-        return sources, loose
+    def _current(self, selection: Selection | None = None) -> tuple[list[Tensor], list[Tensor]]:
+        selection = self._selection if selection is None else selection
+        return tensors_of(selection, self._storage, self._aliases, self._loose, self._device)
 
     @staticmethod
     def _mirror(engine: Engine) -> Tensor:
@@ -324,16 +271,19 @@ class Averager(Saved, Decays, Attachable):
             return engine.skipped
         return torch.zeros((), dtype=torch.int64, device="cpu", pin_memory=True)
 
-    def _raise_if_nonfinite(self, wait: bool = False) -> None:
+    def _raise_if_nonfinite(
+        self, wait: bool = False, sources: Sequence[Tensor] | None = None
+    ) -> None:
         if self._on_nonfinite != "raise":
             return
         skipped = self.skipped_updates if wait else max(int(seen) for seen in self._seen)
         if skipped > self._reported:
             found = skipped - self._reported
             self._reported = skipped
+            live = self._storage.live
             bad = [
                 slot.name
-                for slot, source in zip(self._storage.slots, self._storage.live, strict=True)
+                for slot, source in zip(self._storage.slots, sources or live, strict=False)
                 if slot.averaged and not bool(source.isfinite().all())
             ]
             raise FloatingPointError(
@@ -341,15 +291,23 @@ class Averager(Saved, Decays, Attachable):
                 f"{', '.join(bad) or 'none'}"
             )
 
-    def update(self, *, decay: float | Mapping[str, float] | None = None) -> None:
+    def update(
+        self,
+        *,
+        decay: float | Mapping[str, float] | None = None,
+        source: Source | None = None,
+    ) -> None:
         """Takes the current values of all tensors into every average.
 
         Args:
             decay: of the exponential averages in this update alone: one for all of them, or by
                 name. None uses their rules'.
+            source: what is averaged in this call instead of the averager's own model: a module
+                with tensors of the same names, or tensors or pairs as for the constructor. The
+                averager stays bound to its own. A module that is given again costs no new table.
 
         Raises:
-            RuntimeError: an average is applied at the moment.
+            RuntimeError: an average is applied at the moment; or an argument in compiled code.
             ValueError: tensors are missing, extra, reshaped, retyped or on another device, all
                 named in one message; or a decay outside [0, 1].
             FloatingPointError: see ``on_nonfinite``.
@@ -357,9 +315,9 @@ class Averager(Saved, Decays, Attachable):
         Nothing is written if it raises.
         """
         if not torch.compiler.is_compiling():
-            self._update(decay=decay)
-        elif decay is not None:
-            raise RuntimeError("update: a decay cannot be given to a compiled update")
+            self._call(None, decay, source)
+        elif decay is not None or source is not None:
+            raise RuntimeError("update: no decay or source can be given to a compiled update")
         else:
             _ops.refresh_averager(self._handle)
             _ops.update_averager(self._memory, self._counts, self._storage.live, self._handle)
@@ -372,13 +330,14 @@ class Averager(Saved, Decays, Attachable):
     def _update_with(
         self, averages: list[Tensor], counts: list[Tensor], sources: list[Tensor]
     ) -> None:
-        self._update((averages, counts, sources))
+        self._call((averages, counts, sources))
 
     def _update(
         self,
-        given: tuple[list[Tensor], list[Tensor], list[Tensor]] | None = None,
+        given: Given | None = None,
         gate: Gate | None = None,
         decay: float | Mapping[str, float] | None = None,
+        source: Source | None = None,
     ) -> None:
         """``given``: memory, counters and sources to use instead of the averager's own."""
         with self._storage.lock:
@@ -387,15 +346,17 @@ class Averager(Saved, Decays, Attachable):
                 self._raise_if_nonfinite()
             if given is not None and self._storage.is_own(*given):
                 given = None
-            self._refresh()
+            lent = None if source is None else self._borrow(source)
+            if lent is None:
+                self._refresh()
             if decay is None and not self._scheduled:
-                self._take(given, gate)
+                self._take(given, gate, lent)
             else:
                 rules = self._rules_now(decay)
                 try:
                     for row, rule in rules.items():
                         self._storage.set_rule(row, rule)
-                    self._take(given, gate)
+                    self._take(given, gate, lent)
                 finally:
                     for row in rules:
                         self._storage.set_rule(row, list(self._rules.values())[row])
@@ -404,16 +365,23 @@ class Averager(Saved, Decays, Attachable):
                     if seen.is_pinned():
                         seen.copy_(part.engine.skipped, non_blocking=True)
                 if all(not seen.is_pinned() for seen in self._seen):
-                    self._raise_if_nonfinite()
+                    self._raise_if_nonfinite(sources=None if lent is None else lent.live)
 
-    def _take(
-        self, given: tuple[list[Tensor], list[Tensor], list[Tensor]] | None, gate: Gate | None
-    ) -> None:
+    def _borrow(self, source: Source) -> Lent:
+        self._storage.settle()
+        selection = self._selection.of(source)
+        if self._lent is None or not self._lent.serves(self._storage, selection.module):
+            self._lent = Lent(self._storage, selection, *self._current(selection))
+        return self._lent
+
+    def _take(self, given: Given | None, gate: Gate | None, lent: Lent | None) -> None:
         calls, self._calls = self._calls, None  # not known while it is on the way
-        if given is None:
+        if lent is not None:
+            self._storage.update_from(lent, gate)
+        elif given is None:
             self._storage.update(gate)
         else:
-            self._storage.update_with(*given)
+            self._storage.update_with(*given, gate)
         if calls is not None and gate is None:
             self._calls = calls + 1
 
@@ -435,6 +403,12 @@ class Averager(Saved, Decays, Attachable):
             + "".join(f", backend {name}" for name in self._storage.backends)
             + ")"
         )
+
+    def _updated(self, name: str) -> bool:
+        # Counters only grow, but for load_state_dict: the device is asked once.
+        if name not in self._known_updated and self.n_averaged[name] > 0:
+            self._known_updated.add(name)
+        return name in self._known_updated
 
     def applied(self, name: str) -> AbstractContextManager[None]:
         """Puts an average into the live tensors for the time of a ``with`` block.
@@ -467,11 +441,8 @@ class Averager(Saved, Decays, Attachable):
                 now = list(self._rules)[self._storage.applied.row]
                 raise RuntimeError(f"applied: the average {now!r} is already applied")
             self._raise_if_nonfinite(wait=True)
-            # Counters only grow, but for load_state_dict: the device is asked once.
-            if name not in self._known_updated:
-                if self.n_averaged[name] == 0:
-                    raise RuntimeError(f"applied: the average {name!r} has not been updated yet")
-                self._known_updated.add(name)
+            if not self._updated(name):
+                raise RuntimeError(f"applied: the average {name!r} has not been updated yet")
             self._refresh()
             return self._storage, list(self._rules).index(name)
 

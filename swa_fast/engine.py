@@ -133,6 +133,7 @@ class Engine:
         backend: a name of ``BACKENDS``, or None to choose by device.
         seed: for stochastic rounding of bfloat16 averages; None rounds to nearest.
         skip_nonfinite: skip an update whose averaged sources hold an infinity or NaN.
+        group: which of the engines of the device.
     """
 
     def __init__(
@@ -147,9 +148,11 @@ class Engine:
         backend: str | None = None,
         seed: int | None = None,
         skip_nonfinite: bool = False,
+        group: int = 0,
     ) -> None:
         self.slots = tuple(slots)
         self.device = device
+        self.place = device, group
         self.requested = backend
         self.seed = seed
         self.skip_nonfinite = skip_nonfinite
@@ -393,7 +396,7 @@ class Engine:
     def launch(self, plan: Plan, gate: Gate | None) -> None:
         """:meth:`update` by a plan for which its table is all that is needed."""
         table = plan.update
-        gated = () if gate is None else gate.on(self.device)
+        gated = () if gate is None else gate.on(self.place)
         _ops.update_(
             plan.backend, table.averages, table.sources, self.n_averaged, self.counters, plan.rules,
             table.words, table.pairs, self.seed, self.skip_nonfinite, table.short, *gated,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ._cadence import Cadence, Gate, is_count
+from ._lent import Source
 from ._modules import Filter, Selection
 from .rules import Rule
 
@@ -19,25 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Attachable", "Attachment", "Gate", "attach", "blend_"]
 
-
-@dataclass(frozen=True)
-class Gate:
-    """Decides on each device whether an update takes place, see
-    :func:`swa_fast.reference.update_`."""
-
-    found_inf: Tensor | None  # one number, 0 if the optimiser's step was not skipped
-    steps: dict[torch.device, Tensor]  # int64 [1] for each device; written
-    every: int
-    offset: int
-
-    def on(self, device: torch.device) -> tuple[Tensor | None, Tensor, int, int]:
-        """The arguments of a device's update."""
-        found = self.found_inf
-        if found is not None:
-            found = found.to(device, torch.float32, non_blocking=device.type == "cuda")
-        if device not in self.steps:  # the averages have moved
-            self.steps[device] = next(iter(self.steps.values())).to(device)
-        return found, self.steps[device], self.every, self.offset
+# Memory, counters and sources in the place of an averager's own.
+Given = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
 
 def _inner(optimizer: object) -> Optimizer:
@@ -75,58 +59,25 @@ class Attachment:
         optimizer: Optimizer,
         update: Callable[[Gate | None], None],
         storage: Callable[[], Storage | None],
-        every: int,
-        start: int,
+        cadence: Cadence,
+        tried: Callable[[], int] | None,
     ) -> None:
-        for name, value, least in (("every", every, 1), ("start", start, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}: expected an integer of at least {least}, found {value}")
-        self.every, self.start = every, start
-        self._update, self._storage = update, storage
-        # Steps are counted here until one may have been skipped for what only the device knows,
-        # and there from then on: captured graphs read this number as it was.
-        self._counted = 0
-        self._counting = True
-        self._steps: dict[torch.device, Tensor] = {}
+        self.every, self.start = cadence.every, cadence.start
+        self._update, self._storage, self._tried = update, storage, tried
+        self._cadence = cadence
         self._handle = _inner(optimizer).register_step_post_hook(self._after_step)
 
     def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         # There while a fused optimiser steps for a gradient scaler, which has it skip a step by
         # itself. Other optimisers' steps are not called at all when they are to be skipped.
         found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
-        storage = self._storage()
-        on_device = storage is not None and storage.decides_on_device
-        capturing = storage is not None and storage.capturing()
-        if not on_device:
-            # Before the first update of an averaged model, and with users' functions: waits.
-            if found_inf is not None and bool(found_inf):
-                return
-        elif found_inf is not None or capturing:
-            self._counting = False
-        if on_device and not capturing:
-            assert storage is not None
-            for device in storage.devices:
-                if device not in self._steps:
-                    self._steps[device] = torch.full(
-                        (1,), self._on_device(), dtype=torch.int64, device=device
-                    )
-        if self._counting or not on_device:
-            self._counted += 1
-            passed = self._counted - self.start + (0 if self._counting else self._on_device())
-            if passed > 0 and passed % self.every == 0:
-                self._update(None)
-            return
-        offset = self._counted + 1 - self.start - self.every
-        self._update(Gate(found_inf, self._steps, self.every, offset))
-
-    def _on_device(self) -> int:
-        return max((int(steps) for steps in self._steps.values()), default=0)
+        self._cadence.call(self._storage(), self._update, self._tried, found_inf)
 
     @property
     def steps(self) -> int:
         """Steps of the optimiser since, but for those that the gradient scaler skipped. May wait
         for the device."""
-        return self._counted + self._on_device()
+        return self._cadence.calls
 
     def state_dict(self) -> dict[str, int]:
         """What an exact continuation needs beside the averages' own state: how many steps were
@@ -140,13 +91,9 @@ class Attachment:
             ValueError: it is none.
         """
         steps = state_dict.get("steps")
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        if not is_count(steps):
             raise ValueError(f"state_dict: expected the number of steps, found {steps!r}")
-        if self._counting:
-            self._counted = steps
-        # What was counted here stays, because captured graphs know it.
-        for counter in self._steps.values():
-            counter.fill_(steps - self._counted)
+        self._cadence.calls = steps
 
     def remove(self) -> None:
         """No update any more."""
@@ -163,8 +110,8 @@ def attach(
     optimizer: object,
     update: Callable[[Gate | None], None],
     storage: Callable[[], Storage | None],
-    every: int,
-    start: int,
+    cadence: Cadence,
+    tried: Callable[[], int] | None = None,
 ) -> Attachment:
     """See :meth:`Attachable.attach`.
 
@@ -172,10 +119,10 @@ def attach(
         optimizer: whose steps are followed.
         update: takes the live tensors into the averages, if a gate lets it.
         storage: of the averages, or None before it was made.
-        every: as there.
-        start: as there.
+        cadence: which steps.
+        tried: see :meth:`Cadence.call`.
     """
-    return Attachment(_inner(optimizer), update, storage, every, start)
+    return Attachment(_inner(optimizer), update, storage, cadence, tried)
 
 
 def blend_(storage: Storage, row: int, g: float, keep: Filter | None) -> None:
@@ -223,8 +170,18 @@ class Attachable:
     _rules: dict[str, Rule]
     _storage: Storage
     _selection: Selection
+    _cadence: Cadence | None
 
-    def _update(self, given: None = None, gate: Gate | None = None) -> None:
+    def _update(
+        self,
+        given: Given | None = None,
+        gate: Gate | None = None,
+        decay: float | Mapping[str, float] | None = None,
+        source: Source | None = None,
+    ) -> None:
+        raise NotImplementedError
+
+    def _tried(self) -> int:
         raise NotImplementedError
 
     def _refresh(self) -> None:
@@ -236,6 +193,25 @@ class Attachable:
     @property
     def n_averaged(self) -> dict[str, int]:
         raise NotImplementedError
+
+    def _call(
+        self,
+        given: Given | None = None,
+        decay: float | Mapping[str, float] | None = None,
+        source: Source | None = None,
+    ) -> None:
+        """An update, if the averager's own count of calls says so."""
+        cadence = self._cadence
+        if cadence is None:
+            self._update(given, None, decay, source)
+            return
+        with self._storage.lock:
+            self._refuse_if_applied("update")
+            cadence.call(
+                self._storage,
+                lambda gate: self._update(given, gate, decay, source),
+                self._tried,
+            )
 
     def attach(self, optimizer: Optimizer, *, every: int = 1, start: int = 0) -> Attachment:
         """Updates after the optimiser's steps ``start + every``, ``start + 2 every``, ..., counted
@@ -250,7 +226,9 @@ class Attachable:
             optimizer: any of torch's kind; accelerate's wrapper of one is looked into. Its pickles
                 and copies do not know of this.
             every: steps between two updates, at least 1.
-            start: steps before the first that counts, at least 0.
+            start: steps before the first that counts, at least 0. Both stay as they are where the
+                averager has ``update_every`` or ``start`` of its own: its steps are then calls of
+                ``update``, counted in its own state.
 
         Returns:
             A handle with ``remove()``, and ``state_dict()`` for an exact continuation where
@@ -260,12 +238,18 @@ class Attachable:
             TypeError: no optimiser.
             ValueError: an argument outside its range, or a schedule-free optimiser.
         """
+        own, given = self._cadence, Cadence(every, start)
+        if own is not None and (every, start) != (1, 0):
+            raise ValueError(
+                "every, start: expected 1 and 0 beside the averager's own update_every="
+                f"{own.every} and start={own.start}, found {every} and {start}"
+            )
         return attach(
             optimizer,
             lambda gate: self._update(gate=gate),
             lambda: self._storage,
-            every,
-            start,
+            given if own is None else own,
+            None if own is None else self._tried,
         )
 
     @torch.no_grad()

@@ -6,13 +6,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from torch import Tensor
 
 from . import _layout as layout
 from .warmup import Warmup, is_used, short_repr
+
+if TYPE_CHECKING:
+    from .by_name import ByName
 
 __all__ = ["EMA", "SWA", "AveragingFunction", "Power", "Rule", "Warmup", "Window"]
 
@@ -373,7 +376,7 @@ class EMA:
 
 
 BUILT_IN = SWA | EMA | Power | Window
-Rule = BUILT_IN | AveragingFunction
+Rule = Union[BUILT_IN, "ByName", AveragingFunction]
 
 
 def with_members(rules: Sequence[Rule]) -> list[Rule | Member]:
@@ -410,6 +413,10 @@ def describe_rule(rule: Rule) -> dict[str, Any]:
         if "schedule" in values:
             values["schedule"] = _name_of(values["schedule"])
         return {"rule": type(rule).__name__, **values}
+    from .by_name import ByName  # which is made of these rules
+
+    if isinstance(rule, ByName):
+        return rule.describe()
     return {"rule": "function", "name": _name_of(rule)}
 
 

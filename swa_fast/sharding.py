@@ -134,16 +134,13 @@ class Shard:
     def wrap(self, local: Tensor) -> Tensor:
         """The DTensor with this piece, which it shares."""
         from torch.distributed.tensor import DTensor
+        from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-        # Shape and stride are given because they cannot be told from pieces of different sizes.
-        whole: Tensor = DTensor.from_local(
-            local.detach(),
-            self.mesh,
-            self.placements,
-            run_check=False,
-            shape=self.shape,
-            stride=self.stride,
-        )
+        # Not from_local, which would move what lies elsewhere than the parameters. Shape and stride
+        # are the parameter's: they cannot be told from pieces of different sizes.
+        meta = TensorMeta(self.shape, self.stride, local.dtype)
+        spec = DTensorSpec(self.mesh, self.placements, tensor_meta=meta)
+        whole: Tensor = DTensor(local.detach(), spec, requires_grad=False)
         return whole
 
     def cut(self, value: object) -> object:
@@ -392,7 +389,8 @@ def gather(
     for name, tensor in tensors.items():
         value = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
         if name in shards:
-            whole: Any = shards[name].wrap(value)
+            on_mesh = value.to(shards[name].mesh.device_type)
+            whole: Any = shards[name].wrap(on_mesh)
             value = whole.full_tensor()
         if here != rank or error is not None:
             continue

@@ -4,22 +4,24 @@ devices, the live tensors that they are taken from, and the watch over both."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from ._cadence import Gate, Place
 from ._memory import Slot, allocate, averages_in, tensors_in
 from ._modules import check_kind
-from ._watch import Place, Watch
+from ._watch import Place as WatchedPlace
+from ._watch import Watch
 from .engine import Engine, Plan
-from .hooks import Gate
 from .rules import Member, Rule
 
 if TYPE_CHECKING:
     from ._applied import Applied
+    from ._lent import Lent
 
 __all__ = ["Averages", "FlatMemory", "SeparateMemory", "Storage"]
 
@@ -57,7 +59,7 @@ class FlatMemory:
 
     def __init__(self, slots: Sequence[Slot], devices: Sequence[torch.device], rows: int) -> None:
         self._slots = slots
-        self._members = _by_device(devices)
+        self._members = _together(devices)
         self._rows = rows
         self.tensors: list[Tensor] = []
         self._parts: list[int] = []  # how many of the tensors are a device's
@@ -91,16 +93,19 @@ class FlatMemory:
 Averages = SeparateMemory | FlatMemory
 
 
-def _by_device(devices: Sequence[torch.device]) -> dict[torch.device, list[int]]:
-    members: dict[torch.device, list[int]] = {}
-    for i, device in enumerate(devices):
-        members.setdefault(device, []).append(i)
+_Where = TypeVar("_Where", bound=Hashable)
+
+
+def _together(places: Iterable[_Where]) -> dict[_Where, list[int]]:
+    members: dict[_Where, list[int]] = {}
+    for i, place in enumerate(places):
+        members.setdefault(place, []).append(i)
     return members
 
 
 @dataclass(frozen=True)
 class Part:
-    """What lives on one device."""
+    """What lives on one device and follows the same rules."""
 
     engine: Engine
     members: tuple[int, ...]  # indices of its slots among all
@@ -115,7 +120,7 @@ class Storage:
     Args:
         slots: the tensors of an average.
         memory: where the averages lie.
-        rules: one for each average.
+        rules: for each group of slots one for each average.
         counter: one int64, updates done, that every device's count follows; None: each device
             counts for itself.
         backend: a name of ``BACKENDS``, or None to choose by device.
@@ -139,7 +144,7 @@ class Storage:
         self,
         slots: Sequence[Slot],
         memory: Averages,
-        rules: Sequence[Rule | Member],
+        rules: Sequence[Sequence[Rule | Member]],
         *,
         counter: Tensor | None = None,
         backend: str | None = None,
@@ -162,16 +167,18 @@ class Storage:
         self.counter = counter
         self.parts: list[Part] = []
         devices = [average.device for average in self.averages[0]] if self.averages else []
-        for device, members in _by_device(devices).items():
+        groups = [slot.group for slot in self.slots]
+        for (device, group), members in _together(zip(devices, groups, strict=False)).items():
             of_device = engine(
                 [self.slots[i] for i in members],
                 [[row[i] for i in members] for row in self.averages],
-                rules,
+                rules[group],
                 device,
                 n_averaged=counter if self._counts(device) else None,
                 backend=backend,
                 seed=seed,
                 skip_nonfinite=skip_nonfinite,
+                group=group,
             )
             self.parts.append(Part(of_device, tuple(members)))
         self.plans: list[Plan] = []
@@ -204,6 +211,11 @@ class Storage:
         return [part.engine.device for part in self.parts]
 
     @property
+    def places(self) -> list[Place]:
+        """Likewise, and which engine there."""
+        return [part.engine.place for part in self.parts]
+
+    @property
     def decides_on_device(self) -> bool:
         """Whether an update may be left undone for what only the devices know."""
         counted = self.counter is None or any(self._counts(device) for device in self.devices)
@@ -225,7 +237,7 @@ class Storage:
     def bind(
         self,
         live: list[Tensor],
-        places: Iterable[Place],
+        places: Iterable[WatchedPlace],
         loose: Sequence[Tensor] = (),
         wrapped: Sequence[Tensor] = (),
     ) -> None:
@@ -241,6 +253,18 @@ class Storage:
             TypeError, ValueError, RuntimeError: see :meth:`Engine.plan`, or an average was changed
                 to something else; nothing has changed then.
         """
+        self.plans, self._watch = self.plans_for(live, places, wrapped)
+        self.live, self.loose_live = live, list(loose)
+        self._direct = self._find_direct()
+
+    def plans_for(
+        self, live: list[Tensor], places: Iterable[WatchedPlace], wrapped: Sequence[Tensor] = ()
+    ) -> tuple[list[Plan], Watch]:
+        """How to take ``live`` into the averages, and the watch over all that this stands on.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: see :meth:`bind`.
+        """
         for slot, tensor in zip(self.slots, live, strict=True):
             check_kind(slot.name, tensor)
         self._find_averages()
@@ -250,10 +274,7 @@ class Storage:
             watched += (tensor for row in self.averages for tensor in row)
         if self.counter is not None:
             watched.append(self.counter)
-        watch = Watch(watched, places, wrapped)
-        self.plans, self.live, self._watch = plans, live, watch
-        self.loose_live = list(loose)
-        self._direct = self._find_direct()
+        return plans, Watch(watched, places, wrapped)
 
     def _find_direct(self) -> tuple[Engine, Plan] | None:
         """What one launch updates as a whole, on the CPU; None where more has to be done."""
@@ -328,19 +349,26 @@ class Storage:
             self._direct[0].launch(self._direct[1], gate)
             self.note_written()
         else:
-            self._update_all(gate)
+            self._update_all(gate, self.plans, self.loose_live)
+
+    def update_from(self, lent: Lent, gate: Gate | None) -> None:
+        """:meth:`update` from other tensors than those bound last."""
+        lent.follow(self)
+        self._update_all(gate, lent.plans, lent.loose)
 
     # Only here: to enter and leave it takes a tenth of a small model's update.
     @torch.no_grad()
-    def _update_all(self, gate: Gate | None) -> None:
-        for part, plan in zip(self.parts, self.plans, strict=True):
+    def _update_all(
+        self, gate: Gate | None, plans: Sequence[Plan], loose_live: Sequence[Tensor]
+    ) -> None:
+        for part, plan in zip(self.parts, plans, strict=True):
             if part.engine.capturing():
                 _captured.append((part.engine, plan, self.memory))
         # Before the rest, because torch may find that it cannot.
         for row in self.loose:
-            for own, live in zip(row, self.loose_live, strict=True):
+            for own, live in zip(row, loose_live, strict=True):
                 own.copy_(live)
-        self._update(self.parts, self.plans, gate=gate)
+        self._update(self.parts, plans, gate=gate)
         self.note_written()
 
     def note_written(self) -> None:
@@ -387,12 +415,16 @@ class Storage:
 
     @torch.no_grad()
     def update_with(
-        self, memory: list[Tensor], counts: list[Tensor], live: Sequence[Tensor]
+        self,
+        memory: list[Tensor],
+        counts: list[Tensor],
+        live: Sequence[Tensor],
+        gate: Gate | None = None,
     ) -> None:
         """:meth:`update` on given tensors, which a compiler may have put in the place of the
         averages' memory, the counters and the live tensors."""
         if self.is_own(memory, counts, live):
-            self.update()
+            self.update(gate)
             return
         averages = self.memory.averages(memory)
         parts = []
@@ -405,7 +437,7 @@ class Storage:
             rows = [part.of(row) for row in averages]
             parts.append(Part(part.engine.with_memory(rows, n), part.members))
         plans = [part.engine.plan(part.of(live)) for part in parts]
-        self._update(parts, plans, None if self.counter is None else counts[0])
+        self._update(parts, plans, None if self.counter is None else counts[0], gate)
 
     def is_own(
         self, memory: Sequence[Tensor], counts: Sequence[Tensor], live: Sequence[Tensor]

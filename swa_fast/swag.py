@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from . import _backends, _ops
 from ._applied import applied
+from ._cadence import Cadence
 from ._memory import Slot, dense_strides
 from ._modules import Filter, Selection, check_kind
 from ._watch import Watch
@@ -49,7 +50,7 @@ class _Engine(Engine):
             table.pairs,
             columns,
             table.short,
-            *(() if gate is None else gate.on(self.device)),
+            *(() if gate is None else gate.on(self.place)),
         )
 
 
@@ -128,7 +129,7 @@ class SWAG:
         where = device_of(device)
         rows = _DEVIATIONS + k + 1
         memory = FlatMemory(slots, [where or tensor.device for tensor in tensors], rows)
-        self._storage = Storage(slots, memory, [SWA()] * rows, backend=backend, engine=_Engine)
+        self._storage = Storage(slots, memory, [[SWA()] * rows], backend=backend, engine=_Engine)
         self._watched(tensors)
 
     @property
@@ -187,7 +188,7 @@ class SWAG:
 
     def attach(self, optimizer: Optimizer, *, every: int = 1, start: int = 0) -> Attachment:
         """As :meth:`swa_fast.Averager.attach`."""
-        return attach(optimizer, self._update, lambda: self._storage, every, start)
+        return attach(optimizer, self._update, lambda: self._storage, Cadence(every, start))
 
     @property
     def n_averaged(self) -> int:

@@ -249,6 +249,46 @@ def test_filters_and_lists() -> None:
     }
 
 
+@backends
+@pytest.mark.parametrize(
+    "which", [{"filter": r"^out|^frozen|^conv|running_mean"}, {"trainable_only": True}], ids=str
+)
+def test_excluded_tensors_are_copied(backend: str, device: str, which: dict[str, Any]) -> None:
+    need(backend, device)
+    model = Net().to(device)
+    options: dict[str, Any] = {"buffers": "average", "backend": backend, **which}
+    partial = Averager(model, {"s": SWA(), "e": EMA(0.5)}, **options)
+    whole = Averager(model, {"s": SWA(), "e": EMA(0.5)}, excluded="copy", **options)
+    for n in range(3):
+        step(model)
+        partial.update()
+        whole.update()
+        if n == 1:
+            whole = copy.deepcopy(whole)  # which brings a model of its own
+            whole._selection.module = model
+            whole._storage.unbind()
+    for rule, averages in whole.averages.items():
+        assert list(averages) == list(model.state_dict())
+        for name, live in model.state_dict().items():
+            # The embedding is tied to "out.weight", and averaged for that name.
+            name_of = "out.weight" if name == "embed.weight" else name
+            expected = partial.averages[rule].get(name_of, live)
+            assert torch.equal(averages[name], expected.to(averages[name].dtype)), name
+    model.load_state_dict(whole.averages["s"])
+    fresh = Averager(model, {"s": SWA(), "e": EMA(0.5)}, excluded="copy", **options)
+    fresh.load_state_dict(whole.state_dict())
+    with whole.applied("s"):
+        pass
+
+
+def test_something_has_to_be_averaged_beside_what_is_copied() -> None:
+    model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="filter: expected at least one tensor to average"):
+        Averager(model, {"s": SWA()}, filter="absent", excluded="copy")
+    with pytest.raises(ValueError, match=r"excluded: expected one of .*, found 'average'"):
+        Averager(model, {"s": SWA()}, excluded="average")
+
+
 def test_wrapped_models() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     for wrapped in (nn.DataParallel(model), torch.compile(model)):

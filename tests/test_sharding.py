@@ -255,6 +255,23 @@ def stale(ranks: int, folder: Path) -> None:
                 torch.testing.assert_close(model(x), expected)
 
 
+def another_model(ranks: int, folder: Path) -> None:
+    """Updates from a model that is sharded in the same way; averages that lie elsewhere."""
+    model, other = (shard(make_model(), mesh_of(ranks)) for _ in range(2))
+    averager = Averager(model, RULES)
+    for step in range(STEPS):
+        put(other, step)
+        averager.update(source=other)
+    for name, expected in reference().averages.items():
+        expect_equal(whole(averager.averages[name]), expected)
+    with pytest.raises(ValueError, match=r"0.weight: expected it sharded as .* found None"):
+        averager.update(source=make_model())
+    with pytest.raises(TypeError, match="expected whole parameters"):
+        averager.module("ema")
+    for value in averager.to(dtype=torch.float64).averages["ema"].values():
+        assert value.dtype == torch.float64 and isinstance(value, DTensor)
+
+
 def updates_while_gathered(ranks: int, folder: Path) -> None:
     model = shard(make_model(), mesh_of(ranks))
     averager = Averager(model, RULES)
@@ -529,7 +546,7 @@ def continued(ranks: int, folder: Path) -> None:
 Check = Callable[[int, Path], None]
 COMMON: list[Check] = [
     fsdp, one_launch, tensor_parallel, first_on_meta, mixed_precision, offloaded, stale,
-    updates_while_gathered, failures_within, one_process_fails, full, batch_norm, refusals, flat,
+    another_model, updates_while_gathered, failures_within, one_process_fails, full, batch_norm, refusals, flat,
     continued,
 ]  # fmt: skip
 CHECKS: dict[int, list[Check]] = {

@@ -160,6 +160,17 @@ def test_a_copy_is_another_averager(how: str) -> None:
     assert repr(other) == repr(averager)
 
 
+def test_a_copy_raises_for_what_is_not_finite() -> None:
+    weight = torch.zeros(3)
+    averager = Averager([weight], {"s": SWA()}, on_nonfinite="raise")
+    averager.update()
+    weight.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="1 update"):
+        copy.deepcopy(averager).update()
+    with pytest.raises(FloatingPointError, match="1 update"):
+        averager.update()
+
+
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
 @pytest.mark.parametrize("kind", ["sparse", "quantised", "nested"])
