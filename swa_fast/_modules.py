@@ -167,7 +167,7 @@ class Selection:
                     sharded.append(tensor)
             names[name] = index[id(tensor)]
         if self._decided:
-            for name in names.keys() & (shards.keys() | self.shards.keys()):
+            for name in names:
                 if shards.get(name) != self.shards.get(name):
                     raise ValueError(
                         f"{name}: expected it sharded as {self.shards.get(name)}, found "

@@ -54,9 +54,6 @@ def check_whole(model: nn.Module, what: str, remedy: str) -> None:
     Raises:
         TypeError: FSDP's modules or ZeRO-3's parameters are among them.
     """
-    for name, parameter in model.named_parameters():
-        if (reason := why_partitioned(parameter)) is not None:
-            raise TypeError(f"{what}: {name}: {reason} to Averager")
     names = ("FSDPModule", "FullyShardedDataParallel")
     kinds = tuple(k for k in (_loaded("torch.distributed.fsdp", name) for name in names) if k)
     for name, module in model.named_modules():
@@ -66,6 +63,9 @@ def check_whole(model: nn.Module, what: str, remedy: str) -> None:
                 f"{'fully_shard' if isinstance(module, kinds[0]) else 'FullyShardedDataParallel'}"
                 f"; {remedy}"
             )
+    for name, parameter in model.named_parameters():
+        if (reason := why_partitioned(parameter)) is not None:
+            raise TypeError(f"{what}: {name}: {reason} to Averager")
 
 
 def check_not_flat(model: nn.Module) -> None:
