@@ -11,7 +11,7 @@ from ._layout import MAX_AVERAGES
 from .by_name import ByName
 from .rules import BUILT_IN, Rule, row_names, with_members
 
-__all__ = ["check_averages", "check_settings"]
+__all__ = ["check_averages", "check_overlap", "check_settings"]
 
 
 def check_averages(averages: Mapping[str, Rule], on_nonfinite: str | None) -> None:
@@ -65,3 +65,22 @@ def check_settings(
             raise ValueError(f"{argument}: expected one of {expected}, found {value!r}")
     if rounding == "stochastic" and dtype != torch.bfloat16:
         raise ValueError(f"rounding='stochastic': expected dtype torch.bfloat16, found {dtype}")
+
+
+def check_overlap(
+    overlap: bool,
+    device: int | str | torch.device | None,
+    averages: Mapping[str, Rule],
+    on_nonfinite: str | None,
+) -> bool:
+    """Raises ValueError unless updates can be left to a thread of the host, if that is wanted."""
+    if not overlap:
+        return False
+    if device is None or torch.empty(0, device=device).device.type != "cpu":
+        raise ValueError(f"overlap: expected device='cpu' beside it, found {device!r}")
+    for name, rule in averages.items():
+        if not isinstance(rule, BUILT_IN | ByName) or getattr(rule, "schedule", None) is not None:
+            raise ValueError(f"overlap: expected no function in averages[{name!r}], found {rule!r}")
+    if on_nonfinite == "raise":
+        raise ValueError("overlap: expected on_nonfinite=None or 'skip', found 'raise'")
+    return True

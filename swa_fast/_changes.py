@@ -39,6 +39,7 @@ class Changes:
     _rounding: str
     _on_nonfinite: str | None
     _initial: bool
+    _overlaps: bool
     _calls: int | None
     _seen: list[Tensor]
     _handle: str
@@ -94,6 +95,8 @@ class Changes:
                 where = torch.empty(0, device=device).device
                 if where.type == "meta":
                     raise ValueError("device: expected one with memory, found meta")
+                if self._overlaps and where.type != "cpu":
+                    raise ValueError(f"device: expected cpu, because of overlap, found {where}")
                 _backends.choose_backend(where, self._backend)
             slots = list(self._storage.slots)
             if dtype is not None:

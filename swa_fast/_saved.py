@@ -69,6 +69,7 @@ class Saved:
         """What a copy, a pickle or another process needs; within ``applied`` the averages are those
         that are applied."""
         storage = self._storage
+        storage.settle()
         left_out = (
             "_storage", "_memory", "_counts", "_seen", "_handle", "_calls", "_known_updated",
             "_lent",
@@ -161,11 +162,13 @@ class Saved:
     @property
     def n_averaged(self) -> dict[str, int]:
         """Updates that each average has seen. Waits for the device."""
+        self._storage.settle()
         return dict(zip(self._rules, self._counts[0].tolist(), strict=False))
 
     @property
     def skipped_updates(self) -> int:
         """Updates skipped by ``on_nonfinite``. Waits for the device."""
+        self._storage.settle()
         return max(int(part.engine.skipped) for part in self._storage.parts)
 
     def state_dict(self) -> dict[str, Any]:

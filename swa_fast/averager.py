@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import _ops
 from ._applied import applied
-from ._arguments import check_averages, check_settings
+from ._arguments import check_averages, check_overlap, check_settings
 from ._cadence import Cadence
 from ._changes import Changes
 from ._decays import Decays
@@ -19,6 +19,7 @@ from ._fit import tensors_of
 from ._lent import Lent, Source
 from ._memory import Slot, average_dtype, dense_strides
 from ._modules import Filter, Selection, check_kind, is_loose
+from ._overlap import Overlap
 from ._saved import Saved
 from ._view import Views
 from ._watch import Watch
@@ -93,6 +94,10 @@ class Averager(Saved, Changes, Decays, Views, Attachable):
         excluded: what becomes of tensors that ``filter`` or ``trainable_only`` leave out: ``skip``
             leaves them out of the averages, too; ``copy`` keeps their last values there, so that a
             filtered average is a whole model's weights.
+        overlap: with ``device="cpu"`` and :meth:`attach`, the copies of a model on a GPU are made
+            during the next forward and backward, and a thread of the host brings the averages up to
+            date: the training waits for neither. Takes twice the model's size in pinned memory.
+            Whatever reads the averages waits for them first, as :meth:`flush` does.
 
     Raises:
         TypeError: a dtype or tensor that cannot be averaged.
@@ -128,9 +133,11 @@ class Averager(Saved, Changes, Decays, Views, Attachable):
         start: int = 0,
         count_initial: bool = False,
         excluded: str = "skip",
+        overlap: bool = False,
     ) -> None:
         check_settings(dtype, backend, buffers, rounding, on_nonfinite, excluded)
         check_averages(averages, on_nonfinite)
+        self._overlaps = check_overlap(overlap, device, averages, on_nonfinite)
         cadence = Cadence(update_every, start, "update_every")
         self._cadence = cadence if (update_every, start) != (1, 0) else None
         self._initial = bool(count_initial)
@@ -219,6 +226,8 @@ class Averager(Saved, Changes, Decays, Views, Attachable):
             skip_nonfinite=self._on_nonfinite is not None,
             loose=loose,
         )
+        if self._overlaps:
+            self._storage.overlap = Overlap(self._storage)
         # Updates done or tried, which schedules of the decay go by; None: to be asked for.
         self._calls: int | None = 0
         self._find_schedules()

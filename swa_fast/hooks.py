@@ -65,7 +65,15 @@ class Attachment:
         self.every, self.start = cadence.every, cadence.start
         self._update, self._storage, self._tried = update, storage, tried
         self._cadence = cadence
-        self._handle = _inner(optimizer).register_step_post_hook(self._after_step)
+        self._handles = [
+            _inner(optimizer).register_step_pre_hook(self._before_step),
+            _inner(optimizer).register_step_post_hook(self._after_step),
+        ]
+
+    def _before_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        storage = self._storage()
+        if storage is not None and storage.overlap is not None:
+            storage.overlap.guard()
 
     def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         # There while a fused optimiser steps for a gradient scaler, which has it skip a step by
@@ -77,6 +85,7 @@ class Attachment:
     def steps(self) -> int:
         """Steps of the optimiser since, but for those that the gradient scaler skipped. May wait
         for the device."""
+        self._settle()
         return self._cadence.calls
 
     def state_dict(self) -> dict[str, int]:
@@ -93,11 +102,19 @@ class Attachment:
         steps = state_dict.get("steps")
         if not is_count(steps):
             raise ValueError(f"state_dict: expected the number of steps, found {steps!r}")
+        self._settle()
         self._cadence.calls = steps
 
     def remove(self) -> None:
         """No update any more."""
-        self._handle.remove()
+        self._settle()
+        for handle in self._handles:
+            handle.remove()
+
+    def _settle(self) -> None:
+        storage = self._storage()
+        if storage is not None:
+            storage.settle()
 
     def __enter__(self) -> Attachment:
         return self
@@ -171,6 +188,7 @@ class Attachable:
     _storage: Storage
     _selection: Selection
     _cadence: Cadence | None
+    _calls: int | None
 
     def _update(
         self,
@@ -246,11 +264,40 @@ class Attachable:
             )
         return attach(
             optimizer,
-            lambda gate: self._update(gate=gate),
+            self._after_step,
             lambda: self._storage,
             given if own is None else own,
             None if own is None else self._tried,
         )
+
+    def _after_step(self, gate: Gate | None) -> None:
+        """Takes what an attached optimiser's step has left."""
+        storage = self._storage
+        if storage.overlap is None:
+            self._update(gate=gate)
+            return
+        with storage.lock:
+            self._refuse_if_applied("update")
+            if not storage.holds():
+                self._refresh()
+            if not storage.overlap.pays():
+                self._update(gate=gate)
+                return
+            module = self._selection.module
+            buffers = set() if module is None else {id(buffer) for buffer in module.buffers()}
+            self._calls = None
+            storage.overlap.take(gate, lambda tensor: id(tensor) not in buffers)
+
+    def flush(self) -> None:
+        """Waits until the averages have all updates, where ``overlap`` lets them come later.
+
+        Raises:
+            RuntimeError: weights were written while they were being copied, so that an average may
+                hold a mixture.
+            Exception: what an update raised that was on its way; it has changed nothing.
+        """
+        with self._storage.lock:
+            self._storage.settle()
 
     @torch.no_grad()
     def blend_(self, name: str, g: float, *, filter: Filter | None = None) -> None:

@@ -22,6 +22,7 @@ from .rules import Member, Rule
 if TYPE_CHECKING:
     from ._applied import Applied
     from ._lent import Lent
+    from ._overlap import Overlap
 
 __all__ = ["Averages", "FlatMemory", "SeparateMemory", "Storage"]
 
@@ -136,6 +137,7 @@ class Storage:
         live: the tensors bound last, one for each slot.
         loose_live: likewise for ``loose``.
         applied: what is in the live tensors' place at the moment, or None.
+        overlap: updates that are on their way, or None where none ever is.
         lock: held while averages or live tensors are written.
         given_away: whether somebody else may have moved or replaced an average.
     """
@@ -163,6 +165,7 @@ class Storage:
         self.live: list[Tensor] = []
         self.loose, self.loose_live = [list(row) for row in loose], list[Tensor]()
         self.applied: Applied | None = None
+        self.overlap: Overlap | None = None
         self.lock = threading.RLock() if lock is None else lock
         self.counter = counter
         self.parts: list[Part] = []
@@ -225,7 +228,9 @@ class Storage:
         )
 
     def settle(self) -> None:
-        """See :meth:`Engine.settle`."""
+        """See :meth:`Engine.settle`; and nothing is on its way any more."""
+        if self.overlap is not None:
+            self.overlap.flush()
         for part in self.parts:
             part.engine.settle()
 
@@ -278,7 +283,7 @@ class Storage:
 
     def _find_direct(self) -> tuple[Engine, Plan] | None:
         """What one launch updates as a whole, on the CPU; None where more has to be done."""
-        if len(self.parts) != 1 or self.loose:
+        if len(self.parts) != 1 or any(self.loose):
             return None
         engine, plan = self.parts[0].engine, self.plans[0]
         counts = self.counter is None or self._counts(engine.device)
@@ -355,6 +360,15 @@ class Storage:
         """:meth:`update` from other tensors than those bound last."""
         lent.follow(self)
         self._update_all(gate, lent.plans, lent.loose)
+
+    @torch.no_grad()
+    def update_by(self, plans: Sequence[Plan], gate: Gate | None) -> None:
+        """:meth:`update` by plans of copies of the live tensors."""
+        for part, plan in zip(self.parts, plans, strict=True):
+            if plan.rules is not part.engine.rules:
+                plan.rules.copy_(part.engine.rules)
+        self._update(self.parts, plans, gate=gate)
+        self.note_written()
 
     # Only here: to enter and leave it takes a tenth of a small model's update.
     @torch.no_grad()

@@ -546,8 +546,8 @@ def continued(ranks: int, folder: Path) -> None:
 Check = Callable[[int, Path], None]
 COMMON: list[Check] = [
     fsdp, one_launch, tensor_parallel, first_on_meta, mixed_precision, offloaded, stale,
-    another_model, updates_while_gathered, failures_within, one_process_fails, full, batch_norm, refusals, flat,
-    continued,
+    another_model, updates_while_gathered, failures_within, one_process_fails, full,
+    batch_norm, refusals, flat, continued,
 ]  # fmt: skip
 CHECKS: dict[int, list[Check]] = {
     4: [*COMMON, replicated, two_dimensional], 2: COMMON, 3: [continued],
