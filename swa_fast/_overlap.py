@@ -239,7 +239,8 @@ class Overlap:
 
     @torch.no_grad()
     def take(self, gate: Gate | None, steady: Callable[[Tensor], bool]) -> None:
-        """Has the live tensors of the storage, which holds, taken into the averages soon.
+        """Has the live tensors of the storage, which holds, taken into the averages soon. Comes
+        after :meth:`guard`: what the last round had on the device is written again.
 
         Args:
             gate: see :meth:`Storage.update`.
@@ -252,7 +253,6 @@ class Overlap:
         if os.getpid() != self._process:
             raise RuntimeError("overlap: the process was forked; make another averager there")
         if self._of is not self._storage.plans:
-            self.flush()
             kinds = [steady(tensor) for tensor in self._storage.live]
             self._rounds = [_Round(self._storage, kinds, self._for) for _ in range(DEPTH)]
             self._of = self._storage.plans
@@ -261,10 +261,6 @@ class Overlap:
                 "overlap: a thread of the host has part in an update, which cannot be captured in "
                 "a CUDA graph"
             )
-        for other in self._rounds:
-            if other.future is not None:
-                other.check()
-                other.hold()  # the buffer on the device is written again
         now = self._rounds[self._next]
         self._finish(now)
         gate = now.take(gate)

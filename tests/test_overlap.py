@@ -84,7 +84,7 @@ def late(monkeypatch: pytest.MonkeyPatch) -> list[Late]:
     original = Overlap.__init__
     monkeypatch.setattr(Overlap, "__init__", lambda self, storage: original(self, storage, make))
     monkeypatch.setattr(Overlap, "pays", lambda self: True)
-    monkeypatch.setattr(_overlap, "SMALL", 64)
+    monkeypatch.setattr(_overlap, "SMALL", 8)
     return made
 
 
@@ -287,7 +287,7 @@ def test_refusals(options: dict[str, Any], message: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [{}, {"every": 2}, {"buffers": "average"}])
 def test_same_as_waiting_on_a_gpu(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_overlap, "SMALL", 64)
+    monkeypatch.setattr(_overlap, "SMALL", 8)
     found, steps = trained(True, device="cuda", **options)
     expected, others = trained(False, device="cuda", **options)
     expect_same(found, expected)
