@@ -430,7 +430,7 @@ def test_report_fills_the_readme_and_check_finds_a_stale_one(
 ) -> None:
     readme = results / "README.md"
     readme.write_text(README)
-    options = ["--readme", str(readme), "--results", str(results)]
+    options = ["--results", str(results), "--pages", str(readme)]
     assert bench.report.main([*options, "--check"]) == 1
     assert bench.report.main(options) == 0
     text = readme.read_text()
