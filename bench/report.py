@@ -267,7 +267,7 @@ def differences(data: Data, options: dict[str, str]) -> str:
         [f"`{row['theirs']}`", f"`{row['ours']}`", row["difference"], row["why"]]
         for row in data.differences
     ]
-    return markdown(head, lines)
+    return f"On the CPU, torch {data.differences[0]['torch']}.\n\n" + markdown(head, lines)
 
 
 def machine(data: Data, options: dict[str, str]) -> str:
