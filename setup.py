@@ -43,6 +43,7 @@ CUDA_SOURCES = [
 ]
 MIN_TOOLKIT = (12, 1)  # kernel arguments of more than 4 KB
 MIN_SETUPTOOLS = 77  # that reads the licence in pyproject.toml
+REPOSITORY = "https://github.com/swa-fast/swa_fast"
 COMMIT = ROOT / "COMMIT"  # of a source distribution, which has no repository
 
 
@@ -339,6 +340,13 @@ class Sdist(sdist):
         found.write_text(f"{INFO['commit'] or ''}\n", encoding="utf-8")
 
 
+def long_description() -> str:
+    """The README for the package index, from where links into the repository lead to nothing."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"(!\[[^]]*\])\((?!https?:)([^)]+)\)", rf"\1({REPOSITORY}/raw/main/\2)", text)
+    return re.sub(r"\]\((?!https?:|#)([^)]+)\)", rf"]({REPOSITORY}/blob/main/\1)", text)
+
+
 # Metadata commands (egg_info, sdist) need neither torch nor a compiler.
 builds = any(
     command in sys.argv
@@ -348,6 +356,8 @@ ext_modules, commands = extensions(INFO) if builds else ([], {})
 
 check_setuptools(setuptools.__version__)
 setup(
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
     ext_modules=ext_modules,
     cmdclass={"build_py": BuildPy, "sdist": Sdist, **commands},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if ext_modules else {},

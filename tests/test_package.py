@@ -471,6 +471,49 @@ def test_the_oldest_torch_is_the_same_everywhere(setup_script) -> None:
         assert found == {f"{major}.{minor}"}, file
 
 
+def test_one_version_and_one_repository(setup_script) -> None:
+    version = re.escape(swa_fast.__version__)
+    for file, pattern in {
+        "CITATION.cff": rf"^version: {version}$",
+        "CHANGELOG.md": rf"^## \[{version}\]",
+        "conda/recipe.yaml": rf'^  version: "{version}"$',
+    }.items():
+        if (CHECKOUT / file).exists():
+            assert re.search(pattern, (CHECKOUT / file).read_text(), re.MULTILINE), file
+    for file in ("pyproject.toml", "CITATION.cff", "docs/conf.py", "conda/recipe.yaml"):
+        if (CHECKOUT / file).exists():
+            found = set(
+                re.findall(r"https://github.com/swa[\w-]*/\w+", (CHECKOUT / file).read_text())
+            )
+            assert found == {setup_script.REPOSITORY}, file
+
+
+def test_the_index_gets_a_readme_whose_links_lead_somewhere(setup_script) -> None:
+    text = setup_script.long_description()
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert len(links) > 20 and all(link.startswith("https://") for link in links)
+    assert f"({setup_script.REPOSITORY}/raw/main/bench/results/update.svg)" in text
+    for link in links:
+        path = re.sub(r".*/(?:raw|blob)/main/", "", link)
+        assert not link.startswith(setup_script.REPOSITORY + "/") or (CHECKOUT / path).exists(), (
+            link
+        )
+
+
+def test_an_old_setuptools_is_named(setup_script) -> None:
+    setup_script.check_setuptools("77.0.3")
+    with pytest.raises(SystemExit, match=r"setuptools 65\.5\.0 is too old: .* 'setuptools>=77'"):
+        setup_script.check_setuptools("65.5.0")
+
+
+def test_a_source_distribution_knows_its_commit(setup_script, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(setup_script, "ROOT", tmp_path)
+    monkeypatch.setattr(setup_script, "COMMIT", tmp_path / "COMMIT")
+    assert setup_script.commit() is None
+    (tmp_path / "COMMIT").write_text("0123456789\n")
+    assert setup_script.commit() == "0123456789"
+
+
 def test_the_carried_wheel_serves_every_device_since_turing(setup_script) -> None:
     carried = setup_script.DEFAULT_ARCH_LIST
     capabilities = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1)]
