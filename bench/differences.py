@@ -6,7 +6,7 @@
 Both sides see the same 2,000 states of a small network, whose weights walk at random in fp32. The
 difference is that of the two averages' parameters by the way that ours has gone from the first
 state, both as Euclidean norms. Of BatchNorm and SWAG it is the relative one of the variances. What
-is not installed is left out of the rows, with a line.
+is not installed is left out of the rows, with a line: pip install -e ".[bench,integrations]".
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import re
 import shlex
+import socket
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,7 +61,15 @@ def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """Blocks of a page in one scope, in their order, in an empty folder; where they join processes,
     as the only one."""
     monkeypatch.chdir(tmp_path)
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    # What torchrun sets.
+    for name, value in zip(
+        ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"),
+        ("0", "1", "0", "127.0.0.1", port),
+        strict=True,
+    ):
         monkeypatch.setenv(name, value)
     scope: dict[str, object] = {"__name__": "__main__"}
     # Of what an update is equivalent to.
@@ -185,3 +194,15 @@ def test_troubleshooting_is_about_messages_that_there_are() -> None:
     for message in messages:
         parts = [part for part in message.split("…") if len(part) > 3]
         assert any(all(part in text for part in parts) for text in found), message
+
+
+def test_every_environment_variable_is_documented() -> None:
+    package = Path(importlib.util.find_spec("swa_fast").origin).parent  # type: ignore[union-attr, arg-type]
+    sources = [*package.rglob("*.py"), *ROOT.glob("setup.py"), *(ROOT / "bench").glob("*.py")]
+    text = "".join(source.read_text(encoding="utf-8") for source in sources)
+    page = (ROOT / "docs/environment.md").read_text(encoding="utf-8")
+    # With a value: macros of the C++ have such names, too.
+    used = set(re.findall(r"""environ[^\n]*?["'](SWA_FAST_\w+)["']""", text))
+    used |= set(re.findall(r"""flag\("(SWA_FAST_\w+)\"""", text))
+    assert len(used) >= 3
+    assert not [name for name in used if f"| `{name}` |" not in page]
