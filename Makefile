@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 
-.PHONY: help demo test test-gpu lint types bench bench-quick bench-record bench-report gpu-report wheel clean
+.PHONY: help demo test test-gpu lint types docs bench bench-quick bench-record bench-report gpu-report wheel dist clean
 
 help:
 	@echo "make demo   install, train with SGD, EMA and SWA on scikit-learn's digits, compare (RUN=folder)"
@@ -13,12 +13,14 @@ help:
 	@echo "make test-gpu  the tests marked gpu, on the CUDA device or, without one, under tests/gpusim"
 	@echo "make lint   ruff, clang-format"
 	@echo "make types  mypy --strict"
+	@echo "make docs   the documentation, as a site in build/docs"
 	@echo "make wheel  build the wheel into dist/ and check it"
+	@echo "make dist   what a release consists of, into dist/, and all checks of the package index"
 	@echo "make clean  remove everything that was built, but not $(VENV)"
 	@echo "make bench-quick   two minutes: the main operations beside their competitors and the limit"
 	@echo "make bench         everything that is timed, rows into OUT (runs/bench.csv)"
-	@echo "make bench-record  the rows in bench/results again, then README and charts from them"
-	@echo "make bench-report  README and charts from the rows in bench/results"
+	@echo "make bench-record  the rows in bench/results again, then pages and charts from them"
+	@echo "make bench-report  README, docs and charts from the rows in bench/results"
 	@echo "make gpu-report    everything about this machine's GPU in MINUTES (8), into OUT (runs/gpu)"
 
 # torch comes first and the build is not isolated, so that torch is fetched once.
@@ -61,6 +63,11 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
+# Without network, and a warning is an error.
+docs: $(VENV)/.docs
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -b html docs build/docs
+	@echo "build/docs/index.html"
+
 OUT ?= runs/bench.csv
 bench: $(VENV)/.bench
 	$(BIN)/python bench/run.py --out $(OUT)
@@ -90,6 +97,17 @@ wheel: $(VENV)/.dev
 	rm -rf build dist
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m build --no-isolation --wheel
 	$(BIN)/python .ci/check_wheel.py dist/*.whl
+
+# The wheel with the tag of a manylinux, which is that of this machine's glibc (cibuildwheel builds
+# where it is the oldest), the source distribution, and the wheel without libraries.
+dist: export PATH := $(abspath $(BIN)):$(PATH)
+dist: wheel
+	mkdir -p build/plain && mv dist/*.whl build/plain
+	bash .ci/repair build/plain/*.whl dist
+	python -m build --no-isolation --sdist
+	SWA_FAST_NO_EXT=1 python -m build --no-isolation --wheel
+	for wheel in dist/*.whl; do python .ci/check_wheel.py $$wheel || exit 1; done
+	bash .ci/check_dist dist
 
 clean:
 	rm -rf build dist runs *.egg-info swa_fast/*.so swa_fast/_build_info.json

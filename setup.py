@@ -25,8 +25,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import setuptools
 from setuptools import setup
 from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11, the oldest torch the binary runs on
@@ -40,10 +42,23 @@ CUDA_SOURCES = [
     "csrc/update_cuda.cu",
 ]
 MIN_TOOLKIT = (12, 1)  # kernel arguments of more than 4 KB
+MIN_SETUPTOOLS = 77  # that reads the licence in pyproject.toml
+REPOSITORY = "https://github.com/swa-fast/swa_fast"
+COMMIT = ROOT / "COMMIT"  # of a source distribution, which has no repository
 
 
 def fail(message: str) -> None:
     raise SystemExit(f"swa_fast: {message}")
+
+
+def check_setuptools(found: str) -> None:
+    """One line instead of what an older one says of pyproject.toml. Fresh environments of Python
+    3.10 and 3.11 come with 65."""
+    if int(found.split(".")[0]) < MIN_SETUPTOOLS:
+        fail(
+            f"setuptools {found} is too old: with --no-build-isolation, run "
+            f"`pip install 'setuptools>={MIN_SETUPTOOLS}'` first"
+        )
 
 
 def flag(name: str, allowed: tuple[str, ...]) -> str:
@@ -172,24 +187,8 @@ def compiler_version(compiler: str) -> str:
     return output.stdout.splitlines()[0] if output.stdout else compiler
 
 
-def git_commit() -> str | None:
-    if not (ROOT / ".git").exists():
-        return None
-    try:
-        result = subprocess.run(
-            ["git", "rev-parse", "--verify", "--quiet", "HEAD"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except OSError:
-        return None
-    return result.stdout.strip() or None
-
-
 def commit() -> str | None:
-    """The source's commit, with a plus where it was changed since; None outside a repository."""
+    """The source's commit, with a plus where it was changed since; None where nothing tells it."""
 
     def git(*arguments: str) -> str:
         found = subprocess.run(
@@ -199,11 +198,15 @@ def commit() -> str | None:
 
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT:
-            return None
+            return recorded_commit()
         changed = git("status", "--porcelain", "--untracked-files=no")
         return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return recorded_commit()
+
+
+def recorded_commit() -> str | None:
+    return COMMIT.read_text(encoding="utf-8").strip() or None if COMMIT.exists() else None
 
 
 def extensions(info: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
@@ -230,7 +233,6 @@ def extensions(info: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
             "first"
         )
     info["torch"] = torch.__version__
-    info["commit"] = commit()
     info["compiler"] = compiler_version(compiler.split()[0])
 
     # Messages of failed checks carry __FILE__: the builder's paths do not belong in a wheel.
@@ -308,7 +310,7 @@ def extensions(info: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
 INFO: dict[str, Any] = {
     "python": platform.python_version(),
     "platform": platform.platform(terse=True),
-    "commit": git_commit(),
+    "commit": commit(),
 }
 
 
@@ -328,6 +330,23 @@ class BuildPy(build_py):
         target.write_text(json.dumps(INFO, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+class Sdist(sdist):
+    """Puts the commit into the source distribution, for the build facts of what is made of it."""
+
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        super().make_release_tree(base_dir, files)
+        found = Path(base_dir) / COMMIT.name
+        found.unlink(missing_ok=True)  # a link to the file of the sources
+        found.write_text(f"{INFO['commit'] or ''}\n", encoding="utf-8")
+
+
+def long_description() -> str:
+    """The README for the package index, from where links into the repository lead to nothing."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"(!\[[^]]*\])\((?!https?:)([^)]+)\)", rf"\1({REPOSITORY}/raw/main/\2)", text)
+    return re.sub(r"\]\((?!https?:|#)([^)]+)\)", rf"]({REPOSITORY}/blob/main/\1)", text)
+
+
 # Metadata commands (egg_info, sdist) need neither torch nor a compiler.
 builds = any(
     command in sys.argv
@@ -335,8 +354,11 @@ builds = any(
 )
 ext_modules, commands = extensions(INFO) if builds else ([], {})
 
+check_setuptools(setuptools.__version__)
 setup(
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
     ext_modules=ext_modules,
-    cmdclass={"build_py": BuildPy, **commands},
+    cmdclass={"build_py": BuildPy, "sdist": Sdist, **commands},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if ext_modules else {},
 )

@@ -146,7 +146,8 @@ def main(wheel: Path) -> int:
         info = json.loads((root / "swa_fast" / "_build_info.json").read_text())
 
         tag = "-".join(wheel.stem.split("-")[-3:])
-        pattern = r"cp310-abi3-linux_\w+" if libraries else r"py3-none-any"
+        platforms = r"(linux_\w+|manylinux_2_\d+_\w+(\.manylinux_2_\d+_\w+)*)"
+        pattern = f"cp310-abi3-{platforms}" if libraries else "py3-none-any"
         check(re.fullmatch(pattern, tag) is not None, f"tag {tag}")
         check(all(m in names for m in MODULES), "package files are there")
         stray = [n for n in names if not n.startswith(("swa_fast/", "swa_fast-"))]

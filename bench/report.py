@@ -1,14 +1,16 @@
-"""The README's figures and the charts, made from the committed rows.
+"""The figures of README and documentation and the charts, made from the committed rows.
 
-    python bench/report.py                  fills the README's marked places and draws the charts
-    python bench/report.py --check          exits with 1 where README or charts are not of the rows
+    python bench/report.py                  fills the pages' marked places and draws the charts
+    python bench/report.py --check          exits with 1 where pages or charts are not of the rows
     python bench/report.py FILE.csv ...     prints tables of any rows as Markdown
 
-The rows are bench/results/rows_*.csv, counts_*.csv and overhead_*.csv. A place in the README begins
-with ``<!-- bench:KIND option="value" ... -->`` and ends with ``<!-- /bench -->``. Kinds:
+The pages are README.md and those of docs/. The rows are bench/results/rows_*.csv, counts_*.csv,
+overhead_*.csv, checkpoints_*.csv and differences.csv. A place in a page begins with
+``<!-- bench:KIND option="value" ... -->`` and ends with ``<!-- /bench -->``. Kinds:
 
 * ``machine``: what the rows were measured on;
-* ``times``: median ms, contenders by models (``op``, ``mode``; ``models`` with | between them);
+* ``times``: median ms, contenders by models (``op``, ``mode``; ``models`` and ``contenders`` with |
+  between them);
 * ``limit``: the same in percent of the limit;
 * ``ratios``: how many times longer the others take than ours (``of``), each relative to the limit
   in its own rounds, as models too large for all contenders at once are compared in pieces;
@@ -16,6 +18,8 @@ with ``<!-- bench:KIND option="value" ... -->`` and ends with ``<!-- /bench -->`
   and layout (``op``, ``ours``, ``other``);
 * ``counts``: launches, waits, allocations and copies counted (``op``, ``model``);
 * ``overhead``: SWA's share in training;
+* ``checkpoints``: averages of files;
+* ``differences``: other packages' averages beside ours, see bench/differences.py;
 * ``gpu``: rows of ``bench/gpu_report.py`` in bench/results/gpu/*/rows.csv, or that there are none
   (``table`` machine, update, layers or pass; ``models`` with | between them; ``op``).
 
@@ -40,7 +44,6 @@ from rows import OURS, Row, digest, read
 __all__ = ["fill", "main", "significant"]
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
 PLACE = re.compile(
     r"(?P<begin><!-- bench:(?P<kind>\w+)(?P<options>[^>]*?) -->\n).*?(?P<end><!-- /bench -->)",
@@ -73,6 +76,8 @@ class Data:
         self.gpu = read(sorted(folder.glob("gpu/*/rows.csv")))
         self.counts = self._plain(folder, "counts_*.csv")
         self.overhead = self._plain(folder, "overhead_*.csv")
+        self.checkpoints = self._plain(folder, "checkpoints_*.csv")
+        self.differences = self._plain(folder, "differences.csv")
 
     @staticmethod
     def _plain(folder: Path, pattern: str) -> list[dict[str, str]]:
@@ -129,6 +134,11 @@ def times(data: Data, options: dict[str, str]) -> str:
         return significant(1e3 * (row.median or 0))
 
     names = _unique(r.contender for r in rows)
+    if "contenders" in options:
+        names = options["contenders"].split("|")
+        if unknown := set(names) - {r.contender for r in rows}:
+            raise ValueError(f"no row of {', '.join(sorted(unknown))} for {options}")
+        return _by_model(rows, cell, names)
     scaled = _at_the_limits_speed(rows)
     if scaled:
         names.insert(1, scaled[0].contender)
@@ -236,6 +246,30 @@ def overhead(data: Data, options: dict[str, str]) -> str:
     return markdown([*head, "overhead"], lines)
 
 
+def checkpoints(data: Data, options: dict[str, str]) -> str:
+    if not data.checkpoints:
+        raise ValueError("there is no checkpoints_*.csv")
+    columns = ["seconds", "fastest", "slowest", "GB/s read", "peak MiB"]
+    lines = [[row["contender"], *(row[column] for column in columns)] for row in data.checkpoints]
+    first = data.checkpoints[0]
+    text = (
+        f"{first['inputs']} files of {first['GiB each']} GiB; {first['device']}, "
+        f"{first['threads']} threads, torch {first['torch']}, {first['date']}.\n\n"
+    )
+    return text + markdown(["", *columns], lines)
+
+
+def differences(data: Data, options: dict[str, str]) -> str:
+    if not data.differences:
+        raise ValueError("there is no differences.csv")
+    head = ["you use", "write", "difference", "why it is more than rounding"]
+    lines = [
+        [f"`{row['theirs']}`", f"`{row['ours']}`", row["difference"], row["why"]]
+        for row in data.differences
+    ]
+    return f"On the CPU, torch {data.differences[0]['torch']}.\n\n" + markdown(head, lines)
+
+
 def machine(data: Data, options: dict[str, str]) -> str:
     lines = []
     clocks = {"wall": "", "cpu": ", CPU time of the process", "events": ", CUDA events"}
@@ -310,6 +344,8 @@ KINDS: dict[str, Callable[[Data, dict[str, str]], str]] = {
     "layers": layers,
     "counts": counts,
     "overhead": overhead,
+    "checkpoints": checkpoints,
+    "differences": differences,
     "gpu": gpu,
 }
 
@@ -437,13 +473,18 @@ def draw(data: Data, folder: Path) -> None:
     plt.close(figure)
 
 
-def stale(readme: Path, folder: Path) -> list[str]:
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def stale(texts: Sequence[Path], folder: Path) -> list[str]:
     """What is not as the rows say."""
     data = Data(folder)
-    text = readme.read_text(encoding="utf-8")
     problems = []
-    if fill(text, data) != text:
-        problems.append(readme.name)
+    for path in texts:
+        text = path.read_text(encoding="utf-8")
+        if fill(text, data) != text:
+            problems.append(path.name)
     for name, rows in zip(CHARTS, (growth_rows(data), update_rows(data)), strict=True):
         path = folder / name
         if not path.exists() or f"rows {digest(rows)}" not in path.read_text(encoding="utf-8"):
@@ -470,22 +511,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("files", nargs="*", type=Path, help="print tables of these rows")
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--pages", type=Path, nargs="+", help="instead of README and docs/")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
     options = parser.parse_args(arguments)
     if options.files:
         print(tables(options.files))
         return 0
+    texts = options.pages or pages()
     if options.check:
-        problems = stale(options.readme, options.results)
+        problems = stale(texts, options.results)
         for name in problems:
             print(f"{name} is not made from the rows in {options.results}: run bench/report.py")
         return 1 if problems else 0
     data = Data(options.results)
-    text = options.readme.read_text(encoding="utf-8")
-    options.readme.write_text(fill(text, data), encoding="utf-8")
+    filled = 0
+    for path in texts:
+        text = path.read_text(encoding="utf-8")
+        filled += len(PLACE.findall(text))
+        if (new := fill(text, data)) != text:
+            path.write_text(new, encoding="utf-8")
     draw(data, options.results)
-    print(f"{options.readme.name} and {', '.join(CHARTS)}: {len(data.rows)} rows")
+    print(f"{filled} places in {len(texts)} pages and {', '.join(CHARTS)}: {len(data.rows)} rows")
     return 0
 
 

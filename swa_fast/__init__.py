@@ -24,7 +24,7 @@ from .swag import SWAG
 if TYPE_CHECKING:
     from .integrations.torch_patch import patch_torch
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "EMA",

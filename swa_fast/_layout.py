@@ -6,14 +6,14 @@ import them from here.
 **Table of segments**, int64 [segments, SEGMENT_HEADER + k] for k averages. A segment is a run of
 consecutive elements: a whole tensor or a part of one.
 
-=================  ================================================================================
-word               meaning
-=================  ================================================================================
-``SOURCE``         address of the first element of the source
-``PACKED``         the fields below
-``PLACE``          number of the first element within its average; random bits depend on it
-``SEGMENT_HEADER`` address of the first element of average 0; those of averages 1 to k - 1 follow
-=================  ================================================================================
+==================  ===============================================================================
+word                meaning
+==================  ===============================================================================
+``SOURCE``          address of the first element of the source
+``PACKED``          the fields below
+``PLACE``           number of the first element within its average; random bits depend on it
+``SEGMENT_HEADER``  address of the first element of average 0; those of averages 1 to k - 1 follow
+==================  ===============================================================================
 
 ================  ====  ===========================================================================
 field             bits  meaning

@@ -207,7 +207,7 @@ class Saved:
                 have to be the same all the same.
 
         Returns:
-            In what the two differ: nothing, if strict.
+            The differences of the two, none if strict.
 
         Raises:
             RuntimeError: an average is applied at the moment.

@@ -263,8 +263,8 @@ def synthesize(
         progress: show a bar on stderr, with tqdm.
 
     Returns:
-        For each target what it is and how well the snapshots could express it: look at ``error``
-        and ``l1``.
+        For each target what it is and how well the snapshots could express it, which ``error`` and
+        ``l1`` say.
 
     Raises:
         ValueError: not exactly one kind of target, more than eight, or one out of range.

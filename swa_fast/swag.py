@@ -201,7 +201,7 @@ class SWAG:
 
     @property
     def mean(self) -> dict[str, Tensor]:
-        """The mean by the parameters' names: the row itself, not a copy."""
+        """The mean by the parameters' names, as the row itself and no copy."""
         return self._row(_MEAN)
 
     def variance(self) -> dict[str, Tensor]:
@@ -215,7 +215,7 @@ class SWAG:
         return {name: mean[name].square() + v for name, v in self.variance().items()}
 
     def deviations(self) -> dict[str, Tensor]:
-        """Columns of :math:`D`, at most k, the oldest first: [columns, *shape] by name."""
+        """Columns of :math:`D`, at most k, the oldest first, by name: ``[columns, *shape]``."""
         n = self.n_averaged
         rows = [_DEVIATIONS + i % self.k for i in range(max(n - self.k, 0), n)]
         return {

@@ -26,7 +26,7 @@ if not (BENCH / "harness.py").exists():
 NAMES = (
     "rows", "harness", "models", "competitors", "compare", "report", "counts", "kernel_facts",
     "bench_average", "bench_overhead", "precise_bn_reference", "bench_low_precision",
-    "bench_update_bn",
+    "bench_update_bn", "differences",
 )  # fmt: skip
 
 
@@ -430,7 +430,7 @@ def test_report_fills_the_readme_and_check_finds_a_stale_one(
 ) -> None:
     readme = results / "README.md"
     readme.write_text(README)
-    options = ["--readme", str(readme), "--results", str(results)]
+    options = ["--results", str(results), "--pages", str(readme)]
     assert bench.report.main([*options, "--check"]) == 1
     assert bench.report.main(options) == 0
     text = readme.read_text()
@@ -447,6 +447,37 @@ def test_report_fills_the_readme_and_check_finds_a_stale_one(
     capsys.readouterr()
     assert bench.report.main([*options, "--check"]) == 1
     assert "growth.svg" in capsys.readouterr().out
+
+
+def test_report_shows_some_of_the_contenders(bench: Any, results: Path) -> None:
+    data = bench.report.Data(results)
+    place = '<!-- bench:times op="update" mode="warm" contenders="{}" -->\n<!-- /bench -->\n'
+    text = bench.report.fill(place.format("ours"), data)
+    assert "| ours | 1.00 | 1.00 |" in text and "lerp_flat" not in text
+    with pytest.raises(ValueError, match="no row of theirs"):
+        bench.report.fill(place.format("ours|theirs"), data)
+
+
+def test_report_looks_at_all_pages(bench: Any) -> None:
+    names = {str(page.relative_to(BENCH.parent)) for page in bench.report.pages()}
+    assert {"README.md", "docs/benchmarks.md", "docs/migration.md"} <= names
+
+
+def test_differences_are_those_of_the_averages(bench: Any) -> None:
+    """The recorded rows are those of the list, and what is measured is a distance: an average that
+    stays at the start is as far away as ours has gone."""
+    recorded = [(r["theirs"], r["ours"]) for r in bench.report.Data(BENCH / "results").differences]
+    assert recorded == [(theirs, ours) for theirs, ours, _, _ in bench.differences.PAIRS]
+
+    def still(model: nn.Module) -> Any:
+        start = [p.detach().clone() for p in model.parameters()]
+        return (lambda: None), lambda: start
+
+    ours = bench.differences.averager(bench.differences.SWA())
+    assert bench.differences.difference(still, ours) == pytest.approx(1)
+    assert bench.differences.difference(bench.differences.moving_average, ours) < 1e-5
+    shown = [bench.differences.shown(value) for value in (0.0, 4.6e-8, 0.0037, 0.53)]
+    assert shown == ["0", "5e-08", "0.37 %", "53 %"]
 
 
 def test_report_compares_across_rounds_by_the_limit(bench: Any, tmp_path: Path) -> None:

@@ -370,23 +370,6 @@ def test_library_that_does_not_load_says_why(copied: Path) -> None:
     assert "swa_fast._C does not load" in out and "built with torch 9.9" in out
 
 
-def test_examples_of_the_readme_run(tmp_path, monkeypatch) -> None:
-    if not (CHECKOUT / "README.md").exists():
-        pytest.skip("no checkout")
-    monkeypatch.chdir(tmp_path)
-    blocks = (CHECKOUT / "README.md").read_text().split("```python\n")[1:]
-    scope: dict[str, object] = {}
-    for block in blocks:
-        if "import" in block:
-            exec(block.split("```")[0], scope)
-    averaged, averager = scope["averaged"], scope["averager"]
-    assert isinstance(averaged, swa_fast.AveragedModel)
-    assert averaged.n_averaged.item() == 10
-    assert averaged.module[1].num_batches_tracked.item() == 10
-    assert isinstance(averager, swa_fast.Averager)
-    assert averager.n_averaged == {"swa": 10, "ema": 10}
-
-
 # --- setup.py, where there is a checkout ---------------------------------------------------------
 
 
@@ -483,9 +466,52 @@ def test_gencode_flags(setup_script) -> None:
 def test_the_oldest_torch_is_the_same_everywhere(setup_script) -> None:
     major, minor = _backends._OLDEST_TORCH
     assert int(setup_script.TORCH_TARGET_VERSION, 16) == (major << 56) + (minor << 48)
-    for file in ("pyproject.toml", "Makefile", "README.md", "setup.py"):
+    for file in ("pyproject.toml", "Makefile", "README.md", "docs/install.md", "setup.py"):
         found = set(re.findall(r"torch>=([\d.]+)", (CHECKOUT / file).read_text()))
         assert found == {f"{major}.{minor}"}, file
+
+
+def test_one_version_and_one_repository(setup_script) -> None:
+    version = re.escape(swa_fast.__version__)
+    for file, pattern in {
+        "CITATION.cff": rf"^version: {version}$",
+        "CHANGELOG.md": rf"^## \[{version}\]",
+        "conda/recipe.yaml": rf'^  version: "{version}"$',
+    }.items():
+        if (CHECKOUT / file).exists():
+            assert re.search(pattern, (CHECKOUT / file).read_text(), re.MULTILINE), file
+    for file in ("pyproject.toml", "CITATION.cff", "docs/conf.py", "conda/recipe.yaml"):
+        if (CHECKOUT / file).exists():
+            found = set(
+                re.findall(r"https://github.com/swa[\w-]*/\w+", (CHECKOUT / file).read_text())
+            )
+            assert found == {setup_script.REPOSITORY}, file
+
+
+def test_the_index_gets_a_readme_whose_links_lead_somewhere(setup_script) -> None:
+    text = setup_script.long_description()
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert len(links) > 20 and all(link.startswith("https://") for link in links)
+    assert f"({setup_script.REPOSITORY}/raw/main/bench/results/update.svg)" in text
+    for link in links:
+        path = re.sub(r".*/(?:raw|blob)/main/", "", link)
+        assert not link.startswith(setup_script.REPOSITORY + "/") or (CHECKOUT / path).exists(), (
+            link
+        )
+
+
+def test_an_old_setuptools_is_named(setup_script) -> None:
+    setup_script.check_setuptools("77.0.3")
+    with pytest.raises(SystemExit, match=r"setuptools 65\.5\.0 is too old: .* 'setuptools>=77'"):
+        setup_script.check_setuptools("65.5.0")
+
+
+def test_a_source_distribution_knows_its_commit(setup_script, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(setup_script, "ROOT", tmp_path)
+    monkeypatch.setattr(setup_script, "COMMIT", tmp_path / "COMMIT")
+    assert setup_script.commit() is None
+    (tmp_path / "COMMIT").write_text("0123456789\n")
+    assert setup_script.commit() == "0123456789"
 
 
 def test_the_carried_wheel_serves_every_device_since_turing(setup_script) -> None:

@@ -49,19 +49,19 @@ def merge_weights(kind: str | Sequence[float], n: int) -> list[float]:
     :math:`i`-th stretch been taken at :math:`s_i = \sum_{j \ge i} c_j` times its rate. So a decay
     :math:`s` is replayed by :math:`c_j = s_j - s_{j+1}`; with :math:`s_i = f((i - 1) / n)`
 
-    ==============  ===========================  ==================================================
-    kind            :math:`f(x)`                 :math:`c_j`
-    ==============  ===========================  ==================================================
-    ``uniform``     :math:`1 - x`                :math:`1 / n`; ``linear`` is the same
-    ``minus-sqrt``  :math:`1 - \sqrt x`          :math:`(\sqrt j - \sqrt{j-1}) / \sqrt n`
+    ==============  ============================  ==================================================
+    kind            :math:`f(x)`                  :math:`c_j`
+    ==============  ============================  ==================================================
+    ``uniform``     :math:`1 - x`                 :math:`1 / n`; ``linear`` is the same
+    ``minus-sqrt``  :math:`1 - \sqrt x`           :math:`(\sqrt j - \sqrt{j-1}) / \sqrt n`
     ``cosine``      :math:`(1 + \cos \pi x) / 2`  half of a period of the sine
-    ``power:P``     :math:`1 - x^P`              :math:`(j^P - (j-1)^P) / n^P`
-    ``ema:D``                                    :math:`D^{n-1}` for the first, then
-                                                 :math:`(1 - D) D^{n-j}`
-    ``window:A:B``                               :math:`-A / (B-A),\ B / (B-A)`: of the running
-                                                 means after A and after B captures the mean of
-                                                 captures A + 1 to B
-    ==============  ===========================  ==================================================
+    ``power:P``     :math:`1 - x^P`               :math:`(j^P - (j-1)^P) / n^P`
+    ``ema:D``                                     :math:`D^{n-1}` for the first, then
+                                                  :math:`(1 - D) D^{n-j}`
+    ``window:A:B``                                :math:`-A / (B-A),\ B / (B-A)`: of the running
+                                                  means after A and after B captures the mean of
+                                                  captures A + 1 to B
+    ==============  ============================  ==================================================
 
     Args:
         kind: one of the above, or ``n`` numbers (also as text, ``"1,2,1"``), at least 0, which are

@@ -34,9 +34,9 @@ class Outcome:
 
     @property
     def summary(self) -> list[dict[str, Any]]:
-        """A row for each method and budget: ``name``, ``method``, ``budget``, ``test_accuracy``
-        in percent, ``test_loss`` in nats, ``iterate_accuracy``, ``captures``, ``epochs``,
-        ``seconds``."""
+        """A row for each method and budget, with ``name``, ``method``, ``budget``,
+        ``test_accuracy`` in percent, ``test_loss`` in nats, ``iterate_accuracy``, ``captures``,
+        ``epochs``, ``seconds``."""
         rows: list[dict[str, Any]] = self.results["summary"]
         return rows
 
