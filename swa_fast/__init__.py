@@ -17,7 +17,7 @@ from .avg_fns import (
 )
 from .batch_norm import BNReport, RepairReport, repair, update_bn
 from .rules import EMA, SWA, Power, Warmup, Window
-from .schedules import SWALR
+from .schedules import SWALR, DelayedSWALR
 from .swag import SWAG
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ __all__ = [
     "Averager",
     "BNReport",
     "BackendError",
+    "DelayedSWALR",
     "Power",
     "RepairReport",
     "Warmup",
