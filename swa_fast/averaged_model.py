@@ -71,7 +71,12 @@ class AveragedModel(nn.Module):
         use_buffers: average the buffers like the parameters; False copies them at every update.
         dtype: dtype of the average's floating-point parameters and buffers, such as
             ``torch.float32`` for a bfloat16 model; None keeps the model's. float32, float64,
-            bfloat16 or float16.
+            bfloat16 or float16. float64 is for long runs: in float32 an average moves by
+            :math:`2^{-23}` of itself or not at all, so that :class:`~swa_fast.SWA` is off by some
+            1e-5 of the weights after 1e5 updates (float64: 1e-13), and an EMA stands still within
+            :math:`2^{-24}/(1 - d)` of them, 6e-4 for ``EMA(0.9999)``: of a change by 1e-3 it takes
+            40 %. It matters where weights change that little over the average's span, with an
+            update at every step more than with one an epoch.
         backend: ``cuda``, ``triton``, ``cpu`` or ``reference``; None chooses by device. Not saved.
         unwrap: copy the model inside DataParallel, DistributedDataParallel or torch.compile
             instead of the wrapper.

@@ -553,3 +553,43 @@ def test_autograd_notices_an_update() -> None:
     averager.update()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
+
+
+@pytest.mark.parametrize("of_model", [False, True], ids=["Averager", "AveragedModel"])
+def test_float64_averages_keep_the_digits_of_long_runs(of_model: bool) -> None:
+    model = nn.Linear(7, 9, bias=False)
+    draw = torch.Generator().manual_seed(0)
+
+    def average(rule: SWA | EMA, dtype: torch.dtype) -> tuple[Any, Any]:
+        if of_model:
+            averaged = swa_fast.AveragedModel(model, rule=rule, dtype=dtype)
+            return lambda: averaged.update_parameters(model), averaged.module.weight
+        averager = Averager(model, {"a": rule}, dtype=dtype)
+        return averager.update, averager.averages["a"]["weight"]
+
+    both = (torch.float32, torch.float64)
+    # A mean of noisy weights. The bound is torch's own in float64: one rounding an update at worst.
+    averages, exact, updates = [average(SWA(), dtype) for dtype in both], 0, 5000
+    for _ in range(updates):
+        with torch.no_grad():
+            model.weight.normal_(1, 0.01, generator=draw)
+        exact += extended(model.weight) / np.longdouble(updates)
+        for update, _ in averages:
+            update()
+    narrow, wide = (float(np.abs(extended(a) - exact).max()) for _, a in averages)
+    assert wide < 5e-14
+    assert narrow > 1e-7
+    # Weights that changed by a thousandth: where the average stands still in float32.
+    with torch.no_grad():
+        model.weight.fill_(1)
+    averages = [average(EMA(0.9999), dtype) for dtype in both]
+    for update, _ in averages:
+        update()
+    with torch.no_grad():
+        model.weight.fill_(1.001)
+    for _ in range(updates := 10_000):
+        for update, _ in averages:
+            update()
+    narrow, wide = (float((a.detach().double() - 1).mean() / 1e-3) for _, a in averages)
+    assert wide == pytest.approx(1 - 0.9999**updates, rel=1e-4)  # 1.001 is rounded
+    assert narrow < 0.41  # 63 % would be right
