@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ._graphs import keep_for_graph
 from ._memory import Slot, allocate, averages_in, tensors_in
 from ._modules import check_kind
 from ._watch import Place, Watch
@@ -22,10 +23,6 @@ if TYPE_CHECKING:
     from ._applied import Applied
 
 __all__ = ["Averages", "FlatMemory", "SeparateMemory", "Storage"]
-
-# What captured graphs read at every replay, for as long as the process lives: a graph does not say
-# when it is gone.
-_captured: list[object] = []
 
 
 class SeparateMemory:
@@ -330,7 +327,7 @@ class Storage:
     def _update_all(self, gate: Gate | None) -> None:
         for part, plan in zip(self.parts, self.plans, strict=True):
             if part.engine.capturing():
-                _captured.append((part.engine, plan, self.memory))
+                keep_for_graph(part.engine, plan, self.memory, self.counter, gate)
         # Before the rest, because torch may find that it cannot.
         for row in self.loose:
             for own, live in zip(row, self.loose_live, strict=True):

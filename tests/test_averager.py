@@ -6,6 +6,7 @@ import copy
 import gc
 import itertools
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -516,6 +517,46 @@ def test_captured_graph_replays_right(backend: str, warm: bool) -> None:
             averager.averages[rule][name].cpu(), plain.averages[rule][name].cpu(),
             rtol=1e-6, atol=1e-6,
         )  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["Averager", "AveragedModel", "SWAG"])
+def test_a_graph_keeps_what_it_reads_and_no_longer(kind: str) -> None:
+    def captured() -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+        """A graph whose model and averages nobody else holds, and what it reads."""
+        model = nn.Linear(130, 31).to("cuda")
+        averager: Any
+        if kind == "AveragedModel":
+            averager = swa_fast.AveragedModel(model)
+            update, row = lambda: averager.update_parameters(model), averager.module.weight
+        elif kind == "Averager":
+            averager = Averager(model, {"swa": SWA()})
+            update, row = averager.update, averager.averages["swa"]["weight"]
+        else:
+            averager = swa_fast.SWAG(model, 2)
+            update, row = averager.update, averager._storage.averages[0][0]
+        update()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            update()
+        return graph, [model.weight, row]
+
+    graph, tensors = captured()
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    storages = [weakref.ref(tensor.untyped_storage()) for tensor in tensors]
+    del tensors
+    gc.collect()
+    # Memory for others, if it were not kept.
+    others = [torch.full((31, 130), -1.0, device="cuda") for _ in range(8)]
+    graph.replay()
+    assert all(bool((other == -1).all()) for other in others)
+    assert not {other.data_ptr() for other in others} & set(addresses)
+    if not hasattr(torch.cuda.CUDAGraph, "get_currently_capturing_graph"):
+        return  # kept for good
+    assert all(storage() is not None for storage in storages)
+    del graph
+    gc.collect()
+    assert [storage() for storage in storages] == [None, None]
 
 
 @pytest.mark.gpu
