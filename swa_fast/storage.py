@@ -235,7 +235,7 @@ class Storage:
         """
         for slot, tensor in zip(self.slots, live, strict=True):
             check_kind(slot.name, tensor)
-        self._find_averages()
+        self.find_averages()
         plans = [part.engine.plan(part.of(live)) for part in self.parts]
         watched = list(live)
         if self.given_away:
@@ -256,7 +256,7 @@ class Storage:
         alone = plan.direct and not plan.means and not engine.functions and len(plan.update) > 0
         return (engine, plan) if alone and counts and engine.device.type == "cpu" else None
 
-    def _find_averages(self) -> None:
+    def find_averages(self) -> None:
         """Looks where the averages lie now, if they may have been moved.
 
         Raises:
