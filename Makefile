@@ -5,12 +5,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 
-.PHONY: help demo test test-gpu lint types docs bench bench-quick bench-record bench-report gpu-report wheel dist clean
+.PHONY: help demo test test-gpu test-asan lint types docs bench bench-quick bench-record bench-report gpu-report wheel dist clean
 
 help:
 	@echo "make demo   install, train with SGD, EMA and SWA on scikit-learn's digits, compare (RUN=folder)"
 	@echo "make test   install with the test extras and run the tests"
 	@echo "make test-gpu  the tests marked gpu, on the CUDA device or, without one, under tests/gpusim"
+	@echo "make test-asan  the C++ for CPUs under gcc's address and undefined-behaviour sanitizers"
 	@echo "make lint   ruff, clang-format"
 	@echo "make types  mypy --strict"
 	@echo "make docs   the documentation, as a site in build/docs"
@@ -52,6 +53,20 @@ test-gpu: $(VENV)/.test
 	else \
 	  $(GPUSIM) -m pytest tests/gpusim/tests && $(GPUSIM) -m pytest -n auto --dist worksteal -m gpu; \
 	fi
+
+# A build of its own, which comes before the editable one in the path. Python's own objects are
+# allocated by malloc, so that they are watched, too; what Python leaves at its end is not a leak.
+# Not Triton, whose compiler is foreign code, nor what forks or spawns.
+ASAN_TESTS := $(addprefix tests/test_,update_op.py batch_norm_op.py watch.py gather.py rules.py \
+  storage.py averager.py averaged_model.py avg_fns.py applied.py hooks.py swag.py bn_lent.py)
+test-asan: $(VENV)/.test
+	rm -rf build/asan
+	PATH="$(abspath $(BIN)):$$PATH" SWA_FAST_CUDA=0 SWA_FAST_SANITIZE=address,undefined \
+	  $(BIN)/python setup.py --quiet build --build-base build/asan
+	PYTHONPATH="$$(echo $(CURDIR)/build/asan/lib.*)" PYTHONMALLOC=malloc OMP_NUM_THREADS=2 \
+	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  $(BIN)/pytest -p no:cacheprovider -k "not triton" $(ASAN_TESTS)
 
 GPUSIM_SOURCES := $(wildcard tests/gpusim/src/*.cpp tests/gpusim/src/*.h tests/gpusim/tests/ext/*)
 lint: $(VENV)/.dev

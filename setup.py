@@ -11,6 +11,7 @@ every torch from 2.11 and every CPython from 3.10.
     TORCH_CUDA_ARCH_LIST  such as "9.0" or "8.0;9.0+PTX", as PyTorch reads it. The default is for a
                           wheel that is carried elsewhere; one architecture builds much faster
     CUDA_HOME             the toolkit to use
+    SWA_FAST_SANITIZE     gcc's sanitizers for _C, such as "address,undefined" (make test-asan)
 """
 
 from __future__ import annotations
@@ -243,10 +244,17 @@ def extensions(info: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
     ]
     cxx = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", *abi, *prefix_maps]
+    link = ["-Wl,--as-needed", "-Wl,-s"] if sys.platform == "linux" else []
+    if sanitizers := os.environ.get("SWA_FAST_SANITIZE"):
+        # vptr asks for the type information of torch's classes, which stays in torch. The first
+        # finding ends the process, so that no test passes over it.
+        sanitize = [f"-fsanitize={sanitizers}", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
+        cxx += ["-O1", "-g", "-fno-omit-frame-pointer", *sanitize]
+        link = sanitize
     common: dict[str, Any] = {
         "include_dirs": ["csrc"],
         "depends": [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").glob("*.[hc]*"))],
-        "extra_link_args": ["-Wl,--as-needed", "-Wl,-s"] if sys.platform == "linux" else [],
+        "extra_link_args": link,
         "py_limited_api": True,
     }
     modules = [

@@ -573,16 +573,25 @@ void ask_for_huge_pages(const Tensor& tensor) {
 #endif
 }
 
+// Memory that another library handed to torch may begin anywhere; a float may not.
+Tensor aligned(const Tensor& tensor) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  return address % tensor.element_size() == 0 ? tensor : torch::stable::clone(tensor);
+}
+
 Tensor collect_cpu(Tensor x, std::optional<Tensor> weight, std::optional<Tensor> bias, double eps,
                    bool relu, bool normalise, Tensor batch, std::optional<Tensor> /*tickets*/) {
   const Activations shape = check_activations(x);
+  STD_TORCH_CHECK(x.is_cpu(), "batch_norm_collect.cpu: x must be on the CPU");
+  x = aligned(x);
+  if (weight) weight = aligned(*weight);
+  if (bias) bias = aligned(*bias);
   const Layer layer{check_affine(weight, x, "weight"),
                     check_affine(bias, x, "bias"),
                     eps,
                     relu,
                     exceeds_caches(x),
                     check_batch(batch, x)};
-  STD_TORCH_CHECK(x.is_cpu(), "batch_norm_collect.cpu: x must be on the CPU");
   Tensor y = normalise ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
   if (normalise) ask_for_huge_pages(y);
   dispatch_floating("batch_norm_collect", x.scalar_type(), [&](auto type) {

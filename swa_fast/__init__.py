@@ -18,7 +18,7 @@ from .avg_fns import (
 from .batch_norm import BNReport, RepairReport, repair, update_bn
 from .by_name import ByName
 from .rules import EMA, SWA, Power, Warmup, Window
-from .schedules import SWALR
+from .schedules import SWALR, DelayedSWALR
 from .swag import SWAG
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ __all__ = [
     "BNReport",
     "BackendError",
     "ByName",
+    "DelayedSWALR",
     "Power",
     "RepairReport",
     "Warmup",

@@ -6,17 +6,19 @@ import contextlib
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from . import _layout as layout
 from . import _ops
 from ._memory import distinct
 from .engine import Plan, Table, cut
 
-__all__ = ["Block", "Kept", "KeptTables", "put"]
+__all__ = ["Block", "Kept", "KeptModule", "KeptTables", "put"]
 
 # Bytes from which on larger pages are asked for: malloc maps such memory anew at every call.
 _HUGE = 1 << 25
@@ -44,6 +46,27 @@ class Kept:
     def restore(self) -> None:
         """The tensors get the copies' values."""
         self.fill(self.values)
+
+
+class KeptModule:
+    """Which tensors a module has, and copies of what they hold."""
+
+    def __init__(self, module: nn.Module) -> None:
+        found: list[dict[str, Any]] = []
+        for child in module.modules():
+            found += [child._parameters, child._buffers]
+        # Those of a scripted module only look like dictionaries, and nothing is assigned there.
+        self._dictionaries = [(d, dict(d)) for d in found if isinstance(d, dict)]
+        tensors = {id(t): t for d in found for t in d.values() if t is not None and not is_lazy(t)}
+        self._kept = Kept(list(tensors.values()))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """The module has the same tensors with the same values again."""
+        for dictionary, items in self._dictionaries:
+            dictionary.clear()
+            dictionary.update(items)
+        self._kept.restore()
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from . import _backends, _ops, sharding
 from ._applied import applied
 from ._cadence import Cadence
+from ._kept import KeptModule
 from ._memory import Slot, dense_strides
 from ._modules import check_kind, inner, is_loose, match
 from ._watch import Watch
@@ -72,7 +73,10 @@ class AveragedModel(nn.Module):
         use_buffers: average the buffers like the parameters; False copies them at every update.
         dtype: dtype of the average's floating-point parameters and buffers, such as
             ``torch.float32`` for a bfloat16 model; None keeps the model's. float32, float64,
-            bfloat16 or float16.
+            bfloat16 or float16. float64 is for long runs whose weights change little at the end:
+            float32 moves by :math:`2^{-23}` of itself or not at all. Equal weights are then off by
+            1e-5 of the weights after 1e5 updates (float64: 1e-13), and an EMA stands still within
+            :math:`2^{-24}/(1 - d)` of them: ``EMA(0.9999)`` goes 40 % of a way of 1e-3.
         backend: ``cuda``, ``triton``, ``cpu`` or ``reference``; None chooses by device. Not saved.
         unwrap: copy the model inside DataParallel, DistributedDataParallel or torch.compile
             instead of the wrapper.
@@ -459,6 +463,18 @@ class AveragedModel(nn.Module):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As ``torch.nn.Module.load_state_dict``; refused while the average is applied."""
-        self._refuse_if_applied("load_state_dict")
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        """As ``torch.nn.Module.load_state_dict``, but all of it or nothing: where torch raises with
+        a part of the tensors written, these are what they were. A copy of the average is kept for
+        the time of the call.
+
+        Raises:
+            RuntimeError: it does not fit, as torch says, or the average is applied.
+        """
+        with self._lock:
+            self._refuse_if_applied("load_state_dict")
+            kept = KeptModule(self)
+            try:
+                return super().load_state_dict(state_dict, strict=strict, assign=assign)
+            except BaseException:
+                kept.restore()
+                raise

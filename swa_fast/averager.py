@@ -62,8 +62,7 @@ class Averager(Saved, Changes, Decays, Views, Attachable):
         dtype: of the averages of floating-point tensors: float32, float64, bfloat16 or float16.
             A float64 tensor's average is float64 all the same, complex tensors keep their dtype,
             and None keeps every tensor's own. float64 is worth its memory where steps are small
-            beside the weights and updates many: in float32 an update's weight times the difference
-            is rounded away below :math:`2^{-24}` of the average.
+            beside the weights and updates many; :class:`~swa_fast.AveragedModel` has the figures.
         device: where the averages live; None keeps each beside its tensor. On the CPU, an update of
             a model on a GPU waits once, for the copy of its tensors, which takes as much pinned
             memory and up to 256 MiB of the GPU's.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _backends, _ops
+from ._graphs import keep_for_graph
 from ._memory import Slot, dense_strides
 from .engine import Engine, Plan
 from .rules import EMA, SWA, Rule, check_decay, steady_row
@@ -157,8 +158,6 @@ class _Bound:
 # By the first tensors' addresses; the tables used last come last.
 _bound: dict[tuple[object, ...], _Bound] = {}
 _MOST_BOUND = 32
-# What captured graphs read at every replay.
-_captured: list[_Bound] = []
 
 
 def _parts_of(
@@ -271,7 +270,7 @@ def multi_average_(
     while len(_bound) > _MOST_BOUND:
         _bound.pop(next(iter(_bound)), None)
     if averaged[0].is_cuda and torch.cuda.is_current_stream_capturing():
-        _captured.append(bound)
+        keep_for_graph(bound)
     bound.average(count)
     # The kernels write to addresses: without this, autograd would not notice that a tensor it saved
     # for backward has changed.

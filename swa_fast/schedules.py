@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import SWALR
 
 __all__ = [
     "SWALR",
+    "DelayedSWALR",
     "budget_epoch",
     "cosine_cycle_lr",
     "cosine_lr",
@@ -19,6 +24,131 @@ __all__ = [
     "paper_swa_lr",
     "step_lr",
 ]
+
+
+class DelayedSWALR(LRScheduler):
+    r"""Leaves the rates alone until its call number ``start``, then moves each parameter group's
+    from what it is then to ``swa_lr``, where it stays.
+
+    .. math::
+        \text{rate}(e) = r_0 + \alpha(t)\,(r_\text{swa} - r_0), \qquad
+        t = \min\left(1, \frac{e - \text{start} + 1}{\text{anneal\_epochs}}\right), \qquad
+        \alpha(t) = \begin{cases} (1 - \cos \pi t)/2 & \text{cos} \\ t & \text{linear}
+        \end{cases}
+
+    after the e-th call of ``step``, :math:`e \ge \text{start}`, with the group's rate :math:`r_0`
+    before call ``start``. As the rate goes by :math:`e` alone, it may be called at every epoch
+    after another schedule, which it overrules from ``start`` on. torch's
+    :class:`~torch.optim.swa_utils.SWALR`, which goes from the last rate to the next, writes one as
+    soon as it is made (with ``anneal_epochs=0``), fails when a group is added later, and begins
+    anew from ``last_epoch``.
+
+    Args:
+        optimizer: whose groups' ``lr`` is written.
+        swa_lr: the last rate: of all groups, also of those added later, or one for each. A group
+            added later may bring its own as ``swa_lr``, and has to beside a list.
+        start: the first call that writes. 1, torch's way, is for a schedule that is called from
+            the start of the averaging phase only; :func:`first_capture` says when that is.
+        anneal_epochs: calls until ``swa_lr`` is reached; 0 and 1 reach it at once.
+        anneal_strategy: ``cos`` or ``linear``.
+        last_epoch: calls made in the run that goes on, or -1. It needs the optimiser's state to be
+            loaded before. As with torch's schedules, being made counts as the next call.
+
+    :math:`r_0` is in ``state_dict()`` and, for ``last_epoch``, in each group as ``swa_from_lr``. Of
+    a group that is added after ``start`` it is the rate at the call that first finds the group.
+
+    Raises:
+        ValueError: an argument outside its range, a rate that is missing for a group (nothing is
+            written then), or ``last_epoch`` amid the annealing without the optimiser's state.
+
+    Source: the schedule of Izmailov et al., UAI 2018, arXiv 1803.05407, with torch's annealing.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        swa_lr: float | Sequence[float],
+        *,
+        start: int = 1,
+        anneal_epochs: int = 10,
+        anneal_strategy: str = "cos",
+        last_epoch: int = -1,
+    ) -> None:
+        for name, value, least in (("start", start, 1), ("anneal_epochs", anneal_epochs, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}: expected an integer of at least {least}, found {value}")
+        if anneal_strategy not in ("cos", "linear"):
+            raise ValueError(
+                f"anneal_strategy: expected 'cos' or 'linear', found {anneal_strategy!r}"
+            )
+        listed = isinstance(swa_lr, Sequence)
+        rates = [float(rate) for rate in swa_lr] if isinstance(swa_lr, Sequence) else [swa_lr]
+        for rate in rates:
+            if not 0 <= rate < math.inf:
+                raise ValueError(f"swa_lr: expected a number of 0 or more, found {rate}")
+        groups = optimizer.param_groups
+        if listed and len(rates) != len(groups):
+            raise ValueError(
+                f"swa_lr: expected one rate or one for each of {len(groups)} groups, found "
+                f"{len(rates)}"
+            )
+        self.swa_lr: float | list[float] = rates if listed else rates[0]
+        self.start, self.anneal_epochs = start, anneal_epochs
+        self.anneal_strategy = anneal_strategy
+        # For each group: the last rate that it brought itself, and the rate at the start.
+        self._own: list[float | None] = [None] * len(groups)
+        self._from: list[float] = []
+        if last_epoch >= 0 and not listed:
+            self._own = [group.get("swa_lr") for group in groups]
+        if last_epoch >= 0:
+            self._from = [group["swa_from_lr"] for group in groups if "swa_from_lr" in group]
+            if not self._from and last_epoch >= start and self._share(last_epoch) < 1:
+                raise ValueError(
+                    f"last_epoch: {last_epoch} is amid the annealing; load the optimizer's state "
+                    "first, which says from which rate (swa_from_lr in each group)"
+                )
+            for group in groups:  # torch wants it, also of those added after schedules were made
+                group.setdefault("initial_lr", group["lr"])
+        super().__init__(optimizer, last_epoch)
+
+    def _share(self, epoch: int) -> float:
+        """How much of the way is gone after this call."""
+        t = min(1.0, (epoch - self.start + 1) / max(1, self.anneal_epochs))
+        return (1.0 - math.cos(math.pi * t)) / 2.0 if self.anneal_strategy == "cos" else t
+
+    def _last_rate(self, index: int) -> float:
+        own = self._own[index]
+        if own is not None:
+            return own
+        if isinstance(self.swa_lr, float | int):
+            return self.swa_lr
+        if index < len(self.swa_lr):
+            return self.swa_lr[index]
+        raise ValueError(
+            f"swa_lr: found {len(self.swa_lr)} rates, none for group {index}, which was added "
+            "later; add it with its own 'swa_lr'"
+        )
+
+    def get_lr(self) -> list[float | Tensor]:
+        """The groups' rates after this call; ``get_last_lr`` has the present ones."""
+        groups = self.optimizer.param_groups
+        self._own += [group.get("swa_lr") for group in groups[len(self._own) :]]
+        for group, own in zip(groups, self._own, strict=False) if self.last_epoch > 0 else ():
+            # What an earlier schedule left there is not taken for a group's own by the next.
+            group.pop("swa_lr", None)
+            if own is not None:
+                group["swa_lr"] = own
+        if self.last_epoch < self.start:
+            return [group["lr"] for group in groups]
+        last = [self._last_rate(i) for i in range(len(groups))]
+        self._from += [float(group["lr"]) for group in groups[len(self._from) :]]
+        for group, rate in zip(groups, self._from, strict=False):
+            group["swa_from_lr"] = rate
+        share = self._share(self.last_epoch)
+        return [
+            swa_lr if share == 1 else rate + share * (swa_lr - rate)
+            for rate, swa_lr in zip(self._from, last, strict=False)
+        ]
 
 
 def paper_lr(epoch: float, *, lr: float, total: float, final_lr: float) -> float:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ._cadence import Gate, Place
+from ._graphs import keep_for_graph
 from ._memory import Slot, allocate, averages_in, tensors_in
 from ._modules import check_kind
 from ._watch import Place as WatchedPlace
@@ -25,10 +26,6 @@ if TYPE_CHECKING:
     from ._overlap import Overlap
 
 __all__ = ["Averages", "FlatMemory", "SeparateMemory", "Storage"]
-
-# What captured graphs read at every replay, for as long as the process lives: a graph does not say
-# when it is gone.
-_captured: list[object] = []
 
 
 class SeparateMemory:
@@ -272,7 +269,7 @@ class Storage:
         """
         for slot, tensor in zip(self.slots, live, strict=True):
             check_kind(slot.name, tensor)
-        self._find_averages()
+        self.find_averages()
         plans = [part.engine.plan(part.of(live)) for part in self.parts]
         watched = list(live)
         if self.given_away:
@@ -290,7 +287,7 @@ class Storage:
         alone = plan.direct and not plan.means and not engine.functions and len(plan.update) > 0
         return (engine, plan) if alone and counts and engine.device.type == "cpu" else None
 
-    def _find_averages(self) -> None:
+    def find_averages(self) -> None:
         """Looks where the averages lie now, if they may have been moved.
 
         Raises:
@@ -377,7 +374,7 @@ class Storage:
     ) -> None:
         for part, plan in zip(self.parts, plans, strict=True):
             if part.engine.capturing():
-                _captured.append((part.engine, plan, self.memory))
+                keep_for_graph(part.engine, plan, self.memory, self.counter, gate)
         # Before the rest, because torch may find that it cannot.
         for row in self.loose:
             for own, live in zip(row, loose_live, strict=True):

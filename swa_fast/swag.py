@@ -128,8 +128,10 @@ class SWAG:
             slots.append(Slot(names[i], True, dtype, tuple(tensor.shape), dense_strides(tensor)))
         where = device_of(device)
         rows = _DEVIATIONS + k + 1
-        memory = FlatMemory(slots, [where or tensor.device for tensor in tensors], rows)
-        self._storage = Storage(slots, memory, [[SWA()] * rows], backend=backend, engine=_Engine)
+        # Samples are drawn here, from the rows side by side.
+        self._flat = FlatMemory(slots, [where or tensor.device for tensor in tensors], rows)
+        rules = [[SWA()] * rows]
+        self._storage = Storage(slots, self._flat, rules, backend=backend, engine=_Engine)
         self._watched(tensors)
 
     @property
@@ -201,7 +203,9 @@ class SWAG:
 
     @property
     def mean(self) -> dict[str, Tensor]:
-        """The mean by the parameters' names, as the row itself and no copy."""
+        """The mean by the parameters' names: the row itself, not a copy. It may be moved to shared
+        memory, say, and is then followed."""
+        self._storage.give_away()
         return self._row(_MEAN)
 
     def variance(self) -> dict[str, Tensor]:
@@ -211,7 +215,7 @@ class SWAG:
 
     def sq_mean(self) -> dict[str, Tensor]:
         """The mean of the squares, :math:`\\mu^2 + \\sigma^2`, which other implementations keep."""
-        mean = self.mean
+        mean = self._row(_MEAN)
         return {name: mean[name].square() + v for name, v in self.variance().items()}
 
     def deviations(self) -> dict[str, Tensor]:
@@ -225,6 +229,23 @@ class SWAG:
             for name, at in self._aliases.items()
         }
 
+    def _side_by_side(self) -> None:
+        """Takes the rows that a user has moved into the memory of all for a sample.
+
+        Raises:
+            ValueError: one of them was changed to something else.
+        """
+        storage = self._storage
+        if not storage.given_away:
+            return
+        storage.find_averages()
+        for row, places in zip(
+            storage.averages, self._flat.averages(self._flat.tensors), strict=True
+        ):
+            for tensor, place in zip(row, places, strict=True):
+                if tensor.data_ptr() != place.data_ptr():
+                    place.copy_(tensor)
+
     @torch.no_grad()
     def _draw(self, scale: float, seed: int) -> None:
         """Draws a sample into its row."""
@@ -234,13 +255,14 @@ class SWAG:
         n = self.n_averaged
         if n < 2:
             raise RuntimeError(f"sample: expected at least 2 iterates, found {n}")
+        self._side_by_side()
         columns = min(n, self.k)
         # The same on all devices, because rows on several hold one sample.
         z2 = torch.randn(
             columns, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
         )
         z2 *= math.sqrt(scale / (columns - 1))
-        for index, memory in enumerate(self._storage.memory.tensors):
+        for index, memory in enumerate(self._flat.tensors):
             generator = torch.Generator(memory.device).manual_seed(seed + (index + 1 << 32))
             weights = z2.to(memory.device, memory.dtype)
             for chunk in memory.split(_CHUNK, dim=1):
@@ -282,8 +304,13 @@ class SWAG:
         return applied(self._storage.lock, prepare, lambda: (self._current(), []), dict, True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that an exact continuation needs; plain values and tensors."""
+        """Everything that an exact continuation needs; plain values and tensors. The tensors are
+        the rows, not copies: ``copy.deepcopy`` keeps a state in memory."""
         self._refuse_if_sampled("state_dict")
+        self._storage.give_away()
+        return self._state()
+
+    def _state(self) -> dict[str, Any]:
         rows = {"mean": self._row(_MEAN), "squares": self._row(_SQUARES)}
         rows |= {f"deviation[{i}]": self._row(_DEVIATIONS + i) for i in range(self.k)}
         return {"format": 1, "k": self.k, "n_averaged": self.n_averaged, "rows": rows}
@@ -297,7 +324,7 @@ class SWAG:
             ValueError: it does not fit; nothing is changed then.
         """
         self._refuse_if_sampled("load_state_dict")
-        own = self.state_dict()
+        own = self._state()
         keys = [key for key in own if key not in state_dict]
         if keys or state_dict["format"] != 1 or state_dict["k"] != self.k:
             raise ValueError(

@@ -10,6 +10,7 @@ import pickle
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -465,6 +466,62 @@ def test_parts_are_saved_and_shared_as_what_they_are(tmp_path: Path) -> None:
     averaged.share_memory()
     averaged.update_parameters(model)
     assert all(t.is_shared() for t in averaged.parameters())
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("how", ["shape", "missing", "unexpected", "hook", "interrupted", "extra"])
+def test_a_load_that_fails_changes_nothing(how: str, assign: bool) -> None:
+    class Counts(nn.BatchNorm1d):
+        def get_extra_state(self) -> int:
+            return 1
+
+        def set_extra_state(self, state: int) -> None:
+            if state != 1:
+                raise ValueError("no such state")
+
+    model = conv_net()
+    model.append(Counts(2))
+    model.append(nn.Linear(2, 2))
+    averaged = swa_fast.AveragedModel(model)
+    averaged.update_parameters(model)
+    objects = dict(itertools.chain(averaged.named_parameters(), averaged.named_buffers()))
+    before = {name: tensor.detach().clone() for name, tensor in objects.items()}
+    state: dict[str, Any] = {
+        name: tensor + 1 if isinstance(tensor, Tensor) else tensor
+        for name, tensor in averaged.state_dict().items()
+    }
+    last = "module.9.bias"
+    error: type[BaseException] = RuntimeError
+    handle = None
+    if how == "shape":
+        state[last] = torch.zeros(3)
+    elif how == "missing":
+        del state[last]
+    elif how == "unexpected":
+        state["module.other"] = torch.zeros(3)
+    elif how == "extra":
+        error = ValueError
+        state[next(name for name in state if "extra" in name)] = 2
+    else:
+        error = KeyboardInterrupt if how == "interrupted" else AssertionError
+
+        def fail(*_: object) -> None:
+            raise error
+
+        handle = averaged.module[-1].register_load_state_dict_post_hook(fail)
+    with pytest.raises(error):
+        averaged.load_state_dict(state, assign=assign)
+    after = dict(itertools.chain(averaged.named_parameters(), averaged.named_buffers()))
+    assert list(after) == list(objects)
+    for name, tensor in after.items():
+        assert tensor is objects[name], name
+        assert torch.equal(tensor, before[name]), name
+    averaged.update_parameters(model)
+    assert averaged.n_averaged == 2
+    if handle is not None:
+        handle.remove()
+        averaged.load_state_dict(state, assign=assign)
+        assert averaged.n_averaged == 2 and torch.equal(averaged.module[9].bias, state[last])
 
 
 @pytest.mark.parametrize("use_buffers", [False, True])

@@ -6,6 +6,7 @@ import copy
 import gc
 import itertools
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -559,6 +560,46 @@ def test_captured_graph_replays_right(backend: str, warm: bool) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["Averager", "AveragedModel", "SWAG"])
+def test_a_graph_keeps_what_it_reads_and_no_longer(kind: str) -> None:
+    def captured() -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+        """A graph whose model and averages nobody else holds, and what it reads."""
+        model = nn.Linear(130, 31).to("cuda")
+        averager: Any
+        if kind == "AveragedModel":
+            averager = swa_fast.AveragedModel(model)
+            update, row = lambda: averager.update_parameters(model), averager.module.weight
+        elif kind == "Averager":
+            averager = Averager(model, {"swa": SWA()})
+            update, row = averager.update, averager.averages["swa"]["weight"]
+        else:
+            averager = swa_fast.SWAG(model, 2)
+            update, row = averager.update, averager._storage.averages[0][0]
+        update()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            update()
+        return graph, [model.weight, row]
+
+    graph, tensors = captured()
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    storages = [weakref.ref(tensor.untyped_storage()) for tensor in tensors]
+    del tensors
+    gc.collect()
+    # Memory for others, if it were not kept.
+    others = [torch.full((31, 130), -1.0, device="cuda") for _ in range(8)]
+    graph.replay()
+    assert all(bool((other == -1).all()) for other in others)
+    assert not {other.data_ptr() for other in others} & set(addresses)
+    if not hasattr(torch.cuda.CUDAGraph, "get_currently_capturing_graph"):
+        return  # kept for good
+    assert all(storage() is not None for storage in storages)
+    del graph
+    gc.collect()
+    assert [storage() for storage in storages] == [None, None]
+
+
+@pytest.mark.gpu
 def test_capture_without_a_table_is_refused() -> None:
     model = nn.Linear(3, 2).to("cuda")
     averager = Averager(model, {"swa": SWA()})
@@ -593,3 +634,43 @@ def test_autograd_notices_an_update() -> None:
     averager.update()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
+
+
+@pytest.mark.parametrize("of_model", [False, True], ids=["Averager", "AveragedModel"])
+def test_float64_averages_keep_the_digits_of_long_runs(of_model: bool) -> None:
+    model = nn.Linear(7, 9, bias=False)
+    draw = torch.Generator().manual_seed(0)
+
+    def average(rule: SWA | EMA, dtype: torch.dtype) -> tuple[Any, Any]:
+        if of_model:
+            averaged = swa_fast.AveragedModel(model, rule=rule, dtype=dtype)
+            return lambda: averaged.update_parameters(model), averaged.module.weight
+        averager = Averager(model, {"a": rule}, dtype=dtype)
+        return averager.update, averager.averages["a"]["weight"]
+
+    both = (torch.float32, torch.float64)
+    # A mean of noisy weights. The bound is torch's own in float64: one rounding an update at worst.
+    averages, exact, updates = [average(SWA(), dtype) for dtype in both], 0, 5000
+    for _ in range(updates):
+        with torch.no_grad():
+            model.weight.normal_(1, 0.01, generator=draw)
+        exact += extended(model.weight) / np.longdouble(updates)
+        for update, _ in averages:
+            update()
+    narrow, wide = (float(np.abs(extended(a) - exact).max()) for _, a in averages)
+    assert wide < 5e-14
+    assert narrow > 1e-7
+    # Weights that changed by a thousandth: where the average stands still in float32.
+    with torch.no_grad():
+        model.weight.fill_(1)
+    averages = [average(EMA(0.9999), dtype) for dtype in both]
+    for update, _ in averages:
+        update()
+    with torch.no_grad():
+        model.weight.fill_(1.001)
+    for _ in range(updates := 10_000):
+        for update, _ in averages:
+            update()
+    narrow, wide = (float((a.detach().double() - 1).mean() / 1e-3) for _, a in averages)
+    assert wide == pytest.approx(1 - 0.9999**updates, rel=1e-4)  # 1.001 is rounded
+    assert narrow < 0.41  # 63 % would be right

@@ -246,6 +246,26 @@ def test_unaligned_bases(backend: str, device: str, layout: str) -> None:
             check(y, x, None, None, False, f"{shape} {dtype}")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_memory_that_begins_anywhere(layout: str, dtype: torch.dtype) -> None:
+    """Between two addresses of the dtype, as tensors over another library's memory may: what is
+    undefined in C++ is for the sanitizers to see (make test-asan)."""
+    need("cpu", "cpu")
+
+    def odd(values: Tensor) -> Tensor:
+        memory = bytearray(values.numel() * values.element_size() + 1)
+        flat = torch.frombuffer(memory, dtype=values.dtype, offset=1)
+        return flat.as_strided(values.shape, values.stride()).copy_(values)
+
+    x = LAYOUTS[layout](make((3, 14, 5, 2), dtype))
+    weight, bias = affine(14, dtype)
+    expected, expected_batch = run(x, "cpu", "cpu", weight, bias)
+    assert odd(x).data_ptr() % x.element_size() == 1
+    y, batch = run(odd(x), "cpu", "cpu", odd(weight), odd(bias))
+    assert torch.equal(y, expected) and torch.equal(batch, expected_batch)
+
+
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
 def test_other_strides_go_through_a_copy(backend: str, device: str) -> None:
     need(backend, device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -10,9 +12,12 @@ import pytest
 import torch.optim.swa_utils
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
+from torch.optim import SGD, Optimizer
 
 import swa_fast
 from swa_fast.schedules import (
+    DelayedSWALR,
     cosine_cycle_lr,
     cosine_lr,
     cyclic_lr,
@@ -258,3 +263,163 @@ def test_bad_arguments_of_other_schedules(
 
 def test_swalr_is_torchs() -> None:
     assert swa_fast.SWALR is torch.optim.swa_utils.SWALR
+
+
+def sgd(*rates: float, tensor: bool = False) -> SGD:
+    """One parameter group for each rate."""
+    return SGD(
+        [
+            {"params": [nn.Parameter(torch.ones(1))], "lr": torch.tensor(r) if tensor else r}
+            for r in rates
+        ]
+    )
+
+
+def rates_of(optimizer: Optimizer) -> list[float]:
+    return [float(group["lr"]) for group in optimizer.param_groups]
+
+
+def go(optimizer: Optimizer, *schedules: torch.optim.lr_scheduler.LRScheduler) -> list[float]:
+    """One epoch; the rates after it."""
+    optimizer.step()
+    for schedule in schedules:
+        schedule.step()
+    return rates_of(optimizer)
+
+
+@pytest.mark.parametrize("strategy", ["cos", "linear"])
+@pytest.mark.parametrize("epochs", [1, 3, 10])
+def test_delayed_goes_as_torchs_once_it_goes(strategy: str, epochs: int) -> None:
+    ours, theirs = sgd(0.1, 0.3), sgd(0.1, 0.3)
+    arguments = {"anneal_epochs": epochs, "anneal_strategy": strategy}
+    ours_at, theirs_at = DelayedSWALR(ours, 0.05, **arguments), None
+    theirs_at = swa_fast.SWALR(theirs, 0.05, **arguments)
+    for _ in range(epochs + 2):
+        assert go(ours, ours_at) == pytest.approx(go(theirs, theirs_at), rel=1e-12)
+    assert rates_of(ours) == [0.05, 0.05]  # exactly, where torch's comes close
+
+
+@pytest.mark.parametrize("epochs", [0, 1, 5])
+def test_delayed_leaves_rates_alone_before_it_starts(epochs: int) -> None:
+    optimizer, alone = sgd(0.1, 0.3), sgd(0.1, 0.3)
+    step = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    other = torch.optim.lr_scheduler.ExponentialLR(alone, 0.9)
+    delayed = DelayedSWALR(optimizer, [0.01, 0.02], start=4, anneal_epochs=epochs)
+    assert rates_of(optimizer) == [0.1, 0.3]
+    for _ in range(3):
+        assert go(optimizer, step, delayed) == go(alone, other)
+    start = go(alone, other)
+    seen = [go(optimizer, step, delayed) for _ in range(epochs + 2)]
+    alpha = [min(1, (1 - math.cos(math.pi * min(1, (k + 1) / max(1, epochs)))) / 2)
+             for k in range(epochs + 2)]  # fmt: skip
+    expected = [[r + a * (s - r) for r, s in zip(start, (0.01, 0.02), strict=True)] for a in alpha]
+    for found, right in zip(seen, expected, strict=True):
+        assert found == pytest.approx(right, rel=1e-12)
+    assert seen[-1] == [0.01, 0.02]
+
+
+def test_delayed_takes_groups_that_are_added_later() -> None:
+    optimizer = sgd(0.1)
+    delayed = DelayedSWALR(optimizer, 0.05, start=2, anneal_epochs=4, anneal_strategy="linear")
+    go(optimizer, delayed)
+    new = {"params": [nn.Parameter(torch.ones(1))], "lr": 0.4}
+    optimizer.add_param_group(new)
+    assert go(optimizer, delayed) == pytest.approx([0.0875, 0.3125])
+    own = {"params": [nn.Parameter(torch.ones(1))], "lr": 0.2, "swa_lr": 0.1}
+    optimizer.add_param_group(own)
+    assert go(optimizer, delayed) == pytest.approx([0.075, 0.225, 0.15])
+    go(optimizer, delayed)
+    assert go(optimizer, delayed) == [0.05, 0.05, 0.1]
+    assert delayed.get_last_lr() == [0.05, 0.05, 0.1]
+
+
+def test_delayed_wants_a_rate_for_each_group() -> None:
+    optimizer = sgd(0.1)
+    delayed = DelayedSWALR(optimizer, [0.05], anneal_epochs=4)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 0.4})
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"^swa_lr: found 1 rates, none for group 1"):
+        delayed.step()
+    assert rates_of(optimizer) == [0.1, 0.4]
+    optimizer = sgd(0.1)
+    optimizer.param_groups[0]["swa_lr"] = 0.5  # left behind by an earlier schedule
+    delayed = DelayedSWALR(optimizer, 0.05, anneal_epochs=1)
+    assert go(optimizer, delayed) == [0.05]
+
+
+@pytest.mark.parametrize("way", ["last_epoch", "state, optimizer first", "state, schedule first"])
+@pytest.mark.parametrize("stop", [1, 2, 3, 4, 6, 9])
+def test_delayed_goes_on(way: str, stop: int) -> None:
+    def added(optimizer: Optimizer) -> None:
+        optimizer.add_param_group(
+            {"params": [nn.Parameter(torch.ones(1))], "lr": 0.2, "swa_lr": 0.02}
+        )
+
+    options = {"start": 3, "anneal_epochs": 5}
+    whole = sgd(0.1)
+    schedule = DelayedSWALR(whole, 0.05, **options)
+    expected = []
+    for epoch in range(10):
+        expected.append(go(whole, schedule))
+        if epoch == 3:
+            added(whole)
+        if epoch + 1 == stop:
+            states = copy.deepcopy((whole.state_dict(), schedule.state_dict()))
+    again = sgd(0.1)
+    if stop > 3:
+        added(again)
+    if way == "last_epoch":
+        again.load_state_dict(states[0])
+        # Being made is the next call, as for torch's schedules.
+        schedule = DelayedSWALR(again, 0.05, **options, last_epoch=stop)
+        found = [rates_of(again)]
+    else:
+        if way == "state, optimizer first":
+            again.load_state_dict(states[0])
+        schedule = DelayedSWALR(again, 0.05, **options)
+        if way == "state, schedule first":
+            again.load_state_dict(states[0])
+        schedule.load_state_dict(states[1])
+        found = [go(again, schedule)]
+    while len(found) < 10 - stop:
+        if stop + len(found) == 4:
+            added(again)
+        found.append(go(again, schedule))
+    assert found == expected[stop:]
+
+
+def test_delayed_does_not_guess_where_it_began() -> None:
+    optimizer = sgd(0.1)
+    with pytest.raises(ValueError, match=r"^last_epoch: 5 is amid the annealing; load the opt"):
+        DelayedSWALR(optimizer, 0.05, start=3, anneal_epochs=5, last_epoch=5)
+    assert rates_of(optimizer) == [0.1]
+    DelayedSWALR(optimizer, 0.05, start=3, anneal_epochs=5, last_epoch=7)  # it has arrived
+    assert rates_of(optimizer) == [0.05]
+
+
+def test_delayed_writes_rates_that_are_tensors_in_place() -> None:
+    optimizer = sgd(0.1, tensor=True)
+    rate = optimizer.param_groups[0]["lr"]
+    delayed = DelayedSWALR(optimizer, 0.05, start=2, anneal_epochs=2, anneal_strategy="linear")
+    assert go(optimizer, delayed) == pytest.approx([0.1])
+    assert go(optimizer, delayed) == pytest.approx([0.075])
+    assert optimizer.param_groups[0]["lr"] is rate
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ({"start": 0}, "start"),
+        ({"start": 1.5}, "start"),
+        ({"anneal_epochs": -1}, "anneal_epochs"),
+        ({"anneal_strategy": "exp"}, "anneal_strategy"),
+        ({"swa_lr": -0.1}, "swa_lr"),
+        ({"swa_lr": float("nan")}, "swa_lr"),
+        ({"swa_lr": [0.1, 0.2]}, "swa_lr"),
+    ],
+)
+def test_bad_arguments_of_the_delayed_schedule(arguments: dict[str, Any], name: str) -> None:
+    optimizer = sgd(0.1)
+    with pytest.raises(ValueError, match=f"^{name}: expected .* found"):
+        DelayedSWALR(optimizer, **{"swa_lr": 0.05, **arguments})
+    assert optimizer.param_groups[0].keys() == sgd(0.1).param_groups[0].keys()

@@ -342,25 +342,6 @@ def test_equal_weights_that_would_stand_still(caplog: pytest.LogCaptureFixture) 
     assert "stand still, from some 2048 updates" in caplog.text
 
 
-def test_fp64_averages_keep_the_digits_of_long_runs() -> None:
-    """An EMA of 0.9999 whose steps are a thousandth of the weight: fp32 goes part of the way."""
-    model = nn.Linear(1, 1, bias=False)
-    averagers = [
-        Averager(model, {"e": EMA(0.9999)}, dtype=t) for t in (torch.float32, torch.float64)
-    ]
-    fill(model, 1)
-    for averager in averagers:
-        averager.update()
-    fill(model, 1.001)
-    n = 2000
-    for _ in range(n):
-        for averager in averagers:
-            averager.update()
-    expected = 1 + (float(model.weight.detach()) - 1) * (1 - 0.9999**n)
-    errors = [abs(a.averages["e"]["weight"].item() - expected) / 0.001 for a in averagers]
-    assert errors[1] < 1e-7 < 1e-3 < errors[0]
-
-
 def test_a_module_or_its_dictionaries_replaced() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
     averager, averaged = Averager(model, {"s": SWA()}), AveragedModel(model)

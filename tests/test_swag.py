@@ -205,6 +205,60 @@ def test_replaced_parameters_are_followed() -> None:
     assert swag.n_averaged == 2
 
 
+def moves() -> dict[str, Callable[[Tensor], object]]:
+    def data(t: Tensor) -> None:
+        t.data = t.data.clone()
+
+    return {
+        "share_memory_": lambda t: t.share_memory_(),
+        "set_": lambda t: t.set_(t.clone()),
+        "data": data,
+        "swapped": lambda t: torch.utils.swap_tensors(t, t.clone()),
+        "retyped": lambda t: setattr(t, "data", t.data.half()),
+        "reshaped": lambda t: setattr(t, "data", t.data.view(16)),
+    }
+
+
+@pytest.mark.parametrize("change", list(moves()))
+@pytest.mark.parametrize("seen", ["mean", "state_dict"])
+def test_rows_that_move_are_followed_or_refused(seen: str, change: str) -> None:
+    weights = [torch.randn(4, 4) for _ in range(2)]
+    moved, plain = (SWAG([("w", weight)], k=2) for weight in weights)
+
+    def update() -> None:
+        values = torch.randn(4, 4)
+        for weight, swag in zip(weights, (moved, plain), strict=True):
+            weight.copy_(values)
+            swag.update()
+
+    for _ in range(2):
+        update()
+    rows = [moved.mean["w"]]
+    if seen == "state_dict":
+        rows = [tensors["w"] for tensors in moved.state_dict()["rows"].values()]
+    for row in rows:
+        moves()[change](row)
+    if change in ("retyped", "reshaped"):
+        for call in (moved.update, lambda: moved.sample(seed=0)):
+            with pytest.raises(ValueError, match="the average of w: "):
+                call()
+        return
+    assert torch.equal(moved.sample(seed=3)["w"], plain.sample(seed=3)["w"])
+    for _ in range(3):
+        update()
+    for found, expected in zip(moved.state_dict()["rows"].values(),
+                               plain.state_dict()["rows"].values(), strict=True):  # fmt: skip
+        assert torch.equal(found["w"], expected["w"])
+    assert torch.equal(moved.mean["w"], plain.mean["w"])
+    assert torch.equal(moved.sample(seed=4)["w"], plain.sample(seed=4)["w"])
+    with moved.sampled(seed=4):
+        assert torch.equal(weights[0], plain.sample(seed=4)["w"])
+    assert torch.equal(weights[0], weights[1])
+    moved.load_state_dict(plain.state_dict())
+    update()
+    assert torch.equal(moved.mean["w"], plain.mean["w"])
+
+
 def test_follows_an_optimiser() -> None:
     model = nn.Linear(3, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import math
@@ -29,8 +30,10 @@ from swa_fast.train.models import (
     build_model,
     forward_macs,
     load_pretrained,
+    residual,
+    shake_shake,
 )
-from swa_fast.train.models.layers import Projection
+from swa_fast.train.models.layers import Projection, add_
 from swa_fast.train.models.shake_shake import shake
 
 # Widths at which all networks are small.
@@ -201,6 +204,54 @@ def test_forward_and_backward(name: str, amp: bool) -> None:
     # Only what is behind a dead ReLU or a dropped-out unit may be without a gradient.
     weights = [p for p in model.parameters() if p.dim() == 4]
     assert all(p.grad is not None and p.grad.any() for p in weights)
+
+
+@pytest.mark.parametrize("amp", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: PreResNet(20, width=4),
+        lambda: PreResNet(56, width=4),
+        lambda: WideResNet(10, width=4),
+        lambda: PyramidNet(11, width=8),
+        lambda: ShakeShake(8, width=4),
+    ],
+    ids=["basic", "bottleneck", "wide", "pyramid", "shake"],
+)
+def test_sums_in_place_change_no_bit(
+    build: Callable[[], nn.Module],
+    memory_format: torch.memory_format,
+    amp: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    added: list[bool] = []
+
+    def in_place(y: Tensor, x: Tensor) -> Tensor:
+        out = add_(y, x)
+        added.append(out is y)
+        return out
+
+    model = build().to(memory_format=memory_format)
+    images = torch.randn(3, 3, 8, 8).to(memory_format=memory_format)
+    results = []
+    for add in (in_place, torch.add):
+        monkeypatch.setattr(residual, "add_", add)
+        monkeypatch.setattr(shake_shake, "add_", add)
+        torch.manual_seed(1)
+        each = copy.deepcopy(model)
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            logits = each(images)
+        logits.float().square().sum().backward()
+        results.append([logits, *each.buffers(), *(p.grad for p in each.parameters())])
+    assert added and all(added)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_sum_of_another_dtype_is_another_tensor() -> None:
+    y, x = torch.ones(2, dtype=torch.bfloat16), torch.full((2,), 2.0**-20)
+    assert torch.equal(add_(y, x), y + x) and add_(y, x).dtype is torch.float32
+    assert y.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("name", ["vgg16-bn", *DEEP])

@@ -8,13 +8,14 @@ import pytest
 import torch
 from helpers import (
     BACKENDS,
+    DTYPES,
     need,
     raw_arguments,
     step,
 )
 from torch import Tensor, nn
 
-from swa_fast import EMA, SWA, Averager, reference
+from swa_fast import EMA, SWA, Averager, Window, reference
 
 backends = pytest.mark.parametrize("backend, device", BACKENDS)
 
@@ -125,6 +126,32 @@ def test_stochastic_rounding_of_special_values(backend: str, device: str) -> Non
     exact = expected.bfloat16().float() == expected
     assert torch.equal(found[exact], expected[exact])
     assert found[4].isnan()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sources_that_begin_anywhere(dtype: torch.dtype) -> None:
+    """Between two addresses of the dtype, as tensors over another library's memory may: what is
+    undefined in C++ is for the sanitizers to see (make test-asan)."""
+    need("cpu", "cpu")
+
+    def odd(n: int) -> Tensor:
+        return torch.frombuffer(bytearray(n * dtype.itemsize + 1), dtype=dtype, offset=1)
+
+    sources = [odd(n) for n in (1, 7, 33, 4099)]
+    plain = [source.clone() for source in sources]
+    assert sources[0].data_ptr() % dtype.itemsize == 1
+    rules = {"ema": EMA(0.5), "window": Window(2)}
+    averages = [Averager(s, rules, backend="cpu", dtype=dtype) for s in (sources, plain)]
+    for _ in range(3):
+        for source, same in zip(sources, plain, strict=True):
+            same.copy_(source.copy_(torch.randn(source.shape, dtype=torch.float64).to(dtype)))
+        for averager in averages:
+            averager.update()
+    found, expected = (averager.averages["ema"] for averager in averages)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    with averages[0].applied("ema"):
+        assert all(torch.equal(s, expected[str(i)]) for i, s in enumerate(sources))
+    assert all(torch.equal(s, p) for s, p in zip(sources, plain, strict=True))
 
 
 @backends

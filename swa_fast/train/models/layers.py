@@ -25,6 +25,13 @@ class Projection(nn.Conv2d):
         return super().forward(x[:, :, :: self.step, :: self.step])
 
 
+def add_(y: Tensor, x: Tensor) -> Tensor:
+    """y + x in the memory of ``y``, which nobody may need any more: no layer's backward pass does,
+    of a convolution or a BatchNorm that has just made it. Memory for every sum takes longer than
+    summing. Where the sum has another dtype than ``y``, it is another tensor, as it has to be."""
+    return y.add_(x) if y.dtype == x.dtype else y + x
+
+
 def check_sizes(**sizes: int) -> None:
     """Raises ValueError, which names the argument, for a size below 1."""
     for name, value in sizes.items():

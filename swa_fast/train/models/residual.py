@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Projection, blocks_per_stage, check_sizes, he_init, pixel_mean
+from .layers import Projection, add_, blocks_per_stage, check_sizes, he_init, pixel_mean
 
 # From this depth on the residual blocks of PreResNet are bottlenecks, as in the authors' code.
 _BOTTLENECK_DEPTH = 44
@@ -92,8 +92,7 @@ class _Block(nn.Module):
         for number in range(1, self.depth + 1):
             norm, conv = getattr(self, f"bn{number}"), getattr(self, f"conv{number}")
             y = conv(F.relu(norm(y), inplace=True))
-        out: Tensor = y + self.downsample(x)
-        return out
+        return add_(y, self.downsample(x))
 
 
 def _basic(channels: int, planes: int, stride: int) -> _Block:
@@ -189,8 +188,7 @@ class _PyramidBlock(nn.Module):
         if self.stride == 2:
             # Sides are rounded up, as by the strided convolution.
             x = F.avg_pool2d(x, 2, ceil_mode=True)
-        out: Tensor = y + F.pad(x, (0, 0, 0, 0, 0, y.shape[1] - x.shape[1]))
-        return out
+        return add_(y, F.pad(x, (0, 0, 0, 0, 0, y.shape[1] - x.shape[1])))
 
 
 class PyramidNet(ResidualNet):

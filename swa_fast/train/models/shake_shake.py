@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Projection, blocks_per_stage, check_sizes, he_init
+from .layers import Projection, add_, blocks_per_stage, check_sizes, he_init
 from .residual import ResidualNet, doubled
 
 
@@ -93,8 +93,7 @@ class _Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         active = F.relu(x)
         skip = x if self.downsample is None else self.downsample(active)
-        out: Tensor = skip + shake(self.branch1(active), self.branch2(active), self.training)
-        return out
+        return add_(shake(self.branch1(active), self.branch2(active), self.training), skip)
 
 
 class ShakeShake(ResidualNet):
