@@ -26,7 +26,7 @@ if not (BENCH / "harness.py").exists():
 NAMES = (
     "rows", "harness", "models", "competitors", "compare", "report", "counts", "kernel_facts",
     "bench_average", "bench_overhead", "precise_bn_reference", "bench_low_precision",
-    "bench_update_bn", "differences",
+    "bench_update_bn", "differences", "scale_plan", "bench_sharding",
 )  # fmt: skip
 
 
@@ -706,3 +706,16 @@ def test_both_libraries_train_the_same_average(bench: Any) -> None:
 def test_overhead_is_relative_to_training_alone(bench: Any) -> None:
     medians = {"forward/backward": 7.0, "optimiser": 1.0, "averaging": 0.4, "BN pass": 2.0}
     assert bench.bench_overhead.overhead(medians) == pytest.approx(30)
+
+
+def test_scale_plan_is_the_table_of_the_docs(bench: Any) -> None:
+    page = (BENCH.parent / "docs" / "sharding.md").read_text()
+    assert "\n".join(bench.scale_plan.table()) in page
+
+
+def test_bench_sharding(bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "rows.csv"
+    assert bench.bench_sharding.main(["--sides", "3", "--rounds", "3", "--out", str(out)]) == 0
+    names = [line.split(",")[0] for line in out.read_text().splitlines()]
+    assert names[:2] == ["contender", "swa_fast"] and len(names) == 6
+    assert "_foreach_lerp_ of cached pieces" in capsys.readouterr().out
