@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["Filter", "Selection", "check_kind", "inner", "is_loose", "match", "state_tensors"]
+__all__ = [
+    "Filter",
+    "Selection",
+    "check_kind",
+    "inner",
+    "is_loose",
+    "match_modules",
+    "state_tensors",
+]
 
 Filter = Callable[[str, Tensor], bool] | str | re.Pattern[str]
 
@@ -274,3 +282,18 @@ def match(
         found.append(source)
     problems += [f"{kind} {name}: in the model, not in the average" for name in unused.values()]
     return found, problems
+
+
+def match_modules(average: nn.Module, model: nn.Module) -> tuple[list[Tensor], list[str]]:
+    """The model's parameters and buffers in the order of the average's, and what does not fit."""
+    parameters, problems = match(
+        "parameter",
+        average.named_parameters(),
+        model.named_parameters(remove_duplicate=False),
+    )
+    buffers, more = match(
+        "buffer",
+        average.named_buffers(),
+        model.named_buffers(remove_duplicate=False),
+    )
+    return parameters + buffers, problems + more
