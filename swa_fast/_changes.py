@@ -38,7 +38,7 @@ class Changes:
     _backend: str | None
     _rounding: str
     _on_nonfinite: str | None
-    _initial: bool
+    _initial: bool = False
     _calls: int | None
     _seen: list[Tensor]
     _handle: str

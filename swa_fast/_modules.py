@@ -78,6 +78,8 @@ class Selection:
     """
 
     copied: frozenset[int] = frozenset()
+    _copies, _unwrap = False, True
+    _left_out: set[str] | frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -90,7 +92,7 @@ class Selection:
     ) -> None:
         self._buffers = buffers
         self._copies, self._unwrap = copies, unwrap
-        self._left_out: set[str] = set()
+        self._left_out = set()
         self._trainable_only = trainable_only
         self._keeps: Callable[[str, Tensor], object] | None = None
         if isinstance(filter, str | re.Pattern):
@@ -118,7 +120,6 @@ class Selection:
     ) -> Selection:
         """The tensors of the same names elsewhere."""
         other = copy.copy(self)
-        other._left_out = set(self._left_out)
         other._look_at(params_or_module)
         return other
 
@@ -162,7 +163,7 @@ class Selection:
         if not frozen and (self._keeps is None or self._keeps(name, tensor)):
             return True
         if self._copies:
-            self._left_out.add(name)
+            self._left_out = {*self._left_out, name}
         return self._copies
 
     def left_out_buffers(self) -> dict[str, Tensor]:

@@ -91,6 +91,10 @@ class AveragedModel(nn.Module):
     """
 
     n_averaged: Tensor
+    # Of objects that were pickled before there was any of this, too.
+    _copied_how: tuple[Any, torch.dtype | None, bool] = (None, None, False)
+    _swapped = False  # by torch
+    _odd: str | None = None  # a tensor that torch alone can average
 
     def __init__(
         self,
@@ -137,8 +141,6 @@ class AveragedModel(nn.Module):
         self._counted: tuple[int, int] | None = None
         self._handle = ""
         self._lock = threading.RLock()
-        self._swapped = False  # by torch
-        self._odd: str | None = None  # a tensor that torch alone can average
         self._warn_of_stagnation()
 
     def _copy(self, model: nn.Module) -> nn.Module:

@@ -169,7 +169,7 @@ class Attachable:
 
     _rules: dict[str, Rule]
     _storage: Storage
-    _cadence: Cadence | None
+    _cadence: Cadence | None = None
 
     def _update(
         self,
