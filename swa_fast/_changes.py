@@ -38,8 +38,8 @@ class Changes:
     _backend: str | None
     _rounding: str
     _on_nonfinite: str | None
-    _initial: bool
-    _overlaps: bool
+    _initial: bool = False
+    _overlaps: bool = False
     _calls: int | None
     _seen: list[Tensor]
     _handle: str

@@ -15,7 +15,15 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import sharding
 
-__all__ = ["Filter", "Selection", "check_kind", "inner", "is_loose", "match", "state_tensors"]
+__all__ = [
+    "Filter",
+    "Selection",
+    "check_kind",
+    "inner",
+    "is_loose",
+    "match_modules",
+    "state_tensors",
+]
 
 Filter = Callable[[str, Tensor], bool] | str | re.Pattern[str]
 
@@ -75,6 +83,8 @@ class Selection:
     """
 
     copied: frozenset[int] = frozenset()
+    _copies, _unwrap = False, True
+    _left_out: set[str] | frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -87,7 +97,7 @@ class Selection:
     ) -> None:
         self._buffers = buffers
         self._copies, self._unwrap = copies, unwrap
-        self._left_out: set[str] = set()
+        self._left_out = set()
         self._trainable_only = trainable_only
         self._keeps: Callable[[str, Tensor], object] | None = None
         if isinstance(filter, str | re.Pattern):
@@ -120,7 +130,6 @@ class Selection:
     ) -> Selection:
         """The tensors of the same names elsewhere."""
         other = copy.copy(self)
-        other._left_out = set(self._left_out)
         other._look_at(params_or_module)
         other.shards = self.shards  # what it is compared with
         return other
@@ -222,7 +231,7 @@ class Selection:
         if not frozen and (self._keeps is None or self._keeps(name, tensor)):
             return True
         if self._copies:
-            self._left_out.add(name)
+            self._left_out = {*self._left_out, name}
         return self._copies
 
     def left_out_buffers(self) -> dict[str, Tensor]:
@@ -349,3 +358,18 @@ def match(
         found.append(source)
     problems += [f"{kind} {name}: in the model, not in the average" for name in unused.values()]
     return found, problems
+
+
+def match_modules(average: nn.Module, model: nn.Module) -> tuple[list[Tensor], list[str]]:
+    """The model's parameters and buffers in the order of the average's, and what does not fit."""
+    parameters, problems = match(
+        "parameter",
+        average.named_parameters(),
+        model.named_parameters(remove_duplicate=False),
+    )
+    buffers, more = match(
+        "buffer",
+        average.named_buffers(),
+        model.named_buffers(remove_duplicate=False),
+    )
+    return parameters + buffers, problems + more

@@ -13,15 +13,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from . import _backends, _ops, sharding
 from ._applied import applied
+from ._by_torch import (
+    Swapped,
+    applied_by_torch,
+    average_by_torch,
+    averaging,
+    odd_one,
+)
 from ._cadence import Cadence
 from ._kept import KeptModule
 from ._memory import Slot, dense_strides
-from ._modules import check_kind, inner, is_loose, match
+from ._modules import check_kind, inner, is_loose, match_modules
 from ._watch import Watch
-from .avg_fns import AvgFn, MultiAvgFn, by_device_and_dtype, rule_of
+from .avg_fns import AvgFn, MultiAvgFn, rule_of
 from .hooks import Attachment, Gate, attach
 from .rules import EMA, SWA, Power, Rule, why_it_stands_still
 from .storage import SeparateMemory, Storage
@@ -33,12 +41,6 @@ _log = logging.getLogger("swa_fast")
 
 def _no_model() -> None:
     """The model of an average that has not been updated."""
-
-
-def _copy_all_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    # Grouped, because foreach is fused only for lists of one device and dtype.
-    for _, group in by_device_and_dtype(targets, sources):
-        torch._foreach_copy_(*group)
 
 
 class AveragedModel(nn.Module):
@@ -93,6 +95,10 @@ class AveragedModel(nn.Module):
     """
 
     n_averaged: Tensor
+    # Of objects that were pickled before there was any of this, too.
+    _copied_how: tuple[Any, torch.dtype | None, bool] = (None, None, False)
+    _swapped = False  # by torch
+    _odd: str | None = None  # a tensor that torch alone can average
 
     def __init__(
         self,
@@ -120,17 +126,12 @@ class AveragedModel(nn.Module):
         sharding.check_whole(
             model, "AveragedModel", "it cannot be copied; Averager needs no copy and takes it"
         )
-        # Also where this is called in inference mode, whose tensors could not be changed later.
-        with torch.inference_mode(False), torch.no_grad():
-            self.module = copy.deepcopy(inner(model) if unwrap else model)
-            if device is not None:
-                self.module = self.module.to(device)
-            if dtype is not None:
-                # Not Module.to(dtype): that would drop the imaginary part of complex tensors.
-                self.module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
-            if device is None:
-                first = next(self.module.parameters(), None)
-                device = None if first is None else first.device
+        self._copied_how = device, dtype, unwrap
+        self.module = self._copy(model)
+        if device is None:
+            first = next(self.module.parameters(), None)
+            device = None if first is None else first.device
+        with torch.inference_mode(False):
             self.register_buffer("n_averaged", torch.zeros((), dtype=torch.int64, device=device))
         self.avg_fn = avg_fn
         self.multi_avg_fn = multi_avg_fn
@@ -148,6 +149,18 @@ class AveragedModel(nn.Module):
         self._handle = ""
         self._lock = threading.RLock()
         self._warn_of_stagnation()
+
+    def _copy(self, model: nn.Module) -> nn.Module:
+        device, dtype, unwrap = self._copied_how
+        # Also where this is called in inference mode, whose tensors could not be changed later.
+        with torch.inference_mode(False), torch.no_grad():
+            module = copy.deepcopy(inner(model) if unwrap else model)
+            if device is not None:
+                module = module.to(device)
+            if dtype is not None:
+                # Not Module.to(dtype): that would drop the imaginary part of complex tensors.
+                module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
+        return module
 
     def _built_in(self) -> Rule | None:
         """The rule, or None for a user's function."""
@@ -172,6 +185,7 @@ class AveragedModel(nn.Module):
             "_model": _no_model,
             "_origin": _no_model,
             "_counted": None,
+            "_swapped": False,
             "_handle": "",
             "_lock": None,
         }
@@ -190,25 +204,21 @@ class AveragedModel(nn.Module):
         Raises:
             ValueError: the model does not fit.
         """
-        parameters, problems = match(
-            "parameter",
-            self.module.named_parameters(),
-            model.named_parameters(remove_duplicate=False),
-        )
-        buffers, more = match(
-            "buffer",
-            self.module.named_buffers(),
-            model.named_buffers(remove_duplicate=False),
-        )
-        problems += more
+        for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+            if is_lazy(tensor):
+                check_kind(name, tensor)
+        if any(map(is_lazy, itertools.chain(self.module.parameters(), self.module.buffers()))):
+            # The copy of a model that was not initialised yet has no values to lose.
+            self.module = self._copy(model)
+        found, problems = match_modules(self.module, model)
         if problems:
             raise ValueError(
                 "update_parameters: the model does not fit the average\n  " + "\n  ".join(problems)
             )
-        return parameters + buffers
+        return found
 
-    def _bind(self, model: nn.Module) -> Storage:
-        """Reads from ``model`` from now on.
+    def _bind(self, model: nn.Module) -> Storage | None:
+        """Reads from ``model`` from now on. None: only torch can.
 
         Raises:
             ValueError, TypeError: the model does not fit; nothing has changed then.
@@ -217,6 +227,8 @@ class AveragedModel(nn.Module):
         loose = [not parameter and is_loose(tensor) for _, tensor, parameter in every]
         live, loose_live = self._apart(found, loose)
         own, loose_own = self._apart(every, loose)
+        if self._go_by_torch(odd_one(own, live)):
+            return None
         for (name, tensor, _), source in zip(loose_own, loose_live, strict=True):
             if (tensor.layout, tensor.dtype) != (source.layout, source.dtype):
                 raise ValueError(
@@ -254,6 +266,18 @@ class AveragedModel(nn.Module):
         _ops.averagers[self._handle] = self
         return storage
 
+    def _go_by_torch(self, odd: str | None) -> bool:
+        if odd is not None and self._odd is None:
+            _log.warning(
+                "AveragedModel: %s, which no kernel reads: updates are torch's own arithmetic, "
+                "tensor by tensor",
+                odd,
+            )
+        self._odd = odd
+        if odd is not None:
+            self._storage, self._key, self._model = None, (), _no_model
+        return odd is not None
+
     @staticmethod
     def _apart(items: Sequence[Any], loose: Sequence[bool]) -> tuple[list[Any], list[Any]]:
         pairs = list(zip(items, loose, strict=True))
@@ -267,7 +291,7 @@ class AveragedModel(nn.Module):
         kind = EMA if isinstance(rule, EMA) else rule or self.multi_avg_fn or self.avg_fn
         return self.backend, self.use_buffers, kind
 
-    def _bound(self, model: nn.Module) -> Storage:
+    def _bound(self, model: nn.Module) -> Storage | None:
         storage = self._storage
         if (
             storage is None
@@ -283,7 +307,7 @@ class AveragedModel(nn.Module):
         return storage
 
     def _refuse_if_applied(self, what: str) -> None:
-        if self._storage is not None and self._storage.applied is not None:
+        if self._swapped or (self._storage is not None and self._storage.applied is not None):
             raise RuntimeError(
                 f"{what}: the average is applied, so it is in the model's place; leave applied() "
                 "first"
@@ -312,6 +336,11 @@ class AveragedModel(nn.Module):
             self._update(model)
 
     def _trace_update(self, model: nn.Module) -> None:
+        if self._odd is not None:
+            raise RuntimeError(
+                f"update_parameters: {self._odd}, which compiled code cannot average; call this "
+                "outside of the compiled function"
+            )
         if self._storage is None or self._model() is not model:
             raise RuntimeError(
                 "update_parameters: run one update of this model before compiling it"
@@ -346,10 +375,12 @@ class AveragedModel(nn.Module):
     def _update(self, model: nn.Module, gate: Gate | None = None) -> None:
         with self._lock:
             self._refuse_if_applied("update_parameters")
-            if self._built_in() is None:
-                self._apply_user_function(model)
+            rule = self._built_in()
+            storage = None if rule is None else self._bound(model)
+            if storage is None:
+                self._update_by_torch(model)
                 return
-            self._bound(model).update(gate)
+            storage.update(gate)
             # Whether a gate let it through only the device knows; the CPU can always be asked.
             if gate is None and self._storage is not None and self._storage.counts[0].is_cuda:
                 self._counted = self._counter_seen()
@@ -360,40 +391,15 @@ class AveragedModel(nn.Module):
         counter = self.n_averaged
         return None if counter.is_inference() else (counter.data_ptr(), counter._version)
 
-    @torch.no_grad()
-    def _apply_user_function(self, model: nn.Module) -> None:
-        # As torch does: the first update copies, and functions see every tensor, integers included.
+    def _update_by_torch(self, model: nn.Module) -> None:
+        # As torch does: functions see every tensor, integers included.
         sources = [source.detach() for source in self._match(model)]
-        own = self._own()
-        tensors = [tensor.detach() for _, tensor, _ in own]
-        averaged = sum(parameter or self.use_buffers for _, _, parameter in own)
-        averages = tensors[:averaged]
-        current = [
-            s if s.device == a.device else s.to(a.device)
-            for a, s in zip(averages, sources[:averaged], strict=True)
-        ]
-        # What functions return, or change in copies, is kept apart until all have run: nothing is
-        # written if one raises.
-        if self.n_averaged == 0:
-            results = current
-        elif self.multi_avg_fn is not None:
-            results = [average.clone() for average in averages]
-            for (device, _), group in by_device_and_dtype(results, current):
-                self.multi_avg_fn(*group, self.n_averaged.to(device))
-        else:
-            assert self.avg_fn is not None
-            results = [
-                self.avg_fn(average.clone(), source, self.n_averaged.to(average.device))
-                for average, source in zip(averages, current, strict=True)
-            ]
-        before = [tensor.clone() for tensor in (*tensors, self.n_averaged)]
-        try:
-            _copy_all_(averages, results)
-            _copy_all_(tensors[averaged:], sources[averaged:])
-            self.n_averaged += 1
-        except BaseException:
-            _copy_all_((*tensors, self.n_averaged), before)
-            raise
+        names, own, parameter = zip(*self._own(), strict=True)
+        averaged = sum(is_one or self.use_buffers for is_one in parameter)
+        how = averaging(
+            self._built_in(), self.avg_fn, self.multi_avg_fn, names[:averaged], self.n_averaged
+        )
+        average_by_torch([t.detach() for t in own], sources, averaged, self.n_averaged, how)
 
     def attach(
         self,
@@ -443,14 +449,20 @@ class AveragedModel(nn.Module):
             ValueError, TypeError: as :meth:`update_parameters`.
         """
 
-        def prepare() -> tuple[Storage, int]:
-            if self._storage is not None and self._storage.applied is not None:
+        def check() -> None:
+            if self._swapped or (self._storage is not None and self._storage.applied is not None):
                 raise RuntimeError("applied: the average is already applied")
             # Else the device has to be waited for.
             known = self._counted is not None and self._counted == self._counter_seen()
             if not known and self.n_averaged == 0:
                 raise RuntimeError("applied: the average has not been updated yet")
-            return self._bound(model), 0
+
+        def prepare() -> tuple[Storage, int]:
+            check()
+            storage = self._bound(model)
+            if storage is None:
+                raise RuntimeError(f"applied: {self._odd} since the last update; update once more")
+            return storage, 0
 
         def find() -> tuple[list[Tensor], list[Tensor]]:
             tensors = self._match(model)
@@ -458,6 +470,15 @@ class AveragedModel(nn.Module):
             live, loose_live = self._apart(tensors, loose)
             return live, loose_live
 
+        def pairs() -> tuple[list[Tensor], list[Tensor]]:
+            check()
+            return self._match(model), [tensor for _, tensor, _ in self._own()]
+
+        if self._storage is None:
+            self._go_by_torch(odd_one(self._own()))
+        if self._odd is not None:
+            swapped = Swapped(self._lock, pairs, lambda now: setattr(self, "_swapped", now))
+            return applied_by_torch(swapped)
         return applied(self._lock, prepare, find, dict, False)
 
     def load_state_dict(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import _backends, _ops
+from ._by_torch import by_rule
 from ._graphs import keep_for_graph
 from ._memory import Slot, dense_strides
 from .engine import Engine, Plan
@@ -18,7 +20,6 @@ from .rules import EMA, SWA, Rule, check_decay, steady_row
 __all__ = [
     "AvgFn",
     "MultiAvgFn",
-    "by_device_and_dtype",
     "get_ema_avg_fn",
     "get_ema_multi_avg_fn",
     "get_swa_avg_fn",
@@ -98,18 +99,6 @@ def get_ema_multi_avg_fn(decay: float = 0.999) -> MultiAvgFn:
     """
     check_decay(decay)
     return _MultiAvgFn(decay)
-
-
-def by_device_and_dtype(
-    averages: Sequence[Tensor], sources: Sequence[Tensor]
-) -> Iterable[tuple[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]]]:
-    """Pairs grouped by the device and dtype of the average."""
-    groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
-    for average, source in zip(averages, sources, strict=True):
-        group = groups.setdefault((average.device, average.dtype), ([], []))
-        group[0].append(average)
-        group[1].append(source)
-    return groups.items()
 
 
 def rule_of(function: AvgFn | MultiAvgFn | None) -> Rule | None:
@@ -219,7 +208,8 @@ def multi_average_(
     computed in float32 (float64 when either tensor of a pair is float64) and rounded once; complex
     tensors as pairs of reals; integers and booleans are copied, because a count or a mask has no
     meaningful mean. Lists whose tensors lie where they did in an earlier call are read through the
-    tables of that call, without a copy to the device.
+    tables of that call, without a copy to the device. Lists with DTensors or other wrappers of
+    tensors are averaged by torch's own operators.
 
     Args:
         averaged: tensors :math:`a`, written.
@@ -257,6 +247,15 @@ def multi_average_(
     count = num_averaged if decay is None else None
     bound = _bound.pop(key, None)
     if bound is None or not bound.serves(averaged, current):
+        if any(map(is_traceable_wrapper_subclass, (*averaged, *current))):
+            rule = SWA() if decay is None else EMA(decay)
+            names = [f"pair {i}" for i in range(len(averaged))]
+            # The first update, too: who calls an averaging function may have copied before.
+            n = int(num_averaged) if decay is None else 1
+            results = by_rule(rule, n, names, averaged, current)
+            for average, result in zip(averaged, results, strict=True):
+                average.copy_(result)
+            return
         parts = _parts_of(averaged, current, decay)
         if _backends.cpu_library() is None or not all(plan.direct for _, plan in parts):
             for engine, plan in parts:

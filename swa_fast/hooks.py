@@ -187,7 +187,7 @@ class Attachable:
     _rules: dict[str, Rule]
     _storage: Storage
     _selection: Selection
-    _cadence: Cadence | None
+    _cadence: Cadence | None = None
     _calls: int | None
 
     def _update(
