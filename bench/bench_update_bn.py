@@ -2,7 +2,7 @@
 
     python bench/bench_update_bn.py                        # random images, see bench/harness.py
     python bench/bench_update_bn.py --run runs/NAME/seed1  # a trained network: time and accuracy
-    python bench/bench_update_bn.py --alone                # each in a process of its own
+    python bench/bench_update_bn.py --alone                # each in a process of its own; --out
 
 The limit of the first is the forward alone, with the layers in eval mode: what convolutions and
 activations cost without any statistics. The second is the whole pass over the training images of a
@@ -33,16 +33,18 @@ import torch
 from harness import (
     Case,
     Contender,
+    OtherWork,
     Run,
     Size,
     Suite,
     Work,
     device_name,
+    facts,
     main,
     pytest_cases,
 )
 from precise_bn_reference import update_bn_stats
-from rows import OURS
+from rows import OURS, write_table
 from torch import Tensor, nn
 from torch.optim import swa_utils
 
@@ -352,6 +354,10 @@ def trained_main(arguments: Sequence[str]) -> int:
 # glibc's malloc as update_bn sets it for the time of its pass.
 _EQUAL_MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 _ALONE = (LIMIT, *(name for name in CONTENDERS if "bf16" not in name))
+_ALONE_COLUMNS = [
+    "contender", "model", "batches", "images", "as found, ms", "equal malloc, ms", "others",
+    "device", "threads", "torch", "commit", "date",
+]  # fmt: skip
 
 
 def alone_main(arguments: Sequence[str]) -> int:
@@ -363,19 +369,21 @@ def alone_main(arguments: Sequence[str]) -> int:
     parser.add_argument("--count", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3, help="passes of which the median counts")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, help="CSV file for the rows")
     parser.add_argument("--contender", choices=_ALONE, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
     if options.contender is not None:
-        torch.set_num_threads(options.threads)
         update, last, _, _ = PASSES[options.contender]
         model, batches = make(options.model, options.batch, options.count)
         given = channels_last(batches) if last else batches
-        seconds = []
-        for _ in range(1 + options.rounds):
+        update(given, model)  # loads what is loaded when first used
+        seconds, others = [], OtherWork()
+        for _ in range(options.rounds):
             start = time.perf_counter()
             update(given, model)
             seconds.append(time.perf_counter() - start)
-        print(statistics.median(seconds[1:]))  # the first one loads what is loaded when first used
+        print(json.dumps([statistics.median(seconds), others.share()]))
         return 0
     malloc = ("MALLOC_", "GLIBC_TUNABLES", "SWA_FAST_KEEP_MEMORY")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(malloc)}
@@ -386,7 +394,8 @@ def alone_main(arguments: Sequence[str]) -> int:
         f"{options.model}, {options.count} x {options.batch} images: milliseconds a pass, median "
         f"of {options.rounds}"
     )
-    print(f"{'':36}{'as found':>12}{'equal malloc':>14}")
+    print(f"{'':36}{'as found':>12}{'equal malloc':>14}{'others':>9}")
+    rows: list[dict[str, Any]] = []
     for name in _ALONE:
         found = []
         for extra in ({}, _EQUAL_MALLOC):
@@ -394,8 +403,25 @@ def alone_main(arguments: Sequence[str]) -> int:
                 [sys.executable, __file__, *arguments, "--contender", name],
                 env={**clean, **extra}, stdout=subprocess.PIPE, text=True, check=True,
             )  # fmt: skip
-            found.append(1e3 * float(answer.stdout))
-        print(f"{name:36}{found[0]:12.0f}{found[1]:14.0f}", flush=True)
+            found.append(json.loads(answer.stdout))
+        (as_found, others), (equal, more) = found
+        others = None if others is None or more is None else max(others, more)
+        print(
+            f"{name:36}{1e3 * as_found:12.0f}{1e3 * equal:14.0f}"
+            f"{'?' if others is None else f'{others:.0%}':>9}",
+            flush=True,
+        )
+        rows.append(
+            {
+                "contender": name, "model": options.model, "batches": options.count,
+                "images": options.batch, "as found, ms": f"{1e3 * as_found:.4g}",
+                "equal malloc, ms": f"{1e3 * equal:.4g}",
+                "others": "" if others is None else f"{others:.3f}",
+                **facts(torch.device("cpu")),
+            }
+        )  # fmt: skip
+    if options.out is not None:
+        write_table(options.out, _ALONE_COLUMNS, rows)
     return 0
 
 

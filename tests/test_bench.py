@@ -4,6 +4,7 @@ here measures time."""
 from __future__ import annotations
 
 import contextlib
+import csv
 import dataclasses
 import importlib
 import os
@@ -306,6 +307,32 @@ def test_equal_pages(bench: Any, before: str | None, monkeypatch: pytest.MonkeyP
     # Not yet, or it would have been left alone itself.
     assert kept == [False]
     assert os.environ.get(variable) == before
+
+
+def test_each_pass_alone(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process for each contender in which nothing is set, and one with malloc set alike."""
+    module, asked = bench.bench_update_bn, []
+
+    def answer(command: list[str], env: dict[str, str], **_: Any) -> SimpleNamespace:
+        asked.append((command[-1], {k: v for k, v in env.items() if k.startswith("MALLOC_")}))
+        assert command[2:-2] == arguments and "SWA_FAST_KEEP_MEMORY" not in env
+        return SimpleNamespace(stdout=f"[{len(asked)}, {0.01 * len(asked)}]")
+
+    known = module.facts(torch.device("cpu"))
+    monkeypatch.setattr(module, "facts", lambda device: known)
+    monkeypatch.setattr(module.subprocess, "run", answer)
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
+    monkeypatch.setenv("SWA_FAST_KEEP_MEMORY", "0")
+    threads, out = torch.get_num_threads(), tmp_path / "rows.csv"
+    arguments = ["--alone", "--threads", str(threads), "--out", str(out)]
+    assert module.alone_main(arguments) == 0
+    assert [name for name, _ in asked[::2]] == list(module._ALONE)
+    assert all(not env for _, env in asked[::2])
+    assert all(env == module._EQUAL_MALLOC for _, env in asked[1::2])
+    first = next(csv.DictReader(out.read_text(encoding="utf-8").splitlines()))
+    assert (first["as found, ms"], first["equal malloc, ms"], first["others"]) == (
+        "1000", "2000", "0.020",
+    )  # fmt: skip
 
 
 def test_the_reference_of_precise_bn_is_pooled_and_biased(bench: Any) -> None:
