@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from . import _ops
 from ._memory import distinct
 from .engine import Plan, Table, cut
 
-__all__ = ["Block", "Kept", "KeptModule", "KeptTables", "put"]
+__all__ = ["Block", "Kept", "KeptTables", "all_or_nothing", "put"]
 
 # Bytes from which on larger pages are asked for: malloc maps such memory anew at every call.
 _HUGE = 1 << 25
@@ -48,25 +48,26 @@ class Kept:
         self.fill(self.values)
 
 
-class KeptModule:
-    """Which tensors a module has, and copies of what they hold."""
-
-    def __init__(self, module: nn.Module) -> None:
-        found: list[dict[str, Any]] = []
-        for child in module.modules():
-            found += [child._parameters, child._buffers]
-        # Those of a scripted module only look like dictionaries, and nothing is assigned there.
-        self._dictionaries = [(d, dict(d)) for d in found if isinstance(d, dict)]
-        tensors = {id(t): t for d in found for t in d.values() if t is not None and not is_lazy(t)}
-        self._kept = Kept(list(tensors.values()))
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """The module has the same tensors with the same values again."""
-        for dictionary, items in self._dictionaries:
+@contextlib.contextmanager
+def all_or_nothing(module: nn.Module) -> Iterator[None]:
+    """Where the block raises, the module has the same tensors with the same values again. A copy of
+    all of them is kept meanwhile."""
+    found: list[dict[str, Any]] = []
+    for child in module.modules():
+        found += [child._parameters, child._buffers]
+    # Those of a scripted module only look like dictionaries, and nothing is assigned there.
+    dictionaries = [(d, dict(d)) for d in found if isinstance(d, dict)]
+    tensors = {id(t): t for d in found for t in d.values() if t is not None and not is_lazy(t)}
+    kept = Kept(list(tensors.values()))
+    try:
+        yield
+    except BaseException:
+        for dictionary, items in dictionaries:
             dictionary.clear()
             dictionary.update(items)
-        self._kept.restore()
+        with torch.no_grad():
+            kept.restore()
+        raise
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,9 @@ from . import sharding
 __all__ = [
     "Filter",
     "Selection",
+    "apart",
     "check_kind",
+    "copied",
     "inner",
     "is_loose",
     "match_modules",
@@ -40,6 +42,25 @@ def inner(model: nn.Module) -> nn.Module:
             model = compiled
         else:
             return model
+
+
+def copied(
+    model: nn.Module,
+    device: int | str | torch.device | None,
+    dtype: torch.dtype | None,
+    unwrap: bool,
+) -> nn.Module:
+    """A copy of a model, or of the one inside of wrappers, moved and converted where that is asked
+    for."""
+    # Also where this is called in inference mode, whose tensors could not be changed later.
+    with torch.inference_mode(False), torch.no_grad():
+        module = copy.deepcopy(inner(model) if unwrap else model)
+        if device is not None:
+            module = module.to(device)
+        if dtype is not None:
+            # Not Module.to(dtype): that would drop the imaginary part of complex tensors.
+            module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
+    return module
 
 
 def _is_compiled(model: nn.Module) -> bool:
@@ -270,6 +291,12 @@ def is_loose(tensor: Tensor) -> bool:
     """Sparse, quantised or nested: torch can copy it, but it has no memory that could be read by
     address."""
     return tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized
+
+
+def apart(items: Sequence[Any], loose: Sequence[bool]) -> tuple[list[Any], list[Any]]:
+    """Items that are not loose, and those that are."""
+    pairs = list(zip(items, loose, strict=True))
+    return [item for item, is_it in pairs if not is_it], [item for item, is_it in pairs if is_it]
 
 
 def check_kind(name: str, tensor: object) -> None:

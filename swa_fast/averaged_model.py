@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -25,9 +24,9 @@ from ._by_torch import (
     odd_one,
 )
 from ._cadence import Cadence
-from ._kept import KeptModule
+from ._kept import all_or_nothing
 from ._memory import Slot, dense_strides
-from ._modules import check_kind, inner, is_loose, match_modules
+from ._modules import apart, check_kind, copied, is_loose, match_modules
 from ._watch import Watch
 from .avg_fns import AvgFn, MultiAvgFn, rule_of
 from .hooks import Attachment, Gate, attach
@@ -127,7 +126,7 @@ class AveragedModel(nn.Module):
             model, "AveragedModel", "it cannot be copied; Averager needs no copy and takes it"
         )
         self._copied_how = device, dtype, unwrap
-        self.module = self._copy(model)
+        self.module = copied(model, *self._copied_how)
         if device is None:
             first = next(self.module.parameters(), None)
             device = None if first is None else first.device
@@ -149,18 +148,6 @@ class AveragedModel(nn.Module):
         self._handle = ""
         self._lock = threading.RLock()
         self._warn_of_stagnation()
-
-    def _copy(self, model: nn.Module) -> nn.Module:
-        device, dtype, unwrap = self._copied_how
-        # Also where this is called in inference mode, whose tensors could not be changed later.
-        with torch.inference_mode(False), torch.no_grad():
-            module = copy.deepcopy(inner(model) if unwrap else model)
-            if device is not None:
-                module = module.to(device)
-            if dtype is not None:
-                # Not Module.to(dtype): that would drop the imaginary part of complex tensors.
-                module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
-        return module
 
     def _built_in(self) -> Rule | None:
         """The rule, or None for a user's function."""
@@ -209,7 +196,7 @@ class AveragedModel(nn.Module):
                 check_kind(name, tensor)
         if any(map(is_lazy, itertools.chain(self.module.parameters(), self.module.buffers()))):
             # The copy of a model that was not initialised yet has no values to lose.
-            self.module = self._copy(model)
+            self.module = copied(model, *self._copied_how)
         found, problems = match_modules(self.module, model)
         if problems:
             raise ValueError(
@@ -225,8 +212,8 @@ class AveragedModel(nn.Module):
         """
         found, every = self._match(model), self._own()
         loose = [not parameter and is_loose(tensor) for _, tensor, parameter in every]
-        live, loose_live = self._apart(found, loose)
-        own, loose_own = self._apart(every, loose)
+        live, loose_live = apart(found, loose)
+        own, loose_own = apart(every, loose)
         if self._go_by_torch(odd_one(own, live)):
             return None
         for (name, tensor, _), source in zip(loose_own, loose_live, strict=True):
@@ -277,13 +264,6 @@ class AveragedModel(nn.Module):
         if odd is not None:
             self._storage, self._key, self._model = None, (), _no_model
         return odd is not None
-
-    @staticmethod
-    def _apart(items: Sequence[Any], loose: Sequence[bool]) -> tuple[list[Any], list[Any]]:
-        pairs = list(zip(items, loose, strict=True))
-        return [item for item, is_it in pairs if not is_it], [
-            item for item, is_it in pairs if is_it
-        ]
 
     def _options(self) -> tuple[object, ...]:
         rule = self._built_in()
@@ -467,7 +447,7 @@ class AveragedModel(nn.Module):
         def find() -> tuple[list[Tensor], list[Tensor]]:
             tensors = self._match(model)
             loose = [not parameter and is_loose(tensor) for _, tensor, parameter in self._own()]
-            live, loose_live = self._apart(tensors, loose)
+            live, loose_live = apart(tensors, loose)
             return live, loose_live
 
         def pairs() -> tuple[list[Tensor], list[Tensor]]:
@@ -493,9 +473,5 @@ class AveragedModel(nn.Module):
         """
         with self._lock:
             self._refuse_if_applied("load_state_dict")
-            kept = KeptModule(self)
-            try:
+            with all_or_nothing(self):
                 return super().load_state_dict(state_dict, strict=strict, assign=assign)
-            except BaseException:
-                kept.restore()
-                raise

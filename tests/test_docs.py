@@ -61,6 +61,9 @@ def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """Blocks of a page in one scope, in their order, in an empty folder; where they join processes,
     as the only one."""
     monkeypatch.chdir(tmp_path)
+    # Trainers of libraries join a group and leave it to the end of the process.
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
