@@ -26,6 +26,7 @@ from .checkpoints.formats import reader
 from .checkpoints.output import Layout, Output
 from .checkpoints.safetensors import read_header
 from .rules import Power
+from .sharding import is_dtensor
 
 __all__ = ["PostHoc", "Synthesis", "coefficients", "inner_product", "sigma_of", "synthesize"]
 
@@ -162,10 +163,11 @@ class PostHoc:
 
     @torch.no_grad()
     def save(self) -> list[Path]:
-        """Saves a snapshot of each average now.
+        """Saves a snapshot of each average now. Where parameters are sharded all processes have to
+        call it, and the first writes.
 
         Returns:
-            The files that were written; none of an average that was not updated yet.
+            The files that were written here; none of an average that was not updated yet.
 
         Raises:
             CheckpointError: there is no room on the disk.
@@ -177,8 +179,12 @@ class PostHoc:
                 continue
             path = self.folder / (f"{name}-{counts[name]:09d}-{sigma_of(gamma):.4f}.safetensors")
             note = {"average": name, "updates": counts[name], "gamma": gamma}
-            _save(self.averager.averages[name], path, note)
-            written.append(path)
+            weights: dict[str, Tensor] | None = self.averager.averages[name]
+            if weights is not None and any(map(is_dtensor, weights.values())):
+                weights = self.averager.full_averages(name)
+            if weights is not None:
+                _save(weights, path, note)
+                written.append(path)
         return written
 
 

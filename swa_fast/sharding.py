@@ -386,7 +386,12 @@ def gather(
             raise ValueError(f"rank: found {rank}, which holds no piece of {name} on {shard.mesh}")
     result: dict[str, Tensor] = {}
     error: Exception | None = None
+    names: dict[int, str] = {}  # of tied tensors, the first
     for name, tensor in tensors.items():
+        if names.setdefault(id(tensor), name) != name:
+            if names[id(tensor)] in result:
+                result[name] = result[names[id(tensor)]]
+            continue
         value = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
         if name in shards:
             on_mesh = value.to(shards[name].mesh.device_type)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -37,6 +38,7 @@ from torch.distributed.tensor.parallel import (
 
 import swa_fast
 from swa_fast import EMA, SWA, AveragedModel, Averager, Power, Window, engine, sharding
+from swa_fast.post_hoc import PostHoc
 
 RULES: dict[str, Any] = {
     "swa": SWA(),
@@ -380,6 +382,21 @@ def full(ranks: int, folder: Path) -> None:
         averager.full_averages("nothing")
     with pytest.raises(ValueError, match="holds no piece"):
         averager.full_averages("ema", rank=ranks)
+
+    tied = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5))
+    tied[1].weight = tied[0].weight
+    fully_shard(tied, mesh=mesh_of(ranks))
+    averager = Averager(tied, {"power": Power(3.0)})
+    averager.update()
+    expected = whole(averager.averages["power"])
+    found = averager.full_averages("power")
+    written = PostHoc(averager, ["power"], folder / f"post{ranks}", every=1).save()
+    assert len(written) == (dist.get_rank() == 0)
+    if found is not None:
+        assert found["1.weight"] is found["0.weight"]
+        expect_equal(found, expected)
+        stored = safetensors.torch.load_file(written[0])
+        expect_equal(stored, {n: t for n, t in expected.items() if n != "1.weight"})
 
 
 def batch_norm(ranks: int, folder: Path) -> None:
