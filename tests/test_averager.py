@@ -195,7 +195,7 @@ def test_constructor_refuses() -> None:
     for arguments, error, message in (
         ({"averages": {}}, ValueError, "expected 1 to 16 rules, found 0"),
         ({"averages": {str(i): SWA() for i in range(17)}}, ValueError, "found 17"),
-        ({"averages": {"a": 0.9}}, TypeError, r"expected SWA, EMA, Power, Window or a func"),
+        ({"averages": {"a": 0.9}}, TypeError, r"expected SWA, EMA, Power, Window, ByName or a f"),
         ({"dtype": torch.int8}, TypeError, "dtype: expected None or one of .* found torch.int8"),
         ({"backend": "gpu"}, ValueError, "backend: expected one of cuda, triton"),
         ({"buffers": "keep"}, ValueError, r"buffers: expected one of .* found 'keep'"),
