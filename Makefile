@@ -27,7 +27,7 @@ help:
 # torch comes first and the build is not isolated, so that torch is fetched once.
 $(VENV)/.torch: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "setuptools>=77" "torch>=2.11" ninja numpy
+	$(BIN)/pip install --quiet "setuptools>=77" "torch>=2.10" ninja numpy
 	touch $@
 
 # One stamp for each extra of pyproject.toml: .venv/.train, .venv/.test, ...

@@ -1,8 +1,8 @@
 """Builds the C++ and CUDA libraries; everything static is in pyproject.toml.
 
 swa_fast._C (CPU) is always built, swa_fast._C_cuda when a CUDA toolkit is found. Both use the
-libtorch stable ABI and Python's limited API, so one wheel, built with any torch from 2.11, serves
-every torch from 2.11 and every CPython from 3.10.
+libtorch stable ABI and Python's limited API, so one wheel, built with any torch from 2.10, serves
+every torch from 2.10 and every CPython from 3.10.
 
     SWA_FAST_NO_EXT=1     build neither: a pure-Python wheel (reference and Triton backends)
     SWA_FAST_CUDA=auto    build _C_cuda if a toolkit is found (default)
@@ -32,7 +32,7 @@ from setuptools.command.build_py import build_py
 from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
-TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11, the oldest torch the binary runs on
+TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10, the oldest torch the binary runs on
 # Turing to consumer Blackwell. Code for X.0 also runs on later devices of the same major version
 # (8.6 and 8.9, 10.3, 12.1). The PTX of 9.0 is for what lies between (11.0), that of 12.0 for what
 # comes after.
@@ -230,7 +230,7 @@ def extensions(info: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         from torch.utils import cpp_extension
     except ImportError as error:
         fail(
-            f"torch cannot be imported ({error}): with --no-build-isolation, install torch>=2.11 "
+            f"torch cannot be imported ({error}): with --no-build-isolation, install torch>=2.10 "
             "first"
         )
     info["torch"] = torch.__version__

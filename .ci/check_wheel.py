@@ -31,7 +31,7 @@ MODULES = (
     "swa_fast/train/data/memory.py",
 )
 MAX_BYTES = 25_000_000
-OLDEST_TORCH = "2.11.0"
+OLDEST_TORCH = "2.10.0"
 # Whatever a machine with torch on it has: libtorch_cuda is not there with a torch for the CPU, and
 # is reached through libtorch. The CUDA runtime is the one that torch came with.
 SYSTEM = {"libc.so.6", "libm.so.6", "libgcc_s.so.1", "libstdc++.so.6", "libpthread.so.0"}

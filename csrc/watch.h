@@ -2,7 +2,7 @@
 // address of theirs is used.
 //
 // A tensor is asked through the DLPack exchange API of its class, a table of C functions that torch
-// gives since 2.11 at the latest: one call fills a struct with the tensor's address, type, sizes
+// gives since 2.10 at the latest: one call fills a struct with the tensor's address, type, sizes
 // and strides and takes no reference to the tensor.
 //
 // Thousands of small tensors are asked before an update that itself takes less than a millisecond,
@@ -58,7 +58,7 @@ T read(const void* object, size_t offset) {
   return value;
 }
 
-// Where torch 2.11 to 2.14 keep what is compared, in bytes from the start of each object.
+// Where torch 2.10 to 2.14 keep what is compared, in bytes from the start of each object.
 struct Layout {
   static constexpr size_t kImpl = 16;     // of TensorImpl's address in Python's object
   static constexpr size_t kStorage = 16;  // of StorageImpl's address in TensorImpl

@@ -19,10 +19,10 @@ from .batch_norm import BNReport, RepairReport, repair, update_bn
 from .by_name import ByName
 from .rules import EMA, SWA, Power, Warmup, Window
 from .schedules import SWALR, DelayedSWALR
-from .swag import SWAG
 
 if TYPE_CHECKING:
     from .integrations.torch_patch import patch_torch
+    from .swag import SWAG
 
 __version__ = "0.2.0"
 
@@ -54,6 +54,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "SWAG":  # which few need
+        from .swag import SWAG
+
+        return SWAG
     # It stands on the names above, which have to be there first.
     if name == "patch_torch":
         from .integrations.torch_patch import patch_torch

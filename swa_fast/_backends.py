@@ -25,7 +25,7 @@ __all__ = ["BACKENDS", "BackendError", "build_info", "choose_backend", "why_unus
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
 # The oldest torch with every function of libtorch that the libraries call (setup.py builds for it).
-_OLDEST_TORCH = (2, 11)
+_OLDEST_TORCH = (2, 10)
 
 # Order of preference for a device type without an explicit choice.
 _PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
@@ -147,7 +147,7 @@ def cpu_library() -> Any:
         return None
     library = importlib.import_module("swa_fast._C")
     # The layout of tensors was read in these releases; others are asked through DLPack alone.
-    known = (2, 11) <= _release(torch.__version__) < (2, 15)
+    known = (2, 10) <= _release(torch.__version__) < (2, 15)
     sample = torch.empty(3, 5, 7, device="cpu") if known else None
     library.start(torch.Tensor.__dlpack_c_exchange_api__, sample)
     return library

@@ -16,12 +16,12 @@ from .rules import EMA, SWA, Power, Rule
 
 __all__ = [
     "Swapped",
-    "applied_by_torch",
-    "average_by_torch",
+    "applied",
     "averaging",
     "by_device_and_dtype",
     "by_rule",
     "odd_one",
+    "update_",
 ]
 
 
@@ -137,7 +137,7 @@ def by_rule(
 
 
 @torch.no_grad()
-def average_by_torch(
+def update_(
     tensors: Sequence[Tensor],
     sources: Sequence[Tensor],
     averaged: int,
@@ -212,7 +212,7 @@ class Swapped:
 
 
 @contextlib.contextmanager
-def applied_by_torch(change: Swapped) -> Iterator[None]:
+def applied(change: Swapped) -> Iterator[None]:
     """Averages are in the live tensors for the time of a ``with`` block."""
     # Twice, because an interrupt may come while the first is at work.
     try:

@@ -14,15 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from . import _backends, _ops, sharding
+from . import _backends, _by_torch, _ops, sharding
 from ._applied import applied
-from ._by_torch import (
-    Swapped,
-    applied_by_torch,
-    average_by_torch,
-    averaging,
-    odd_one,
-)
 from ._cadence import Cadence
 from ._kept import all_or_nothing
 from ._memory import Slot, dense_strides
@@ -214,7 +207,7 @@ class AveragedModel(nn.Module):
         loose = [not parameter and is_loose(tensor) for _, tensor, parameter in every]
         live, loose_live = apart(found, loose)
         own, loose_own = apart(every, loose)
-        if self._go_by_torch(odd_one(own, live)):
+        if self._go_by_torch(_by_torch.odd_one(own, live)):
             return None
         for (name, tensor, _), source in zip(loose_own, loose_live, strict=True):
             if (tensor.layout, tensor.dtype) != (source.layout, source.dtype):
@@ -308,7 +301,8 @@ class AveragedModel(nn.Module):
             RuntimeError: the average is applied to a model at the moment.
 
         Nothing is written before everything has been checked. Under ``torch.compile`` the model is
-        the one of the last update, of which there must have been one.
+        the one of the last update, of which there must have been one. (Compiled by itself an update
+        takes longer, see :meth:`swa_fast.Averager.update`.)
         """
         if torch.compiler.is_compiling():
             self._trace_update(model)
@@ -376,10 +370,10 @@ class AveragedModel(nn.Module):
         sources = [source.detach() for source in self._match(model)]
         names, own, parameter = zip(*self._own(), strict=True)
         averaged = sum(is_one or self.use_buffers for is_one in parameter)
-        how = averaging(
+        how = _by_torch.averaging(
             self._built_in(), self.avg_fn, self.multi_avg_fn, names[:averaged], self.n_averaged
         )
-        average_by_torch([t.detach() for t in own], sources, averaged, self.n_averaged, how)
+        _by_torch.update_([t.detach() for t in own], sources, averaged, self.n_averaged, how)
 
     def attach(
         self,
@@ -455,10 +449,12 @@ class AveragedModel(nn.Module):
             return self._match(model), [tensor for _, tensor, _ in self._own()]
 
         if self._storage is None:
-            self._go_by_torch(odd_one(self._own()))
+            self._go_by_torch(_by_torch.odd_one(self._own()))
         if self._odd is not None:
-            swapped = Swapped(self._lock, pairs, lambda now: setattr(self, "_swapped", now))
-            return applied_by_torch(swapped)
+            swapped = _by_torch.Swapped(
+                self._lock, pairs, lambda now: setattr(self, "_swapped", now)
+            )
+            return _by_torch.applied(swapped)
         return applied(self._lock, prepare, find, dict, False)
 
     def load_state_dict(

@@ -227,11 +227,11 @@ def test_report_says_which_code_each_device_runs(devices, monkeypatch, capsys) -
     ("torch_version", "torch_cuda", "built", "error", "expected"),
     [
         (
-            "2.10.1+cu130",
+            "2.9.1+cu130",
             "13.0",
             {},
             "",
-            r"needs torch 2.11 or newer .* 2.10.1.*--upgrade 'torch>=",
+            r"needs torch 2.10 or newer .* 2.9.1.*--upgrade 'torch>=",
         ),
         (
             "2.14.1+cu128",
