@@ -15,8 +15,8 @@ _kept_for_good: list[object] = []
 def keep_for_graph(*objects: object) -> None:
     """Keeps the objects for as long as the CUDA graph that the current stream captures.
 
-    torch up to 2.11 does not say which graph that is: the objects are then kept until the process
-    ends, as they are where the graph is none of Python's (``torch.cuda.CUDAGraph``).
+    torch 2.11 does not say which graph that is, unlike 2.14: the objects are then kept until the
+    process ends, as they are where the graph is none of Python's (``torch.cuda.CUDAGraph``).
     """
     find = getattr(torch.cuda.CUDAGraph, "get_currently_capturing_graph", None)
     graph = None if find is None else find()

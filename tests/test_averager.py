@@ -527,6 +527,24 @@ def test_compiled_whole(backend: str, device: str) -> None:
     assert averaged.n_averaged.item() == 3
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_updates_read_what_was_assigned_since() -> None:
+    model = nn.Linear(4, 4)
+    averager, averaged = Averager(model, {"swa": SWA()}), swa_fast.AveragedModel(model)
+
+    def updates() -> None:
+        averager.update()
+        averaged.update_parameters(model)
+
+    compiled = torch.compile(updates, fullgraph=True, backend="eager")
+    for at, value in enumerate((1.0, 2.0, 6.0)):
+        state = {name: torch.full_like(t, value) for name, t in model.state_dict().items()}
+        model.load_state_dict(state, assign=True)
+        (compiled if at else updates)()
+    for weight in (averager.averages["swa"]["weight"], averaged.module.weight.detach()):
+        torch.testing.assert_close(weight, torch.full((4, 4), 3.0))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("warm", [False, True], ids=["first update captured", "after an update"])

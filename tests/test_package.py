@@ -563,3 +563,13 @@ def test_pure_python_build_needs_no_torch(setup_script, monkeypatch) -> None:
     info: dict[str, object] = {}
     assert setup_script.extensions(info) == ([], {})
     assert set(info["skipped"]) == {"_C", "_C_cuda"}
+
+
+def test_guarantees_name_tests_that_exist() -> None:
+    folder = Path(__file__).resolve().parent
+    text = (folder.parent / "docs" / "guarantees.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", text)
+    assert len(named) > 50 and text.count("::") == len(named)
+    for file, test in named:
+        source = (folder / file).read_text(encoding="utf-8")
+        assert f"def {test}(" in source, f"{file}::{test}"

@@ -16,7 +16,7 @@ from helpers import (
 from torch import Tensor, nn
 
 import swa_fast
-from swa_fast import SWA, Averager, _backends
+from swa_fast import EMA, SWA, Averager, _backends
 from swa_fast._watch import Watch
 
 
@@ -138,6 +138,28 @@ def test_every_change_of_a_tensor_is_noticed(way: str, change: str) -> None:
             assert Watch(tensors, []).holds()
 
 
+def test_values_that_are_conjugated_where_they_lie(way: str) -> None:
+    """Address, dtype and strides stay; the values are others."""
+    model = nn.Module()
+    model.w = nn.Parameter(torch.complex(torch.ones(4), torch.full((4,), 3.0)))
+    model.real = nn.Parameter(torch.ones(4))
+    averager, averaged = Averager(model, {"last": EMA(0.0)}), swa_fast.AveragedModel(model)
+    turned = torch.complex(torch.ones(4), torch.full((4,), 2.0))
+    for change in ("nothing", "conjugated", "back", "negated"):
+        if change in ("conjugated", "back"):
+            model.w.data = model.w.data.conj()
+        elif change == "negated":
+            model.real.data = turned.conj().imag  # the memory of 2, read as -2
+            assert model.real.is_neg()
+        averager.update()
+        averaged.update_parameters(model)
+        for name, parameter in model.named_parameters():
+            assert torch.equal(averager.averages["last"][name], parameter), (change, name)
+    expected = torch.complex(torch.ones(4), torch.full((4,), 1.5))  # the mean of 3, -3, 3 and 3
+    torch.testing.assert_close(averaged.module.w.detach(), expected)
+    torch.testing.assert_close(averaged.module.real.detach(), torch.full((4,), 0.25))
+
+
 def test_what_is_not_a_change(way: str) -> None:
     """Other values, gradients, versions, names and references are not."""
     tensors = [
@@ -216,3 +238,12 @@ def test_nothing_keeps_tensors_from_being_swapped(kind: str) -> None:
     torch.utils.swap_tensors(model.weight, nn.Parameter(torch.full((4, 3), 3.0)))
     update()
     assert torch.equal(average, torch.full((4, 3), 2.0))
+    # Conversions and loads swap, too, where a user asks torch for it.
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.double()
+        model.load_state_dict({k: torch.full_like(v, 5) for k, v in model.state_dict().items()})
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    update()
+    torch.testing.assert_close(average, torch.full((4, 3), 3.0))
