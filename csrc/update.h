@@ -105,6 +105,7 @@ struct WeightRule {
   }
 };
 static_assert(sizeof(WeightRule) == kRuleColumns * sizeof(double), "a row of the rules tensor");
+static_assert(alignof(WeightRule) == alignof(double), "rows lie where doubles may");
 
 // Random bits for stochastic rounding: Philox4x32-10 (Salmon et al., SC 2011), keyed by the seed.
 // The counter is made of the element's place in the average, the average's row and its n, so the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 
 import torch
@@ -18,8 +19,10 @@ def keep_for_graph(*objects: object) -> None:
     torch 2.11 does not say which graph that is, unlike 2.14: the objects are then kept until the
     process ends, as they are where the graph is none of Python's (``torch.cuda.CUDAGraph``).
     """
-    find = getattr(torch.cuda.CUDAGraph, "get_currently_capturing_graph", None)
-    graph = None if find is None else find()
+    graph = None
+    # Neither a torch that cannot tell, nor a capture that torch knows nothing of, has one.
+    with contextlib.suppress(AttributeError, RuntimeError):
+        graph = torch.cuda.CUDAGraph.get_currently_capturing_graph()
     if not isinstance(graph, torch.cuda.CUDAGraph):
         _kept_for_good.append(objects)
         return
