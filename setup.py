@@ -240,7 +240,10 @@ def extensions(info: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         "-DTORCH_STABLE_ONLY",
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
     ]
-    cxx = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", *abi, *prefix_maps]
+    # Sums are fused where the source says so, not where a compiler finds it convenient: every
+    # processor rounds alike.
+    exact = "-ffp-contract=off"
+    cxx = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", exact, *abi, *prefix_maps]
     common: dict[str, Any] = {
         "include_dirs": ["csrc"],
         "depends": [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").glob("*.[hc]*"))],
