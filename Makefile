@@ -5,12 +5,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 
-.PHONY: help demo test test-gpu lint types bench bench-quick bench-record bench-report gpu-report wheel clean
+.PHONY: help demo test test-gpu test-arm lint types bench bench-quick bench-record bench-report gpu-report wheel clean
 
 help:
 	@echo "make demo   install, train with SGD, EMA and SWA on scikit-learn's digits, compare (RUN=folder)"
 	@echo "make test   install with the test extras and run the tests"
 	@echo "make test-gpu  the tests marked gpu, on the CUDA device or, without one, under tests/gpusim"
+	@echo "make test-arm  the CPU kernels compiled for ARM and run under qemu, beside those of this machine"
 	@echo "make lint   ruff, clang-format"
 	@echo "make types  mypy --strict"
 	@echo "make wheel  build the wheel into dist/ and check it"
@@ -51,12 +52,17 @@ test-gpu: $(VENV)/.test
 	  $(GPUSIM) -m pytest tests/gpusim/tests && $(GPUSIM) -m pytest -n auto --dist worksteal -m gpu; \
 	fi
 
+# Debian's g++-aarch64-linux-gnu and qemu-user are needed.
+test-arm: export SWA_FAST_TEST_ARM = 1
+test-arm: $(VENV)/.test
+	$(BIN)/pytest tests/test_arm.py
+
 GPUSIM_SOURCES := $(wildcard tests/gpusim/src/*.cpp tests/gpusim/src/*.h tests/gpusim/tests/ext/*)
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python bench/report.py --check
-	$(BIN)/clang-format --dry-run --Werror csrc/* $(GPUSIM_SOURCES)
+	$(BIN)/clang-format --dry-run --Werror csrc/* tests/arm/*.cpp $(GPUSIM_SOURCES)
 
 types: $(VENV)/.dev
 	$(BIN)/mypy

@@ -5,8 +5,8 @@ each call was given, and what memory held afterwards. ``tests/arm/run.cpp``, lin
 ``csrc/*_cpu.cpp`` and compiled for ARM, is given the same, and has to leave the same bits behind,
 but for the sign and the payload of a NaN.
 
-``make test-arm`` runs it; it takes a minute or two, most of it the compiler's. Needed are an x86-64
-with AVX2 and Debian's packages ``g++-aarch64-linux-gnu`` and ``qemu-user``.
+``make test-arm`` runs it; it takes half a minute or more, most of it the compiler's. Needed are an
+x86-64 with AVX2 and Debian's packages ``g++-aarch64-linux-gnu`` and ``qemu-user``.
 """
 
 from __future__ import annotations
@@ -77,9 +77,7 @@ class Recorder(TorchDispatchMode):
             optional = isinstance(parameter.type, torch.OptionalType)
             kind = parameter.type.getElementType() if optional else parameter.type
             words += [word(optional), memory.argument(kind, value)]
-        table = next(
-            (v for p, v in zip(parameters, given, strict=True) if p.name == "table"), None
-        )
+        table = next((v for p, v in zip(parameters, given, strict=True) if p.name == "table"), None)
         addresses = [] if table is None else memory.addresses(table)
         returns = len(function._schema.returns)
         self.cases.append(
@@ -253,8 +251,10 @@ def statistics() -> None:
             if len(shape) > 2 and shape[2] > 100 and dtype == torch.float16:
                 continue  # as slow to emulate as the rest together, and the same but for loads
             for last in (False, True)[: len(shape) - 1]:
-                x = (torch.randn(shape) * torch.rand(shape[1]).view(-1, *[1] * (len(shape) - 2))
-                     + 100 * torch.randn(shape[1]).view(-1, *[1] * (len(shape) - 2))).to(dtype)  # fmt: skip
+                channels = (-1, *[1] * (len(shape) - 2))
+                scale, mean = torch.rand(shape[1]), 100 * torch.randn(shape[1])
+                x = torch.randn(shape) * scale.view(channels) + mean.view(channels)
+                x = x.to(dtype)
                 if last and len(shape) == 4:
                     x = x.contiguous(memory_format=torch.channels_last)
                 weight, bias = torch.randn(shape[1]), torch.randn(shape[1]).to(torch.bfloat16)
@@ -349,10 +349,10 @@ def need_tools() -> None:
     if os.environ.get("SWA_FAST_TEST_ARM") != "1":
         pytest.skip("SWA_FAST_TEST_ARM=1, or make test-arm, compiles for ARM, which takes a minute")
     if platform.machine() != "x86_64" or not (ROOT / "csrc").exists():
-        pytest.skip("needs an x86-64 and the sources")
+        pytest.fail("expected an x86-64 and the sources beside the tests")
     for tool, package in ((COMPILER, "g++-aarch64-linux-gnu"), (EMULATOR, "qemu-user")):
         if shutil.which(tool) is None:
-            pytest.skip(f"{tool} is not installed (Debian's package {package})")
+            pytest.fail(f"{tool} is not installed (Debian's package {package})")
 
 
 def test_arm_computes_the_same_bits(tmp_path: Path) -> None:
