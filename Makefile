@@ -5,13 +5,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 
-.PHONY: help demo test test-gpu test-asan lint types docs bench bench-quick bench-record bench-report gpu-report wheel dist clean
+.PHONY: help demo test test-gpu test-asan test-arm lint types docs bench bench-quick bench-record bench-report gpu-report wheel dist clean
 
 help:
 	@echo "make demo   install, train with SGD, EMA and SWA on scikit-learn's digits, compare (RUN=folder)"
 	@echo "make test   install with the test extras and run the tests"
 	@echo "make test-gpu  the tests marked gpu, on the CUDA device or, without one, under tests/gpusim"
 	@echo "make test-asan  the C++ for CPUs under gcc's address and undefined-behaviour sanitizers"
+	@echo "make test-arm  the CPU kernels compiled for ARM and run under qemu, beside those of this machine"
 	@echo "make lint   ruff, clang-format"
 	@echo "make types  mypy --strict"
 	@echo "make docs   the documentation, as a site in build/docs"
@@ -67,13 +68,17 @@ test-asan: $(VENV)/.test
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(BIN)/pytest -p no:cacheprovider -k "not triton" $(ASAN_TESTS)
+# Debian's g++-aarch64-linux-gnu and qemu-user are needed.
+test-arm: export SWA_FAST_TEST_ARM = 1
+test-arm: $(VENV)/.test
+	$(BIN)/pytest tests/test_arm.py
 
 GPUSIM_SOURCES := $(wildcard tests/gpusim/src/*.cpp tests/gpusim/src/*.h tests/gpusim/tests/ext/*)
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python bench/report.py --check
-	$(BIN)/clang-format --dry-run --Werror csrc/* $(GPUSIM_SOURCES)
+	$(BIN)/clang-format --dry-run --Werror csrc/* tests/arm/*.cpp $(GPUSIM_SOURCES)
 
 types: $(VENV)/.dev
 	$(BIN)/mypy

@@ -243,7 +243,10 @@ def extensions(info: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         "-DTORCH_STABLE_ONLY",
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
     ]
-    cxx = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", *abi, *prefix_maps]
+    # Sums are fused where the source says so, not where a compiler finds it convenient: every
+    # processor rounds alike.
+    exact = "-ffp-contract=off"
+    cxx = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", exact, *abi, *prefix_maps]
     link = ["-Wl,--as-needed", "-Wl,-s"] if sys.platform == "linux" else []
     if sanitizers := os.environ.get("SWA_FAST_SANITIZE"):
         # vptr asks for the type information of torch's classes, which stays in torch. The first

@@ -20,8 +20,8 @@
 #include "batch_norm.h"
 #include "blend_cpu.h"
 
-#if SWA_FAST_HAS_AVX2_PATH
-// As SWA_FAST_AVX2, see blend_cpu.h: chosen at run time.
+#if SWA_FAST_HAS_AVX512_PATH
+// As SWA_FAST_LANES, see lanes_avx2.h: chosen at run time.
 #define SWA_FAST_AVX512 \
   __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")))
 #endif
@@ -74,11 +74,10 @@ Math clamp(Math y, bool relu) {
   return relu && y < Math(0) ? Math(0) : y;  // NaN stays
 }
 
-// Vec<Math>: a register of the arithmetic type, for each instruction set. load and store take all
-// four storage types; stream is a store past the caches to an aligned address; part(a, i) is the
-// i-th of the kParts pieces of a register, as Vec<double>; sums of kPanel registers, with their
-// pivots, stay in registers. Where kPair<T>, load_pair and store_pair take two registers' worth of
-// T, the even values in one and the odd ones in the other.
+// Vec<Math>: a register of the arithmetic type, for each instruction set, with the functions of
+// Lanes, see lanes.h. Sums of kPanel registers, with their pivots, stay in registers. Where
+// kPair<T>, load_pair and store_pair take two registers' worth of T, the even values in one and the
+// odd ones in the other.
 
 namespace portable {
 #define SWA_FAST_TARGET
@@ -118,68 +117,26 @@ struct Vec {
 #undef SWA_FAST_TARGET
 }  // namespace portable
 
-#if SWA_FAST_HAS_AVX2_PATH
+#if SWA_FAST_HAS_LANES
 
-namespace avx2 {
-#define SWA_FAST_TARGET SWA_FAST_AVX2
+namespace lanes {
+#define SWA_FAST_TARGET SWA_FAST_LANES
 
 template <typename Math>
-struct Vec;
-
-template <>
-struct Vec<double> : Lanes<double> {
-  using Scalar = double;
-  static constexpr int kParts = 1;
+struct Vec : Lanes<Math> {
+  using Scalar = Math;
   static constexpr int kPanel = 4;
   template <typename T>
   static constexpr bool kPair = false;
-
-  SWA_FAST_AVX2 static inline void stream(double* p, Register v) { _mm256_stream_pd(p, v); }
-  SWA_FAST_AVX2 static inline Register add(Register a, Register b) { return _mm256_add_pd(a, b); }
-  SWA_FAST_AVX2 static inline Register sub(Register a, Register b) { return _mm256_sub_pd(a, b); }
-  SWA_FAST_AVX2 static inline Register mul(Register a, Register b) { return _mm256_mul_pd(a, b); }
-  SWA_FAST_AVX2 static inline Register fma(Register a, Register b, Register c) {
-    return _mm256_fmadd_pd(a, b, c);
-  }
-  // The second operand where either is NaN, so NaN stays.
-  SWA_FAST_AVX2 static inline Register relu(Register a) {
-    return _mm256_max_pd(_mm256_setzero_pd(), a);
-  }
-  SWA_FAST_AVX2 static inline __m256d part(Register a, int) { return a; }
-};
-
-template <>
-struct Vec<float> : Lanes<float> {
-  using Scalar = float;
-  static constexpr int kParts = 2;
-  static constexpr int kPanel = 4;
-  template <typename T>
-  static constexpr bool kPair = false;
-
-  SWA_FAST_AVX2 static inline void stream(float* p, Register v) { _mm256_stream_ps(p, v); }
-  template <typename Narrow>
-  SWA_FAST_AVX2 static inline void stream(Narrow* p, Register v) {
-    alignas(16) Narrow eight[8];
-    store(eight, v);
-    _mm_stream_si128(reinterpret_cast<__m128i*>(p), *reinterpret_cast<const __m128i*>(eight));
-  }
-  SWA_FAST_AVX2 static inline Register add(Register a, Register b) { return _mm256_add_ps(a, b); }
-  SWA_FAST_AVX2 static inline Register sub(Register a, Register b) { return _mm256_sub_ps(a, b); }
-  SWA_FAST_AVX2 static inline Register mul(Register a, Register b) { return _mm256_mul_ps(a, b); }
-  SWA_FAST_AVX2 static inline Register fma(Register a, Register b, Register c) {
-    return _mm256_fmadd_ps(a, b, c);
-  }
-  SWA_FAST_AVX2 static inline Register relu(Register a) {
-    return _mm256_max_ps(_mm256_setzero_ps(), a);
-  }
-  SWA_FAST_AVX2 static inline __m256d part(Register a, int i) {
-    return _mm256_cvtps_pd(i == 0 ? _mm256_castps256_ps128(a) : _mm256_extractf128_ps(a, 1));
-  }
 };
 
 #include "batch_norm_simd.h"
 #undef SWA_FAST_TARGET
-}  // namespace avx2
+}  // namespace lanes
+
+#endif  // SWA_FAST_HAS_LANES
+
+#if SWA_FAST_HAS_AVX512_PATH
 
 namespace avx512 {
 #define SWA_FAST_TARGET SWA_FAST_AVX512
@@ -288,27 +245,19 @@ struct Vec<float> {
 #undef SWA_FAST_TARGET
 }  // namespace avx512
 
-// Processors with BF16 run 512-bit instructions without slowing down (Zen 4, Sapphire Rapids and
-// later); on older ones AVX2 is as good.
-bool cpu_has_avx512() {
-  static const bool yes =
-      cpu_has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512bf16");
-  return yes;
-}
+#endif  // SWA_FAST_HAS_AVX512_PATH
 
-// Calls one of the three versions of a function template with these arguments.
-#define SWA_FAST_CALL(function, ...)                \
-  (cpu_has_avx512() ? avx512::function(__VA_ARGS__) \
-   : cpu_has_avx2() ? avx2::function(__VA_ARGS__)   \
-                    : portable::function(__VA_ARGS__))
-
+// Calls the version of a function template for this processor.
+#if SWA_FAST_HAS_AVX512_PATH
+#define SWA_FAST_CALL(function, ...)                 \
+  (cpu_has_avx512()  ? avx512::function(__VA_ARGS__) \
+   : cpu_has_lanes() ? lanes::function(__VA_ARGS__)  \
+                     : portable::function(__VA_ARGS__))
+#elif SWA_FAST_HAS_LANES
+#define SWA_FAST_CALL(function, ...) lanes::function(__VA_ARGS__)
 #else
-
 #define SWA_FAST_CALL(function, ...) portable::function(__VA_ARGS__)
-
-#endif  // SWA_FAST_HAS_AVX2_PATH
+#endif
 
 // Whether input and output together are more than a last-level cache holds. Then the output, too,
 // leaves it before anybody reads it, and storing past the caches saves reading it first. (What
@@ -320,7 +269,7 @@ bool exceeds_caches(const Tensor& x) {
 
 // Stores past the caches have no place in the order of others until this.
 void end_of_stream(bool stream) {
-#if SWA_FAST_HAS_AVX2_PATH
+#ifdef __x86_64__
   if (stream) _mm_sfence();
 #endif
 }

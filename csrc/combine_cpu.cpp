@@ -37,23 +37,16 @@ void store_portable(Output* output, const Math* sum, int64_t count) {
   for (int64_t i = 0; i < count; ++i) output[i] = static_cast<Output>(sum[i]);
 }
 
-#if SWA_FAST_HAS_AVX2_PATH
-
-SWA_FAST_AVX2 inline __m256 multiply_add(__m256 a, __m256 b, __m256 c) {
-  return _mm256_fmadd_ps(a, b, c);
-}
-SWA_FAST_AVX2 inline __m256d multiply_add(__m256d a, __m256d b, __m256d c) {
-  return _mm256_fmadd_pd(a, b, c);
-}
+#if SWA_FAST_HAS_LANES
 
 // The sums lie in whole registers: `sum` has room for `count` rounded up.
 template <bool kFirst, typename Math, typename Source>
-SWA_FAST_AVX2 void accumulate_avx2(Math* sum, const Source* source, int64_t count, Math factor) {
+SWA_FAST_LANES void accumulate_lanes(Math* sum, const Source* source, int64_t count, Math factor) {
   using L = Lanes<Math>;
   const auto f = L::broadcast(factor);
-  const auto step = [&](Math* s, const Source* from) SWA_FAST_AVX2 {
+  const auto step = [&](Math* s, const Source* from) SWA_FAST_LANES {
     const auto x = L::load(from);
-    L::store(s, kFirst ? f * x : multiply_add(f, x, L::load(s)));
+    L::store(s, kFirst ? L::mul(f, x) : L::fma(f, x, L::load(s)));
   };
   int64_t i = 0;
   for (; i + L::kCount <= count; i += L::kCount) step(sum + i, source + i);
@@ -65,7 +58,7 @@ SWA_FAST_AVX2 void accumulate_avx2(Math* sum, const Source* source, int64_t coun
 }
 
 template <typename Output, typename Math>
-SWA_FAST_AVX2 void store_avx2(Output* output, const Math* sum, int64_t count) {
+SWA_FAST_LANES void store_lanes(Output* output, const Math* sum, int64_t count) {
   using L = Lanes<Math>;
   int64_t i = 0;
   for (; i + L::kCount <= count; i += L::kCount) L::store(output + i, L::load(sum + i));
@@ -82,16 +75,17 @@ constexpr int kSources = 4;  // whose factors do
 // M outputs of R fp32 sources, after those before unless they are the first. `factors` has a row of
 // `stride` for each output.
 template <int M, int R, bool kFirst>
-SWA_FAST_AVX2 void combine_block(float* const* outputs, const float* const* sources,
-                                 const float* factors, int64_t stride, int64_t begin, int64_t end) {
+SWA_FAST_LANES void combine_block(float* const* outputs, const float* const* sources,
+                                  const float* factors, int64_t stride, int64_t begin,
+                                  int64_t end) {
   using L = Lanes<float>;
   L::Register f[M][R];
   for (int m = 0; m < M; ++m) {
     for (int j = 0; j < R; ++j) f[m][j] = L::broadcast(factors[m * stride + j]);
   }
-  const auto sum = [&](int m, const L::Register* x, L::Register before) SWA_FAST_AVX2 {
-    L::Register s = kFirst ? f[m][0] * x[0] : multiply_add(f[m][0], x[0], before);
-    for (int j = 1; j < R; ++j) s = multiply_add(f[m][j], x[j], s);
+  const auto sum = [&](int m, const L::Register* x, L::Register before) SWA_FAST_LANES {
+    L::Register s = kFirst ? L::mul(f[m][0], x[0]) : L::fma(f[m][0], x[0], before);
+    for (int j = 1; j < R; ++j) s = L::fma(f[m][j], x[j], s);
     return s;
   };
   int64_t i = begin;
@@ -146,14 +140,14 @@ void combine_floats(const std::vector<float*>& outputs, const std::vector<const 
   }
 }
 
-#endif  // SWA_FAST_HAS_AVX2_PATH
+#endif  // SWA_FAST_HAS_LANES
 
 template <typename Math, typename Source>
 void accumulate(Math* sum, const Source* source, int64_t count, Math factor, bool first) {
-#if SWA_FAST_HAS_AVX2_PATH
-  if (cpu_has_avx2()) {
-    return first ? accumulate_avx2<true>(sum, source, count, factor)
-                 : accumulate_avx2<false>(sum, source, count, factor);
+#if SWA_FAST_HAS_LANES
+  if (cpu_has_lanes()) {
+    return first ? accumulate_lanes<true>(sum, source, count, factor)
+                 : accumulate_lanes<false>(sum, source, count, factor);
   }
 #endif
   first ? accumulate_portable<true>(sum, source, count, factor)
@@ -162,8 +156,8 @@ void accumulate(Math* sum, const Source* source, int64_t count, Math factor, boo
 
 template <typename Output, typename Math>
 void store(Output* output, const Math* sum, int64_t count) {
-#if SWA_FAST_HAS_AVX2_PATH
-  if (cpu_has_avx2()) return store_avx2(output, sum, count);
+#if SWA_FAST_HAS_LANES
+  if (cpu_has_lanes()) return store_lanes(output, sum, count);
 #endif
   store_portable(output, sum, count);
 }
@@ -236,11 +230,11 @@ void combine_cpu(std::vector<Tensor> outputs, std::vector<Tensor> sources, Tenso
   const bool wide = double_precision || std::any_of(to.begin(), to.end(), is_double) ||
                     std::any_of(from.begin(), from.end(), is_double);
   const double* c = static_cast<const double*>(coefficients.const_data_ptr());
-#if SWA_FAST_HAS_AVX2_PATH
+#if SWA_FAST_HAS_LANES
   const auto is_float = [](const Row& row) { return row.type == ScalarType::Float; };
   const bool floats = std::all_of(to.begin(), to.end(), is_float) &&
                       std::all_of(from.begin(), from.end(), is_float);
-  if (floats && !wide && cpu_has_avx2()) {
+  if (floats && !wide && cpu_has_lanes()) {
     std::vector<float*> targets;
     std::vector<const float*> origins;
     for (const Row& row : to) targets.push_back(reinterpret_cast<float*>(row.data));

@@ -11,6 +11,7 @@
 #include <atomic>
 
 #include "blend_cpu.h"
+#include "philox_cpu.h"
 #include "update.h"
 
 namespace swa_fast {
@@ -102,90 +103,36 @@ int64_t element_bytes(int code) {
   return code == kDouble ? 8 : code == kFloat ? 4 : code == kBytes ? 1 : 2;
 }
 
-#if SWA_FAST_HAS_AVX2_PATH
+#if SWA_FAST_HAS_LANES
 
-constexpr int kGroups = 8;           // of Philox, computed side by side
-constexpr int kBlock = 8 * kGroups;  // elements that they serve
+constexpr int kBlock = 8 * kPhiloxGroups;  // elements that a block of random bits serves
 static_assert(kCutMultiple % 8 == 0, "every piece of a segment begins with a group");
 
-// high and low: the words of the products of eight words and one factor.
-SWA_FAST_AVX2 inline void multiply(__m256i words, __m256i factor, __m256i& high, __m256i& low) {
-  const __m256i even = _mm256_mul_epu32(words, factor);
-  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(words, 32), factor);
-  high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
-  low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
-}
-
-// The same bits as Philox for `group` and the seven after it: sixteen bits for each of a group's
-// elements in their order, those of group j in the lower half of bits[j], of j + 4 in the upper.
-SWA_FAST_AVX2 inline void philox_block(int64_t seed, uint64_t group, int64_t n, int row,
-                                       __m256i (&bits)[4]) {
-  const __m256i all = _mm256_set1_epi64x(static_cast<int64_t>(group));
-  // In the order in which the shuffles below put the groups from 0 to 7.
-  const __m256 a = _mm256_castsi256_ps(_mm256_add_epi64(all, _mm256_setr_epi64x(0, 1, 4, 5)));
-  const __m256 b = _mm256_castsi256_ps(_mm256_add_epi64(all, _mm256_setr_epi64x(2, 3, 6, 7)));
-  __m256i c0 = _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0x88));
-  __m256i c1 = _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0xdd));
-  __m256i c2 = _mm256_set1_epi32(static_cast<int>(n));
-  __m256i c3 = _mm256_set1_epi32(row);
-  __m256i k0 = _mm256_set1_epi32(static_cast<int>(seed));
-  __m256i k1 = _mm256_set1_epi32(static_cast<int>(static_cast<uint64_t>(seed) >> 32));
-  const __m256i m0 = _mm256_set1_epi32(static_cast<int>(Philox::kMultiplier0));
-  const __m256i m1 = _mm256_set1_epi32(static_cast<int>(Philox::kMultiplier1));
-  const __m256i step0 = _mm256_set1_epi32(static_cast<int>(Philox::kKeyStep0));
-  const __m256i step1 = _mm256_set1_epi32(static_cast<int>(Philox::kKeyStep1));
-  for (int round = 0; round < Philox::kRounds; ++round) {
-    __m256i high0, low0, high1, low1;
-    multiply(c0, m0, high0, low0);
-    multiply(c2, m1, high1, low1);
-    c0 = _mm256_xor_si256(_mm256_xor_si256(high1, c1), k0);
-    c1 = low1;
-    c2 = _mm256_xor_si256(_mm256_xor_si256(high0, c3), k1);
-    c3 = low0;
-    k0 = _mm256_add_epi32(k0, step0);
-    k1 = _mm256_add_epi32(k1, step1);
-  }
-  // From a register for each word to one for each group.
-  const __m256i lower01 = _mm256_unpacklo_epi32(c0, c1), upper01 = _mm256_unpackhi_epi32(c0, c1);
-  const __m256i lower23 = _mm256_unpacklo_epi32(c2, c3), upper23 = _mm256_unpackhi_epi32(c2, c3);
-  bits[0] = _mm256_unpacklo_epi64(lower01, lower23);
-  bits[1] = _mm256_unpackhi_epi64(lower01, lower23);
-  bits[2] = _mm256_unpacklo_epi64(upper01, upper23);
-  bits[3] = _mm256_unpackhi_epi64(upper01, upper23);
-}
-
 template <Mode kMode, typename Source>
-SWA_FAST_AVX2 inline void blend_eight(BFloat16* average, const Source* source, __m256 c,
-                                      __m128i bits) {
+SWA_FAST_LANES inline void blend_block(BFloat16* average, const Source* source,
+                                       Lanes<float>::Register c,
+                                       const Lanes<float>::Bits (&bits)[kPhiloxGroups]) {
   using L = Lanes<float>;
-  __m256 x = L::load(source);
-  if constexpr (kMode != Mode::kCopy) {
-    const __m256 a = L::load(average);
-    x = L::blend(kMode == Mode::kFromAverage ? a : x, c, a, x);
-  }
-  L::store_rounded(average, x, _mm256_cvtepu16_epi32(bits));
-}
-
-template <Mode kMode, typename Source>
-SWA_FAST_AVX2 inline void blend_block(BFloat16* average, const Source* source, __m256 c,
-                                      const __m256i (&bits)[4]) {
-  for (int j = 0; j < 4; ++j) {
-    blend_eight<kMode>(average + 8 * j, source + 8 * j, c, _mm256_castsi256_si128(bits[j]));
-    blend_eight<kMode>(average + 8 * (j + 4), source + 8 * (j + 4), c,
-                       _mm256_extracti128_si256(bits[j], 1));
+  for (int64_t i = 0; i < kBlock; i += 8) {
+    auto x = L::load(source + i);
+    if constexpr (kMode != Mode::kCopy) {
+      const auto a = L::load(average + i);
+      x = L::blend(kMode == Mode::kFromAverage ? a : x, c, a, x);
+    }
+    L::store_with(average + i, x, bits[i / 8]);
   }
 }
 
 // `count` elements, the first of which is the first of `group`.
 template <Mode kMode, typename Source>
-SWA_FAST_AVX2 void blend_stochastically_avx2(BFloat16* average, const Source* source, int64_t count,
-                                             float coefficient, int64_t seed, uint64_t group,
-                                             int64_t n, int row) {
-  const __m256 c = _mm256_set1_ps(coefficient);
-  __m256i bits[4];
+SWA_FAST_LANES void blend_stochastically_lanes(BFloat16* average, const Source* source,
+                                               int64_t count, float coefficient, int64_t seed,
+                                               uint64_t group, int64_t n, int row) {
+  const auto c = Lanes<float>::broadcast(coefficient);
+  Lanes<float>::Bits bits[kPhiloxGroups];
   int64_t i = 0;
   for (; i + kBlock <= count; i += kBlock) {
-    philox_block(seed, group + i / 8, n, row, bits);
+    philox_groups(seed, group + i / 8, n, row, bits);
     blend_block<kMode>(average + i, source + i, c, bits);
   }
   if (i < count) {
@@ -193,13 +140,13 @@ SWA_FAST_AVX2 void blend_stochastically_avx2(BFloat16* average, const Source* so
     Source b[kBlock] = {};
     std::memcpy(a, average + i, (count - i) * sizeof(BFloat16));
     std::memcpy(b, source + i, (count - i) * sizeof(Source));
-    philox_block(seed, group + i / 8, n, row, bits);
+    philox_groups(seed, group + i / 8, n, row, bits);
     blend_block<kMode>(a, b, c, bits);
     std::memcpy(average + i, a, (count - i) * sizeof(BFloat16));
   }
 }
 
-#endif  // SWA_FAST_HAS_AVX2_PATH
+#endif  // SWA_FAST_HAS_LANES
 
 struct Update {
   int rows;
@@ -250,12 +197,12 @@ struct Update {
     BFloat16* average = reinterpret_cast<BFloat16*>(segment.average(row));
     const Source* source = static_cast<const Source*>(segment.source());
     const int64_t first = segment.place();
-#if SWA_FAST_HAS_AVX2_PATH
-    if (cpu_has_avx2()) {
+#if SWA_FAST_HAS_LANES
+    if (cpu_has_lanes()) {
       const auto vectorised =
-          rule.mode == Mode::kCopy          ? blend_stochastically_avx2<Mode::kCopy, Source>
-          : rule.mode == Mode::kFromAverage ? blend_stochastically_avx2<Mode::kFromAverage, Source>
-                                            : blend_stochastically_avx2<Mode::kFromSource, Source>;
+          rule.mode == Mode::kCopy          ? blend_stochastically_lanes<Mode::kCopy, Source>
+          : rule.mode == Mode::kFromAverage ? blend_stochastically_lanes<Mode::kFromAverage, Source>
+                                            : blend_stochastically_lanes<Mode::kFromSource, Source>;
       return vectorised(average + begin, source + begin, end - begin,
                         static_cast<float>(rule.coefficient), *seed,
                         static_cast<uint64_t>(first + begin) / 8, n[row], row);
@@ -348,25 +295,25 @@ void swag_portable(Average* mean, Average* squares, Average* column, const Sourc
   }
 }
 
-#if SWA_FAST_HAS_AVX2_PATH
+#if SWA_FAST_HAS_LANES
 
 template <Mode kMode, typename Average, typename Source>
-SWA_FAST_AVX2 inline void swag_vector(Average* mean, Average* squares, Average* column,
-                                      const Source* source, typename Lanes<Average>::Register c) {
+SWA_FAST_LANES inline void swag_vector(Average* mean, Average* squares, Average* column,
+                                       const Source* source, typename Lanes<Average>::Register c) {
   using L = Lanes<Average>;
   const auto x = L::load(source);
   const auto old = L::load(mean);
   const auto now =
       kMode == Mode::kCopy ? x : L::blend(kMode == Mode::kFromAverage ? old : x, c, old, x);
   L::store(mean, now);
-  L::store(column, x - now);
-  L::store(squares,
-           kMode == Mode::kCopy ? L::broadcast(0) : L::blend(L::load(squares), x - old, now, x));
+  L::store(column, L::sub(x, now));
+  L::store(squares, kMode == Mode::kCopy ? L::broadcast(0)
+                                         : L::blend(L::load(squares), L::sub(x, old), now, x));
 }
 
 template <Mode kMode, typename Average, typename Source>
-SWA_FAST_AVX2 void swag_avx2(Average* mean, Average* squares, Average* column, const Source* source,
-                             int64_t count, double coefficient) {
+SWA_FAST_LANES void swag_lanes(Average* mean, Average* squares, Average* column,
+                               const Source* source, int64_t count, double coefficient) {
   using L = Lanes<Average>;
   const auto c = L::broadcast(static_cast<Average>(coefficient));
   int64_t i = 0;
@@ -388,7 +335,7 @@ SWA_FAST_AVX2 void swag_avx2(Average* mean, Average* squares, Average* column, c
   }
 }
 
-#endif  // SWA_FAST_HAS_AVX2_PATH
+#endif  // SWA_FAST_HAS_LANES
 
 template <typename Average, typename Source>
 void swag_range(Segment segment, int64_t begin, int64_t end, double weight, int column_row) {
@@ -400,12 +347,12 @@ void swag_range(Segment segment, int64_t begin, int64_t end, double weight, int 
   Average* column = row(column_row);
   const Source* source = static_cast<const Source*>(segment.source()) + begin;
   const Blend rule = make_blend<Average>(static_cast<Average>(weight), weight == 1.0);
-#if SWA_FAST_HAS_AVX2_PATH
-  if (cpu_has_avx2()) {
-    const auto vectorised = rule.mode == Mode::kCopy ? swag_avx2<Mode::kCopy, Average, Source>
+#if SWA_FAST_HAS_LANES
+  if (cpu_has_lanes()) {
+    const auto vectorised = rule.mode == Mode::kCopy ? swag_lanes<Mode::kCopy, Average, Source>
                             : rule.mode == Mode::kFromAverage
-                                ? swag_avx2<Mode::kFromAverage, Average, Source>
-                                : swag_avx2<Mode::kFromSource, Average, Source>;
+                                ? swag_lanes<Mode::kFromAverage, Average, Source>
+                                : swag_lanes<Mode::kFromSource, Average, Source>;
     return vectorised(mean, squares, column, source, end - begin, rule.coefficient);
   }
 #endif

@@ -22,7 +22,7 @@ from torch.optim import swa_utils
 import swa_fast
 from swa_fast import precise_bn
 from swa_fast.batch_norm import batches as batches_module
-from swa_fast.batch_norm import convergence, layers
+from swa_fast.batch_norm import convergence, layers, run
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 ESTIMATORS = ["torch", "weighted", "pooled"]
@@ -392,6 +392,24 @@ def test_all_frozen_is_said_and_the_loader_not_read(caplog: pytest.LogCaptureFix
         report = swa_fast.update_bn(broken_loader(), model)
     assert report.frozen == ("0",) and report.batches == 0
     assert "all 1 BatchNorm layers are in eval mode" in caplog.text
+
+
+@pytest.mark.parametrize("has_bf16", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, None])
+def test_emulated_bf16_is_advised_against_once(
+    has_bf16: bool, dtype: torch.dtype | None, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    run._warn_of_bf16.cache_clear()
+    monkeypatch.setattr(run, "_has_bf16", lambda: has_bf16)
+    model = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2))
+    batches = [torch.randn(8, 4)]
+    autocast = torch.autocast("cpu", dtype, enabled=dtype is not None)
+    with caplog.at_level(logging.WARNING, "swa_fast"), autocast:
+        for _ in range(2):
+            swa_fast.update_bn(batches, model)
+    slow = dtype == torch.bfloat16 and not has_bf16
+    assert caplog.text.count("for which this CPU has no instructions") == slow
 
 
 def test_unused_layers_keep_their_statistics() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import sys
@@ -59,6 +60,32 @@ def _progress(loader: Iterable[Any], options: Options) -> Iterator[Callable[[], 
         total = total if options.max_batches is None else min(total, options.max_batches)
     with tqdm(total=total, desc="BatchNorm statistics", unit="batch") as bar:
         yield bar.update
+
+
+def _has_bf16() -> bool:
+    """Whether the CPU has instructions that multiply bf16 numbers."""
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "avx10_2", "bf16"))
+
+
+def _advise_on_autocast(collector: Collector) -> None:
+    """Says that the pass is slow where bf16 is emulated: several times as long as in fp32."""
+    if (
+        any(s.device.type == "cpu" for s in collector.statistics)
+        and torch.is_autocast_enabled("cpu")
+        and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        and not _has_bf16()
+    ):
+        _warn_of_bf16()
+
+
+@functools.cache
+def _warn_of_bf16() -> None:
+    """Once: training that does without the instructions knows it after the first pass."""
+    _log.warning(
+        "update_bn: under torch.autocast in bfloat16, for which this CPU has no instructions: the "
+        "pass is several times faster in float32, outside autocast"
+    )
 
 
 def _forward(collector: Collector, loader: Loader, batch: Any) -> None:
@@ -214,6 +241,7 @@ def reestimate(loader: Iterable[Any], wrapped: nn.Module, options: Options) -> B
             collector, frozen, source = _prepare(loader, model, named, options)
             if collector is not None:
                 try:
+                    _advise_on_autocast(collector)
                     batches = source or Loader(loader, options)
                     on_cpu = any(s.device.type == "cpu" for s in collector.statistics)
                     # Named, so that it lives as long as a traceback of what fails within.

@@ -64,9 +64,10 @@ def update_bn(
 
     **The best setting** for the pass is the one of the training: call this inside the same
     ``torch.autocast``, where the device has the type in hardware. (A CPU without bf16 instructions
-    is several times slower in bf16 than in fp32.) On the CPU, images are handed to models with
-    convolutions in channels-last memory format, which is faster, unless the model cannot bear it
-    (or ``channels_last=False``; random masks such as dropout's are then drawn in another order).
+    is several times slower in bf16 than in fp32, and a warning in the log says so.) On the CPU,
+    images are handed to models with convolutions in channels-last memory format, which is faster,
+    unless the model cannot bear it (or ``channels_last=False``; random masks such as dropout's are
+    then drawn in another order).
     Most of a pass over a large data set is spent on precision that nobody needs: see ``tolerance``.
 
     **Memory of the process.** With glibc on the CPU, malloc keeps large blocks for the time of the
