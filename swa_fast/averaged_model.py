@@ -55,7 +55,10 @@ class AveragedModel(nn.Module):
       instead of averaging them into a truncated number;
     * ``n_averaged`` lives on the device of the model's first parameter when ``device`` is None, so
       that an update never waits for the device;
-    * ``dtype`` keeps the average in another precision than the model.
+    * ``dtype`` keeps the average in another precision than the model;
+    * a model of lazy modules is copied again at the first update after its first forward.
+
+    DTensors and other wrappers are averaged by torch's own operators.
 
     Args:
         model: the model to average. It is deep-copied.
@@ -454,8 +457,7 @@ class AveragedModel(nn.Module):
         def find() -> tuple[list[Tensor], list[Tensor]]:
             tensors = self._match(model)
             loose = [not parameter and is_loose(tensor) for _, tensor, parameter in self._own()]
-            live, loose_live = self._apart(tensors, loose)
-            return live, loose_live
+            return self._apart(tensors, loose)
 
         def pairs() -> tuple[list[Tensor], list[Tensor]]:
             check()

@@ -91,8 +91,8 @@ class Averager(Saved, Changes, Decays, Views, Attachable):
             at the initial weights, with ``n_averaged`` at 1, as those of timm, torch-ema and
             diffusers do. False: the first update copies.
         excluded: what becomes of tensors that ``filter`` or ``trainable_only`` leave out: ``skip``
-            leaves them out of the averages, too; ``copy`` keeps their last values there, so that a
-            filtered average is a whole model's weights.
+            leaves them out of the averages, too; ``copy`` keeps their last values there, which
+            every update then copies, so that a filtered average is a whole model's weights.
 
     Raises:
         TypeError: a dtype or tensor that cannot be averaged.

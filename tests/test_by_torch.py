@@ -204,6 +204,20 @@ def test_lazy_parameters() -> None:
     assert averaged.module.weight.shape == (4, 3)
 
 
+def test_lists_of_dtensors(mesh: Any) -> None:
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    def make() -> list[list[Tensor]]:
+        return [
+            [distribute_tensor(torch.full((4,), value), mesh, [Shard(0)])] for value in (1.0, 3.0)
+        ]
+
+    for module in (swa_fast, stock):
+        averages, sources = make()
+        module.get_ema_multi_avg_fn(0.75)(averages, sources, torch.tensor(1))
+        assert plain(averages[0]).tolist() == [1.5] * 4
+
+
 def test_lists_with_wrapped_tensors() -> None:
     for make in (swa_fast.get_swa_multi_avg_fn, lambda: swa_fast.get_ema_multi_avg_fn(0.75)):
         odd = [Wrapped(torch.ones(3)), torch.full((2,), 4)]
