@@ -19,7 +19,7 @@ from . import _backends, _by_torch, _ops
 from ._applied import applied
 from ._cadence import Cadence
 from ._memory import Slot, dense_strides
-from ._modules import check_kind, inner, is_loose, match_modules
+from ._modules import check_kind, inner, is_loose, match_modules, warn_of_packed
 from ._watch import Watch
 from .avg_fns import AvgFn, MultiAvgFn, rule_of
 from .hooks import Attachment, Gate, attach
@@ -156,6 +156,7 @@ class AveragedModel(nn.Module):
         return self.rule or rule_of(self.multi_avg_fn or self.avg_fn)
 
     def _warn_of_stagnation(self) -> None:
+        warn_of_packed("AveragedModel", self.module)
         rule = self._built_in()
         for dtype in {p.dtype for p in self.module.parameters()}:
             if rule is not None and (reason := why_it_stands_still(rule, dtype)):
@@ -376,8 +377,7 @@ class AveragedModel(nn.Module):
                 self._counted = self._counter_seen()
 
     def _counter_seen(self) -> tuple[int, int] | None:
-        """Which counter this is, and how often something other than an update's kernel has written
-        it: after an update, what stays the same is not zero."""
+        """Which counter, written how often by others: what an update leaves the same is above 0."""
         counter = self.n_averaged
         return None if counter.is_inference() else (counter.data_ptr(), counter._version)
 

@@ -18,7 +18,7 @@ from ._decays import Decays
 from ._fit import tensors_of
 from ._lent import Lent, Source
 from ._memory import Slot, average_dtype, dense_strides
-from ._modules import Filter, Selection, check_kind, is_loose
+from ._modules import Filter, Selection, check_kind, is_loose, warn_of_packed
 from ._saved import Saved
 from ._view import Views
 from ._watch import Watch
@@ -146,6 +146,8 @@ class Averager(Saved, Changes, Decays, Views, Attachable):
             unwrap,
             excluded == "copy",
         )
+        if self._selection.module is not None:
+            warn_of_packed("Averager", self._selection.module)
         names, tensors, is_parameter = self._selection.collect()
         if len(self._selection.copied) == len(tensors):
             found, left_out = self._selection.what_leaves_nothing()

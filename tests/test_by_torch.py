@@ -186,6 +186,25 @@ def test_what_torch_does_not_average_is_named_and_nothing_changes() -> None:
         compiled(model)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.ao")
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*reduce_range:UserWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_packed_weights_are_spoken_of(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    averaged = AveragedModel(quantised)
+    averaged.update_parameters(quantised)
+    change(quantised)
+    averaged.update_parameters(quantised)
+    assert torch.equal(averaged.module[1].weight, torch.full((4,), 2.0))
+    swa_fast.Averager(quantised, {"s": swa_fast.SWA()}).update()
+    message = "0 is a quantised module, whose packed weights are not averaged (2 in all)"
+    assert [record.getMessage() for record in caplog.records if record.levelno > 20] == [
+        f"{who}: {message}" for who in ("AveragedModel", "Averager")
+    ]
+
+
 def test_lazy_parameters() -> None:
     for use_buffers in (False, True):
         model = nn.Sequential(nn.LazyLinear(4), nn.BatchNorm1d(4))
