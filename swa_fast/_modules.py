@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,7 +26,10 @@ __all__ = [
     "is_loose",
     "match_modules",
     "state_tensors",
+    "warn_of_packed",
 ]
+
+_log = logging.getLogger("swa_fast")
 
 Filter = Callable[[str, Tensor], bool] | str | re.Pattern[str]
 
@@ -297,6 +301,25 @@ def apart(items: Sequence[Any], loose: Sequence[bool]) -> tuple[list[Any], list[
     """Items that are not loose, and those that are."""
     pairs = list(zip(items, loose, strict=True))
     return [item for item, is_it in pairs if not is_it], [item for item, is_it in pairs if is_it]
+
+
+def warn_of_packed(who: str, module: nn.Module) -> None:
+    """Says that the weights of torch.ao's quantised modules, which are no tensors of theirs, are
+    not averaged."""
+    found = [
+        name
+        for name, child in module.named_modules()
+        if type(child).__module__.startswith("torch.ao.nn.quantized")
+        and (hasattr(child, "_packed_params") or hasattr(child, "_all_weight_values"))
+        and not name.endswith("_packed_params")  # a module of its own in some
+    ]
+    if found:
+        _log.warning(
+            "%s: %s is a quantised module, whose packed weights are not averaged%s",
+            who,
+            found[0] or "the model",
+            f" ({len(found)} in all)" if len(found) > 1 else "",
+        )
 
 
 def check_kind(name: str, tensor: object) -> None:

@@ -19,7 +19,7 @@ from ._applied import applied
 from ._cadence import Cadence
 from ._kept import all_or_nothing
 from ._memory import Slot, dense_strides
-from ._modules import apart, check_kind, copied, is_loose, match_modules
+from ._modules import apart, check_kind, copied, is_loose, match_modules, warn_of_packed
 from ._watch import Watch
 from .avg_fns import AvgFn, MultiAvgFn, rule_of
 from .hooks import Attachment, Gate, attach
@@ -55,7 +55,10 @@ class AveragedModel(nn.Module):
       instead of averaging them into a truncated number;
     * ``n_averaged`` lives on the device of the model's first parameter when ``device`` is None, so
       that an update never waits for the device;
-    * ``dtype`` keeps the average in another precision than the model.
+    * ``dtype`` keeps the average in another precision than the model;
+    * a model of lazy modules is copied again at the first update after its first forward.
+
+    DTensors and other wrappers are averaged by torch's own operators.
 
     Args:
         model: the model to average. It is deep-copied.
@@ -147,6 +150,7 @@ class AveragedModel(nn.Module):
         return self.rule or rule_of(self.multi_avg_fn or self.avg_fn)
 
     def _warn_of_stagnation(self) -> None:
+        warn_of_packed("AveragedModel", self.module)
         rule = self._built_in()
         for dtype in {p.dtype for p in self.module.parameters()}:
             if rule is not None and (reason := why_it_stands_still(rule, dtype)):
@@ -360,8 +364,7 @@ class AveragedModel(nn.Module):
                 self._counted = self._counter_seen()
 
     def _counter_seen(self) -> tuple[int, int] | None:
-        """Which counter this is, and how often something other than an update's kernel has written
-        it: after an update, what stays the same is not zero."""
+        """Which counter, written how often by others: what an update leaves the same is above 0."""
         counter = self.n_averaged
         return None if counter.is_inference() else (counter.data_ptr(), counter._version)
 
@@ -441,8 +444,7 @@ class AveragedModel(nn.Module):
         def find() -> tuple[list[Tensor], list[Tensor]]:
             tensors = self._match(model)
             loose = [not parameter and is_loose(tensor) for _, tensor, parameter in self._own()]
-            live, loose_live = apart(tensors, loose)
-            return live, loose_live
+            return apart(tensors, loose)
 
         def pairs() -> tuple[list[Tensor], list[Tensor]]:
             check()

@@ -18,7 +18,7 @@ from ._decays import Decays
 from ._fit import tensors_of
 from ._lent import Lent, Source
 from ._memory import Slot, average_dtype, dense_strides
-from ._modules import Filter, Selection, check_kind, is_loose
+from ._modules import Filter, Selection, check_kind, is_loose, warn_of_packed
 from ._overlap import Overlap
 from ._saved import Saved
 from ._view import Views
@@ -91,8 +91,8 @@ class Averager(Saved, Changes, Decays, Views, Attachable):
             at the initial weights, with ``n_averaged`` at 1, as those of timm, torch-ema and
             diffusers do. False: the first update copies.
         excluded: what becomes of tensors that ``filter`` or ``trainable_only`` leave out: ``skip``
-            leaves them out of the averages, too; ``copy`` keeps their last values there, so that a
-            filtered average is a whole model's weights.
+            leaves them out of the averages, too; ``copy`` keeps their last values there, which
+            every update then copies, so that a filtered average is a whole model's weights.
         overlap: with ``device="cpu"`` and :meth:`attach`, the copies of a model on a GPU are made
             during the next forward and backward, and a thread of the host brings the averages up to
             date: the training waits for neither. Takes twice the model's size in pinned memory.
@@ -155,6 +155,8 @@ class Averager(Saved, Changes, Decays, Views, Attachable):
             unwrap,
             excluded == "copy",
         )
+        if self._selection.module is not None:
+            warn_of_packed("Averager", self._selection.module)
         names, tensors, is_parameter = self._selection.collect()
         if len(self._selection.copied) == len(tensors):
             found, left_out = self._selection.what_leaves_nothing()

@@ -186,6 +186,25 @@ def test_what_torch_does_not_average_is_named_and_nothing_changes() -> None:
         compiled(model)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.ao")
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*reduce_range:UserWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_packed_weights_are_spoken_of(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    averaged = AveragedModel(quantised)
+    averaged.update_parameters(quantised)
+    change(quantised)
+    averaged.update_parameters(quantised)
+    assert torch.equal(averaged.module[1].weight, torch.full((4,), 2.0))
+    swa_fast.Averager(quantised, {"s": swa_fast.SWA()}).update()
+    message = "0 is a quantised module, whose packed weights are not averaged (2 in all)"
+    assert [record.getMessage() for record in caplog.records if record.levelno > 20] == [
+        f"{who}: {message}" for who in ("AveragedModel", "Averager")
+    ]
+
+
 def test_lazy_parameters() -> None:
     for use_buffers in (False, True):
         model = nn.Sequential(nn.LazyLinear(4), nn.BatchNorm1d(4))
@@ -202,6 +221,20 @@ def test_lazy_parameters() -> None:
     averaged = AveragedModel(nn.LazyLinear(4), avg_fn=lambda a, b, n: (a + b) / 2)
     averaged.update_parameters(nn.Linear(3, 4))
     assert averaged.module.weight.shape == (4, 3)
+
+
+def test_lists_of_dtensors(mesh: Any) -> None:
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    def make() -> list[list[Tensor]]:
+        return [
+            [distribute_tensor(torch.full((4,), value), mesh, [Shard(0)])] for value in (1.0, 3.0)
+        ]
+
+    for module in (swa_fast, stock):
+        averages, sources = make()
+        module.get_ema_multi_avg_fn(0.75)(averages, sources, torch.tensor(1))
+        assert plain(averages[0]).tolist() == [1.5] * 4
 
 
 def test_lists_with_wrapped_tensors() -> None:
