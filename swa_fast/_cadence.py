@@ -86,10 +86,18 @@ class Cadence:
             tried: how many updates were done or tried. With it a call counts only if its update did
                 not raise; without it counts in any case.
             found_inf: what a gradient scaler may skip this call for, or None.
+
+        Raises:
+            RuntimeError: a CUDA graph is captured whose replays could not be counted.
         """
         self.settle(tried)
         on_device = storage is not None and storage.decides_on_device
         capturing = storage is not None and storage.capturing()
+        if capturing and not on_device and (self.every, self.start) != (1, 0):
+            raise RuntimeError(
+                "every, start: updates with a user's function are counted on the host, which the "
+                "replays of a CUDA graph do not reach"
+            )
         if not on_device:
             # Before the first update of an averaged model, and with users' functions: waits.
             if found_inf is not None and bool(found_inf):

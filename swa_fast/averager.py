@@ -85,7 +85,8 @@ class Averager(Saved, Changes, Decays, Views, Attachable):
         update_every: calls of :meth:`update` from one that updates to the next, at least 1.
         start: calls of :meth:`update` before the first that counts, at least 0. Updates happen in
             the calls ``start + update_every``, ``start + 2 update_every``, ...; the others leave
-            averages and counters alone. How many there were is part of the state. (``start`` of a
+            averages and counters alone. How many there were is part of the state; replays of a
+            captured CUDA graph are calls, too. (``start`` of a
             rule counts updates instead, and copies until then.)
         count_initial: count the values at construction as the first update, so that averages begin
             at the initial weights, with ``n_averaged`` at 1, as those of timm, torch-ema and

@@ -179,6 +179,20 @@ def test_the_first_update_of_an_average_from_the_initial_weights_is_by_its_rule(
 
 
 @pytest.mark.gpu
+def test_what_could_not_be_counted_is_not_captured() -> None:
+    weight = torch.zeros(40, device="cuda")
+    averager = Averager([weight], {"f": lambda averages, sources, n: None}, update_every=2)
+    averager.update()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        weight.add_(1)  # because an empty graph is warned of
+        with pytest.raises(RuntimeError, match="replays of a CUDA graph"):
+            averager.update()
+    averager.update()
+    assert averager.n_averaged == {"f": 1}
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_captured_calls_are_counted_on_the_device(backend: str) -> None:
     weight = torch.zeros(40, device="cuda")
