@@ -19,6 +19,7 @@ overhead_*.csv, checkpoints_*.csv and differences.csv. A place in a page begins 
 * ``counts``: launches, waits, allocations and copies counted (``op``, ``model``);
 * ``overhead``: SWA's share in training;
 * ``checkpoints``: averages of files;
+* ``sharding``: an update of DTensors;
 * ``differences``: other packages' averages beside ours, see bench/differences.py;
 * ``gpu``: rows of ``bench/gpu_report.py`` in bench/results/gpu/*/rows.csv, or that there are none
   (``table`` machine, update, layers or pass; ``models`` with | between them; ``op``).
@@ -78,6 +79,7 @@ class Data:
         self.overhead = self._plain(folder, "overhead_*.csv")
         self.checkpoints = self._plain(folder, "checkpoints_*.csv")
         self.differences = self._plain(folder, "differences.csv")
+        self.sharding = self._plain(folder, "sharding_*.csv")
 
     @staticmethod
     def _plain(folder: Path, pattern: str) -> list[dict[str, str]]:
@@ -259,6 +261,22 @@ def checkpoints(data: Data, options: dict[str, str]) -> str:
     return text + markdown(["", *columns], lines)
 
 
+def sharding(data: Data, options: dict[str, str]) -> str:
+    if not data.sharding:
+        raise ValueError("there is no sharding_*.csv")
+    columns = ["median, us", "q1, us", "q3, us", "against ours"]
+    lines = [
+        [row["contender"], f"{int(row['elements']):,}", *(row[column] for column in columns)]
+        for row in data.sharding
+    ]
+    first = data.sharding[0]
+    text = (
+        f"{first['device']}, {first['threads']} thread, torch {first['torch']}, "
+        f"{first['rounds']} rounds, {first['date']}.\n\n"
+    )
+    return text + markdown(["", "elements", *columns], lines)
+
+
 def differences(data: Data, options: dict[str, str]) -> str:
     if not data.differences:
         raise ValueError("there is no differences.csv")
@@ -345,6 +363,7 @@ KINDS: dict[str, Callable[[Data, dict[str, str]], str]] = {
     "counts": counts,
     "overhead": overhead,
     "checkpoints": checkpoints,
+    "sharding": sharding,
     "differences": differences,
     "gpu": gpu,
 }
