@@ -5,7 +5,7 @@
     python bench/report.py FILE.csv ...     prints tables of any rows as Markdown
 
 The pages are README.md and those of docs/. The rows are bench/results/rows_*.csv, counts_*.csv,
-overhead_*.csv, checkpoints_*.csv and differences.csv. A place in a page begins with
+overhead_*.csv, checkpoints_*.csv, sharding_*.csv and differences.csv. A place in a page begins with
 ``<!-- bench:KIND option="value" ... -->`` and ends with ``<!-- /bench -->``. Kinds:
 
 * ``machine``: what the rows were measured on;

@@ -107,9 +107,9 @@ class Attachment:
 
     def remove(self) -> None:
         """No update any more."""
-        self._settle()
         for handle in self._handles:
             handle.remove()
+        self._settle()
 
     def _settle(self) -> None:
         storage = self._storage()
