@@ -355,8 +355,8 @@ def trained_main(arguments: Sequence[str]) -> int:
 _EQUAL_MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 _ALONE = (LIMIT, *(name for name in CONTENDERS if "bf16" not in name))
 _ALONE_COLUMNS = [
-    "contender", "model", "batches", "images", "as found, ms", "equal malloc, ms", "others",
-    "device", "threads", "torch", "commit", "date",
+    "contender", "model", "batches", "images", "rounds", "as found, ms", "equal malloc, ms",
+    "others", "device", "threads", "torch", "commit", "date",
 ]  # fmt: skip
 
 
@@ -414,7 +414,8 @@ def alone_main(arguments: Sequence[str]) -> int:
         rows.append(
             {
                 "contender": name, "model": options.model, "batches": options.count,
-                "images": options.batch, "as found, ms": f"{1e3 * as_found:.4g}",
+                "images": options.batch, "rounds": options.rounds,
+                "as found, ms": f"{1e3 * as_found:.4g}",
                 "equal malloc, ms": f"{1e3 * equal:.4g}",
                 "others": "" if others is None else f"{others:.3f}",
                 **facts(torch.device("cpu")),
