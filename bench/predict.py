@@ -150,7 +150,8 @@ def nonfinite_launch(sizes: Sequence[int], source: int, backend: str) -> Launch:
 # are added up without dividing the blocks into groups (loads of a thread, eight at a time).
 LINE, BLOCKS, FEW_UNITS, ALONE, AT_ONCE = 128, 1024, 32, 32, 8
 TRITON_LINES = {"statistics": 128, "output": 512}
-TRITON_BLOCK, TRITON_GROUP, TRITON_SPLITS = 2048, 8, 512
+TRITON_BLOCK = {"statistics": 1024, "output": 2048}
+TRITON_IN_FLIGHT, TRITON_LEAST, TRITON_SPLITS = 128, 16384, 1024
 
 
 def _cuda_layer(
@@ -198,24 +199,34 @@ def _cuda_layer(
 def _triton_layer(
     n: int, c: int, s: int, size: int, channels_last: bool, statistics: bool
 ) -> tuple[int, float, int]:
+    which = "statistics" if statistics else "output"
+    block = TRITON_BLOCK[which]
     samples, length = (n * s, 1) if channels_last else (n, s)
     if channels_last:
-        line = TRITON_LINES["statistics" if statistics else "output"] // size
-        columns = min(1 << (c - 1).bit_length(), line)
+        columns = min(1 << (c - 1).bit_length(), TRITON_LINES[which] // size)
         tiles, width = _up(c, columns), columns
     else:
-        columns = min(1 << (s - 1).bit_length(), TRITON_BLOCK // 2)
+        columns = min(1 << (s - 1).bit_length(), block // 2)
         tiles, width = c, 1
-    steps = _up(samples, TRITON_BLOCK // columns) * _up(length, columns)
-    wanted = min(TRITON_SPLITS, _up(steps, TRITON_GROUP), _up(BLOCKS, tiles))
-    each = _up(_up(steps, wanted), TRITON_GROUP) * TRITON_GROUP
+    unroll = TRITON_IN_FLIGHT * 128 // (block * size) if statistics else 1
+    steps = _up(samples, block // columns) * _up(length, columns)
+    wanted = min(TRITON_SPLITS, _up(steps, TRITON_LEAST // block), _up(BLOCKS, tiles))
+    each = _up(_up(steps, wanted), unroll) * unroll
     splits = _up(steps, each)
-    tail = 0.0 if splits == 1 else 3.0 + _up(splits * width, 4 * 1024)
-    return tiles * splits, tail, TRITON_BLOCK * size
+    at_once = min(2048 // width, 512)
+    tickets = min(width, c - (tiles - 1) * width)
+    if splits == 1:
+        tail = 0.0
+    elif splits <= at_once or tickets <= 2:
+        tail = 3.0 + _up(splits, at_once)
+    else:
+        of_a_group = _up(splits, min(math.isqrt(splits - 1) + 1, tickets - 1))
+        tail = 5.0 + _up(of_a_group, at_once) + _up(_up(splits, of_a_group), at_once)
+    return tiles * splits, tail, block * size * unroll
 
 
-# The blocks' geometry, and how many are resident: 3 of 256 threads, 4 of 128.
-LAYERS = {"cuda": (_cuda_layer, 3), "triton": (_triton_layer, 4)}
+# The blocks' geometry, and how many are resident, of 256 threads or 128.
+LAYERS = {"cuda": (_cuda_layer, 3), "triton": (_triton_layer, 3)}
 
 
 def batch_norm_launches(

@@ -308,9 +308,16 @@ __device__ __forceinline__ unsigned draw_ticket(int64_t* ticket) {
   return drawn;
 }
 
-// Random numbers have a kernel of their own, because they need more registers.
+// Random numbers have a kernel of their own, because they need more registers: where bfloat16 is
+// emulated more than four blocks leave, and fewer blocks cost less than registers that are spilled.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kStochasticBlocks = 3;
+#else
+constexpr int kStochasticBlocks = kBlocks;
+#endif
+
 template <bool kStochastic>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads, kStochastic ? kStochasticBlocks : kBlocks)
     update_kernel(const __grid_constant__ Arguments arguments) {
   __shared__ Shared shared;
   const Share share{arguments.long_segments, arguments.segments};

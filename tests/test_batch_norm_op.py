@@ -685,6 +685,38 @@ def test_no_block_waits_for_many_loads(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("shape", "dtype", "layout", "tiles"),
+    [
+        # Blocks of 1024 values: 96, eight of them a turn; 48 of each tile, four a turn; 96 of each
+        # channel, eight a turn.
+        ((6, 64, 16, 16), torch.bfloat16, "channels_last", 1),
+        ((3, 64, 16, 16), torch.float32, "channels_last", 2),
+        ((384, 2, 16, 16), torch.bfloat16, "contiguous", 2),
+    ],
+    ids=str,
+)
+def test_a_program_of_triton_waits_once_for_several_blocks(
+    simulator: Any, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], dtype: torch.dtype,
+    layout: str, tiles: int,
+) -> None:  # fmt: skip
+    need("triton", "cuda")
+    from swa_fast.kernels import batch_norm as kernels
+
+    monkeypatch.setattr(kernels, "PROGRAMS", 1)  # all blocks of a tile in one program
+    values = LAYOUTS[layout](make(shape, dtype))
+    x = values.cuda()
+    batch = torch.empty((4, shape[1]), dtype=torch.float64, device="cuda")
+    simulator.reset()
+    _ops.batch_norm_collect(x, None, None, EPS, batch, normalise=False, backend="triton")
+    ((_, counts),) = simulator.counters()["kernels"].items()
+    assert counts["blocks"] == tiles
+    # One for each of twelve turns, and the pivots before the first.
+    assert counts["load_round_trips"] <= 12 + 2
+    check_statistics(batch.cpu(), values, f"{shape}, {dtype}")
+
+
+@pytest.mark.gpu
 def test_triton_compiles_once_for_changing_numbers() -> None:
     need("triton", "cuda")
     from swa_fast.kernels import batch_norm as kernels
