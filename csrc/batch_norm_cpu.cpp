@@ -19,6 +19,7 @@
 
 #include "batch_norm.h"
 #include "blend_cpu.h"
+#include "caches.h"
 
 #if SWA_FAST_HAS_AVX512_PATH
 // As SWA_FAST_LANES, see lanes_avx2.h: chosen at run time.
@@ -259,21 +260,6 @@ struct Vec<float> {
 #define SWA_FAST_CALL(function, ...) portable::function(__VA_ARGS__)
 #endif
 
-// Whether input and output together are more than a last-level cache holds. Then the output, too,
-// leaves it before anybody reads it, and storing past the caches saves reading it first. (What
-// sysconf() calls the size is that of all such caches of a socket.)
-bool exceeds_caches(const Tensor& x) {
-  constexpr int64_t kLastLevelCache = int64_t{32} << 20;
-  return 2 * x.numel() * static_cast<int64_t>(x.element_size()) >= kLastLevelCache;
-}
-
-// Stores past the caches have no place in the order of others until this.
-void end_of_stream(bool stream) {
-#ifdef __x86_64__
-  if (stream) _mm_sfence();
-#endif
-}
-
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The layer, given everything but the input and the output.
@@ -352,7 +338,7 @@ void collect_short_runs(const Input<T>& input, const Layer& layer, T* y) {
                       c.data(), layer.relu, layer.stream);
       }
     }
-    end_of_stream(layer.stream);
+    if (layer.stream) end_of_stream();
   });
 }
 
@@ -409,7 +395,7 @@ void collect_contiguous(const Input<T>& input, const Layer& layer, T* y) {
         }
         if (y != nullptr) normalise(t, 0, c);
       }
-      end_of_stream(layer.stream);
+      if (layer.stream) end_of_stream();
     });
     return;
   }
@@ -429,7 +415,7 @@ void collect_contiguous(const Input<T>& input, const Layer& layer, T* y) {
     for (int64_t i = to - 1; i >= from; --i) {
       normalise(i % tiles, i / tiles, c.data() + i % tiles * tile);
     }
-    end_of_stream(layer.stream);
+    if (layer.stream) end_of_stream();
   });
 }
 
@@ -504,7 +490,7 @@ void collect_rows(const Input<T>& input, const Layer& layer, T* y) {
       SWA_FAST_CALL(normalise_columns, input.x + at, y + at, rows_of(b), columns, columns, true,
                     c.data(), layer.relu, layer.stream);
     }
-    end_of_stream(layer.stream);
+    if (layer.stream) end_of_stream();
   });
 }
 
@@ -539,7 +525,7 @@ Tensor collect_cpu(Tensor x, std::optional<Tensor> weight, std::optional<Tensor>
                     check_affine(bias, x, "bias"),
                     eps,
                     relu,
-                    exceeds_caches(x),
+                    outlasts_caches(x.numel() * static_cast<int64_t>(x.element_size())),
                     check_batch(batch, x)};
   Tensor y = normalise ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
   if (normalise) ask_for_huge_pages(y);

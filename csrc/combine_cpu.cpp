@@ -7,14 +7,15 @@
 // nothing but its own values, so no cut of the rows, thread or tail shows in it.
 //
 // Bytes per element: 4 r + 4 K for fp32. Where all rows are fp32 the sums of four outputs stay in
-// registers while up to four sources are read; of more sources the outputs themselves, a piece of
-// which is in the first-level cache, hold the sums so far. Otherwise a piece of every row is summed
+// registers while up to four sources are read, and of more sources in memory of the kernel's own.
+// Large outputs are stored past the caches, one at a time. Otherwise a piece of every row is summed
 // up in memory of the kernel's own, until the last source is read.
 
 #include <algorithm>
 #include <vector>
 
 #include "blend_cpu.h"
+#include "caches.h"
 
 namespace swa_fast {
 namespace {
@@ -69,33 +70,37 @@ SWA_FAST_LANES void store_lanes(Output* output, const Math* sum, int64_t count) 
   }
 }
 
-constexpr int kOutputs = 4;  // whose sums stay in registers
-constexpr int kSources = 4;  // whose factors do
+constexpr int64_t kFloats = 1024;  // elements of a piece of rows that are all fp32
+constexpr int kOutputs = 4;        // whose sums stay in registers
+constexpr int kSources = 4;        // whose factors do
 
-// M outputs of R fp32 sources, after those before unless they are the first. `factors` has a row of
-// `stride` for each output.
-template <int M, int R, bool kFirst>
-SWA_FAST_LANES void combine_block(float* const* outputs, const float* const* sources,
-                                  const float* factors, int64_t stride, int64_t begin,
-                                  int64_t end) {
+// M sums of R fp32 sources into `to`, after those in `before` unless they are the first. `factors`
+// has a row of `stride` for each sum. kStream: past the caches, to one multiple of 32 bytes.
+template <int M, int R, bool kFirst, bool kStream>
+SWA_FAST_LANES void combine_block(float* const* to, const float* const* before,
+                                  const float* const* sources, const float* factors, int64_t stride,
+                                  int64_t count) {
   using L = Lanes<float>;
   L::Register f[M][R];
   for (int m = 0; m < M; ++m) {
     for (int j = 0; j < R; ++j) f[m][j] = L::broadcast(factors[m * stride + j]);
   }
-  const auto sum = [&](int m, const L::Register* x, L::Register before) SWA_FAST_LANES {
-    L::Register s = kFirst ? L::mul(f[m][0], x[0]) : L::fma(f[m][0], x[0], before);
+  const auto sum = [&](int m, const L::Register* x, const float* earlier) SWA_FAST_LANES {
+    L::Register s = kFirst ? L::mul(f[m][0], x[0]) : L::fma(f[m][0], x[0], L::load(earlier));
     for (int j = 1; j < R; ++j) s = L::fma(f[m][j], x[j], s);
     return s;
   };
-  int64_t i = begin;
-  for (; i + L::kCount <= end; i += L::kCount) {
+  int64_t i = 0;
+  for (; i + L::kCount <= count; i += L::kCount) {
     L::Register x[R];
     for (int j = 0; j < R; ++j) x[j] = L::load(sources[j] + i);
-    for (int m = 0; m < M; ++m) L::store(outputs[m] + i, sum(m, x, L::load(outputs[m] + i)));
+    for (int m = 0; m < M; ++m) {
+      const L::Register s = sum(m, x, before[m] + i);
+      kStream ? L::stream(to[m] + i, s) : L::store(to[m] + i, s);
+    }
   }
-  if (i == end) return;
-  const size_t bytes = (end - i) * sizeof(float);
+  if (i == count) return;
+  const size_t bytes = (count - i) * sizeof(float);
   L::Register x[R];
   float rest[L::kCount] = {};
   for (int j = 0; j < R; ++j) {
@@ -103,41 +108,90 @@ SWA_FAST_LANES void combine_block(float* const* outputs, const float* const* sou
     x[j] = L::load(rest);
   }
   for (int m = 0; m < M; ++m) {
-    std::memcpy(rest, outputs[m] + i, bytes);
-    L::store(rest, sum(m, x, L::load(rest)));
-    std::memcpy(outputs[m] + i, rest, bytes);
+    if (!kFirst) std::memcpy(rest, before[m] + i, bytes);
+    L::store(rest, sum(m, x, rest));
+    std::memcpy(to[m] + i, rest, bytes);
   }
 }
 
-template <int M, bool kFirst>
-void combine_sources(int sources, float* const* outputs, const float* const* from,
-                     const float* factors, int64_t stride, int64_t begin, int64_t end) {
-  const auto run = sources == 1   ? combine_block<M, 1, kFirst>
-                   : sources == 2 ? combine_block<M, 2, kFirst>
-                   : sources == 3 ? combine_block<M, 3, kFirst>
-                                  : combine_block<M, kSources, kFirst>;
-  run(outputs, from, factors, stride, begin, end);
+// M outputs of any number of sources: of more than are read at once, memory of the kernel's own
+// holds the sums so far.
+template <int M, bool kStream>
+void combine_piece(float* const* outputs, const std::vector<const float*>& sources,
+                   const float* factors, int64_t begin, int64_t end) {
+  const int64_t r = sources.size();
+  alignas(64) float sums[M][kFloats];
+  float *kept[M], *to[M];
+  for (int m = 0; m < M; ++m) {
+    kept[m] = sums[m];
+    to[m] = outputs[m] + begin;
+  }
+  for (int64_t j = 0; j < r; j += kSources) {
+    const float* from[kSources];
+    const int count = static_cast<int>(std::min<int64_t>(kSources, r - j));
+    for (int i = 0; i < count; ++i) from[i] = sources[j + i] + begin;
+    const auto run = [&](auto first, auto stream) {
+      constexpr bool kFirst = first, kPast = stream;
+      const auto block = count == 1   ? combine_block<M, 1, kFirst, kPast>
+                         : count == 2 ? combine_block<M, 2, kFirst, kPast>
+                         : count == 3 ? combine_block<M, 3, kFirst, kPast>
+                                      : combine_block<M, kSources, kFirst, kPast>;
+      block(j + kSources < r ? kept : to, kept, from, factors + j, r, end - begin);
+    };
+    const std::bool_constant<kStream> past;
+    const std::false_type no;
+    const std::true_type yes;
+    if (j + kSources < r) {
+      j == 0 ? run(yes, no) : run(no, no);
+    } else {
+      j == 0 ? run(yes, past) : run(no, past);
+    }
+  }
 }
 
 // All rows fp32.
 void combine_floats(const std::vector<float*>& outputs, const std::vector<const float*>& sources,
                     const std::vector<float>& factors, int64_t begin, int64_t end) {
   const int64_t r = sources.size(), k = outputs.size();
-  for (int64_t at = begin; at < end; at += kPiece) {
-    const int64_t stop = std::min(at + kPiece, end);
-    for (int64_t m = 0; m < k;) {
-      const int64_t members = k - m >= kOutputs ? kOutputs : 1;
-      for (int64_t j = 0; j < r; j += kSources) {
-        const auto run =
-            members == 1
-                ? (j == 0 ? combine_sources<1, true> : combine_sources<1, false>)
-                : (j == 0 ? combine_sources<kOutputs, true> : combine_sources<kOutputs, false>);
-        run(static_cast<int>(std::min<int64_t>(kSources, r - j)), &outputs[m], &sources[j],
-            &factors[m * r + j], r, at, stop);
+  for (int64_t at = begin; at < end; at += kFloats) {
+    const int64_t stop = std::min(at + kFloats, end);
+    int64_t m = 0;
+    for (; m + kOutputs <= k; m += kOutputs) {
+      combine_piece<kOutputs, false>(&outputs[m], sources, &factors[m * r], at, stop);
+    }
+    for (; m < k; ++m) combine_piece<1, false>(&outputs[m], sources, &factors[m * r], at, stop);
+  }
+}
+
+// The same past the caches. Each output is cut where its own lines of memory begin, for a line that
+// is stored in parts is fetched.
+void stream_floats(const std::vector<float*>& outputs, const std::vector<const float*>& sources,
+                   const std::vector<float>& factors, int64_t begin, int64_t end) {
+  constexpr int64_t kLine = 64 / sizeof(float);
+  static_assert(kFloats % kLine == 0, "pieces of an output end where its lines do");
+  constexpr int64_t kLines = kFloats / kLine;
+  const int64_t r = sources.size(), k = outputs.size(), lines = r * kLines;
+  for (int64_t at = begin; at < end; at += kFloats) {
+    for (int64_t m = 0; m < k; ++m) {
+      // The processor follows a row within a page at most, and other rows come between its pieces:
+      // each output has its share of the next piece's lines fetched.
+      for (int64_t i = m * lines / k; i < (m + 1) * lines / k; ++i) {
+        const float* const next = sources[i / kLines] + at + kFloats;
+        __builtin_prefetch(next + i % kLines * kLine);
       }
-      m += members;
+      const int64_t place = reinterpret_cast<intptr_t>(outputs[m] + at) / sizeof(float) % kLine;
+      const int64_t line = std::min(end, at + (kLine - place) % kLine);
+      const int64_t stop = std::min(end, line + kFloats);
+      const int64_t whole = stop - (stop - line) % kLine;
+      const auto piece = [&](auto stream, int64_t from, int64_t to) {
+        if (from < to) combine_piece<1, stream>(&outputs[m], sources, &factors[m * r], from, to);
+      };
+      if (at == begin) piece(std::false_type{}, begin, line);
+      piece(std::true_type{}, line, whole);
+      piece(std::false_type{}, whole, stop);
     }
   }
+  end_of_stream();
 }
 
 #endif  // SWA_FAST_HAS_LANES
@@ -240,8 +294,12 @@ void combine_cpu(std::vector<Tensor> outputs, std::vector<Tensor> sources, Tenso
     for (const Row& row : to) targets.push_back(reinterpret_cast<float*>(row.data));
     for (const Row& row : from) origins.push_back(reinterpret_cast<const float*>(row.data));
     const std::vector<float> factors(c, c + k * r);
+    // Beside many sources the lines that a store fetches are a small part of what is read.
+    const bool stream =
+        2 * k >= r && outlasts_caches(k * count * static_cast<int64_t>(sizeof(float)));
     torch::stable::parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) {
-      combine_floats(targets, origins, factors, begin, end);
+      const auto run = stream ? stream_floats : combine_floats;
+      run(targets, origins, factors, begin, end);
     });
     return;
   }

@@ -186,6 +186,30 @@ def test_combine(backend: str, device: str, double_precision: bool, dtype: torch
                 assert torch.equal(found, torch.from_numpy(true.astype("f4")))
 
 
+@pytest.mark.parametrize(("outputs", "r"), [(1, 2), (5, 1), (5, 9)])
+def test_combine_into_outputs_larger_than_the_caches(outputs: int, r: int) -> None:
+    """They are stored in another way, and hold the same bits as if they were made in parts."""
+    need("cpu", "cpu")
+    second_level = max(torch.cpu.get_capabilities().get("l2_cache_size", 0), 1 << 20)
+    count = 13 * second_level // (4 * outputs) + 5
+    c = torch.randn(outputs, r, dtype=torch.float64)
+    # Each begins elsewhere in a line of memory.
+    there = [torch.full((count + 16,), 7.0)[i : i + count] for i in range(outputs)]
+    rows = [torch.randn(count) for _ in range(r)]
+    _ops.combine_(there, rows, c, backend="cpu")
+    for i in range(0, count, count // 7):
+        part = [torch.empty(len(rows[0][i : i + count // 7])) for _ in range(outputs)]
+        _ops.combine_(part, [row[i : i + count // 7] for row in rows], c, backend="cpu")
+        for k, expected in enumerate(part):
+            assert torch.equal(there[k][i : i + count // 7], expected), (k, i)
+    for row in there:
+        around = row.as_strided((16 + count,), (1,), 0)
+        outside = torch.cat(
+            (around[: row.storage_offset()], around[row.storage_offset() + count :])
+        )
+        assert (outside == 7).all()
+
+
 def test_combine_refuses_what_does_not_fit() -> None:
     x, c = torch.zeros(4), torch.ones(1, 1, dtype=torch.float64)
     for problem, kind, arguments in (

@@ -1,0 +1,40 @@
+// Which memory is too large for the processor's caches, so that stores go past them: a store into a
+// cache fetches the line first and writes it back later, twice the traffic of one past it.
+#pragma once
+
+#include <cstdint>
+#ifdef __linux__
+#include <unistd.h>
+#endif
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+namespace swa_fast {
+
+// Bytes of a core's own second-level cache. How much of the third level a process has is nowhere to
+// be asked: its size is that of all such caches of a socket, which others use, too.
+inline int64_t second_level_cache() {
+  static const int64_t bytes = [] {
+    int64_t found = 0;
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+    return found > 0 ? found : int64_t{1} << 20;
+  }();
+  return bytes;
+}
+
+// Whether an output of that many bytes, written beside an input of about as many, has left the
+// caches before anybody reads it. Measured on a Zen 5 and a Zen 3, whose second levels are 1 MiB
+// and 512 KiB: from twelve times as many on, stores past the caches are faster.
+inline bool outlasts_caches(int64_t bytes) { return bytes >= 12 * second_level_cache(); }
+
+// Stores past the caches have no place in the order of others until this.
+inline void end_of_stream() {
+#ifdef __x86_64__
+  _mm_sfence();
+#endif
+}
+
+}  // namespace swa_fast
