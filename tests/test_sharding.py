@@ -420,6 +420,24 @@ def batch_norm(ranks: int, folder: Path) -> None:
             torch.testing.assert_close(model(make_input()), alone(make_input()))
 
 
+def skipped_steps(ranks: int, folder: Path) -> None:
+    """A scaler that finds an infinity in the gradients of one process has all of them skip."""
+    model = shard(make_model(), mesh_of(ranks))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    averager = Averager(model, {"swa": SWA()})
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    with averager.attach(optimizer):
+        for bad in (False, True, False):
+            scaler.scale(model(make_input()).mean()).backward()
+            gradient: Any = next(model.parameters()).grad
+            if bad and dist.get_rank() == ranks - 1:
+                gradient._local_tensor.fill_(torch.inf)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    assert averager.n_averaged == {"swa": 2}
+
+
 class Wrapper(Tensor):
     """A subclass of its own."""
 
@@ -565,7 +583,7 @@ CHECKS: dict[int, list[Check]] = {
     4: [
         fsdp, one_launch, tensor_parallel, replicated, two_dimensional, first_on_meta,
         mixed_precision, offloaded, stale, another_model, updates_while_gathered, failures_within,
-        full, batch_norm, refusals, continued,
+        full, batch_norm, skipped_steps, refusals, continued,
     ],
     2: [fsdp, tensor_parallel, stale, one_process_fails, full, flat, continued],
     3: [continued],
