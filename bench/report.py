@@ -12,6 +12,8 @@ overhead_*.csv, checkpoints_*.csv, sharding_*.csv and differences.csv. A place i
 * ``times``: median ms, contenders by models (``op``, ``mode``; ``models`` and ``contenders`` with |
   between them);
 * ``limit``: the same in percent of the limit;
+* ``multiples``: the same as multiples of the limit's time in the same rounds: for sizes whose time
+  is that of a memory which is not always as fast;
 * ``ratios``: how many times longer the others take than ours (``of``), each relative to the limit
   in its own rounds, as models too large for all contenders at once are compared in pieces;
 * ``layers``: another contender's time over ours, least, median and most over the shapes, by type
@@ -129,17 +131,33 @@ def _by_model(rows: Sequence[Row], cell: Callable[[Row], str], names: Sequence[s
     return markdown(head, lines)
 
 
+def _contenders(rows: Sequence[Row], options: dict[str, str]) -> list[str]:
+    every = _unique(r.contender for r in rows)
+    names = options["contenders"].split("|") if "contenders" in options else every
+    if unknown := set(names) - set(every):
+        raise ValueError(f"no row of {', '.join(sorted(unknown))} for {options}")
+    return names
+
+
+def multiples(data: Data, options: dict[str, str]) -> str:
+    rows = data.selected(options)
+    relative = in_limits(rows)
+
+    def cell(row: Row) -> str:
+        found = relative.get((row.contender, row.model, row.dtype))
+        return "" if found is None else significant(found[1])
+
+    return _by_model(rows, cell, _contenders(rows, options))
+
+
 def times(data: Data, options: dict[str, str]) -> str:
     rows = data.selected(options)
 
     def cell(row: Row) -> str:
         return significant(1e3 * (row.median or 0))
 
-    names = _unique(r.contender for r in rows)
+    names = _contenders(rows, options)
     if "contenders" in options:
-        names = options["contenders"].split("|")
-        if unknown := set(names) - {r.contender for r in rows}:
-            raise ValueError(f"no row of {', '.join(sorted(unknown))} for {options}")
         return _by_model(rows, cell, names)
     scaled = _at_the_limits_speed(rows)
     if scaled:
@@ -358,6 +376,7 @@ KINDS: dict[str, Callable[[Data, dict[str, str]], str]] = {
     "machine": machine,
     "times": times,
     "limit": limit,
+    "multiples": multiples,
     "ratios": ratios,
     "layers": layers,
     "counts": counts,

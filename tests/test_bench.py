@@ -483,6 +483,10 @@ def test_report_shows_some_of_the_contenders(bench: Any, results: Path) -> None:
     assert "| ours | 1.00 | 1.00 |" in text and "lerp_flat" not in text
     with pytest.raises(ValueError, match="no row of theirs"):
         bench.report.fill(place.format("ours|theirs"), data)
+    # Relative to the limit of the same rounds, whatever the times themselves are.
+    data.rows = [dataclasses.replace(r, limit_median=1.5) for r in data.rows]
+    text = bench.report.fill(place.format("ours").replace("times", "multiples"), data)
+    assert "| ours | 1.50 | 1.50 |" in text
 
 
 def test_report_looks_at_all_pages(bench: Any) -> None:
