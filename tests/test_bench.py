@@ -521,6 +521,64 @@ def test_profiler_events_are_told_apart(bench: Any) -> None:
     assert bench.counts.count_events(events) == {"launches": 1, "copies": 3, "host_syncs": 1}
 
 
+class FakeDevice:
+    """Host and device as two clocks: what is enqueued starts when both are ready for it."""
+
+    def __init__(self) -> None:
+        self.host = self.device = 0.0
+
+    def enqueue(self, host: float, device: float) -> None:
+        self.host += host
+        self.device = max(self.host, self.device) + device
+
+    def synchronize(self) -> None:
+        self.host = max(self.host, self.device)
+
+    def event(self) -> Any:
+        device = self
+
+        class Event:
+            def record(self) -> None:
+                self.at = max(device.host, device.device)
+
+            def query(self) -> bool:
+                return self.at <= device.host
+
+            def elapsed_time(self, other: Any) -> float:
+                return float(1e3 * (other.at - self.at))
+
+        return Event()
+
+
+def test_a_queued_run_costs_what_the_device_takes(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not what the host does, which takes ten times as long here, and no time at all where a run
+    waits for the device."""
+    harness, fake = bench.harness, FakeDevice()
+    monkeypatch.setattr(torch.cuda, "synchronize", fake.synchronize)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda n: fake.enqueue(0, n / harness.CLOCK_RATE))
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: fake.host)
+    monkeypatch.setattr(harness, "simulated", lambda: False)
+    timer = object.__new__(harness._Timer)
+    timer._events = [fake.event(), fake.event()]
+    assert timer.queued(lambda: fake.enqueue(1e-4, 1e-5)) == pytest.approx(1e-5)
+    assert timer.queued(lambda: fake.enqueue(1e-6, 1e-3)) == pytest.approx(1e-3)
+
+    def waits() -> None:
+        fake.enqueue(1e-4, 1e-5)
+        fake.synchronize()
+
+    assert timer.queued(waits) is None
+
+
+def test_rounds_without_a_time_have_no_ratio(bench: Any) -> None:
+    found = bench.harness.summarise(
+        {"ours": [2.0, None], "limit": [None, 1.0]}, "limit", {"ours": None, "limit": None}
+    )
+    assert found["ours"]["median"] == 2.0 and "limit_median" not in found["ours"]
+
+
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # to a simulator's driver
 def test_the_columns_of_a_gpu(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -528,7 +586,7 @@ def test_the_columns_of_a_gpu(bench: Any, capsys: pytest.CaptureFixture[str]) ->
     asked of them but that they are there."""
     device = torch.device("cuda")
     (case,) = (c for c in bench.bench_average.SUITE.cases(device) if c.model == "10^3 in 1 tensor")
-    modes = ("warm", "cold", "graph", "graph cold")
+    modes = bench.harness.MODES["cuda"]
     settings = bench.harness.Settings(device, modes, seconds=0.01, least=2, most=2)
     rows = bench.harness.measure(case, settings)
     for name in ("lerp_flat", "Averager EMA"):
