@@ -205,11 +205,12 @@ class Counter:
             times = [expected, off.low * expected, off.high * expected]
         range_ = "{:.3g} ({:.3g} - {:.3g})".format(*(1e6 * t for t in times)) if times else ""
         seconds = least_seconds(counts, least, self.bandwidth, self.launch_cost)
-        print(
+        line = (
             f"  {contender:34}{counts.launches:9}{counts.host_syncs:8}{counts.allocations:8}"
             f"{counts.copies:8}{'-' if counts.bytes is None else f'{counts.bytes:,}':>16}"
             f"{'-' if least is None else f'{least:,}':>16}{1e6 * seconds:15.1f}{range_:>22}"
         )
+        print(line.rstrip())
         about = facts(torch.device("cuda"))
         if self.by == "simulator":
             about["device"] = "simulated"

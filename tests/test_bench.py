@@ -663,6 +663,26 @@ def test_a_source_of_counts_has_to_be_complete(bench: Any) -> None:
         bench.counts.source_named("module")
 
 
+def test_a_counted_row_has_the_model_s_time_and_how_far_off_it_may_be(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    about = dict.fromkeys(("device", "torch", "commit", "date"), "")
+    monkeypatch.setattr(bench.counts, "facts", lambda device: dict(about))
+    counter = bench.counts.Counter(dict, "simulator", 1e12, 1e-6, "H100")
+    counts = bench.counts.Counts(1, 0, 0, 0, 20_000_000)
+    off = bench.counts.predict.spread_of("update: m", "Averager SWA")
+
+    def row(expected: float | None) -> list[str]:
+        found = counter.row("update", "Averager SWA", "m", "float32", counts, None, expected)
+        assert list(found) and set(found) == set(bench.counts.COLUMNS)
+        return [found[f"{name} us"] for name in ("at least", "model", "model low", "model high")]
+
+    least, *times = row(1e-5)
+    assert least == "20" and times == ["10", f"{10 * off.low:.3g}", f"{10 * off.high:.3g}"]
+    assert f"10 ({times[1]} - {times[2]})" in capsys.readouterr().out
+    assert row(None) == ["20", "", "", ""]
+
+
 # ---------------------------------------------------------------------------------- kernel facts
 
 
