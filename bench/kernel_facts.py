@@ -69,6 +69,7 @@ GATES = {
     "cuda update_kernel": Gate(3, wide=8, narrow=16, barriers=1),
     "cuda swag_kernel": Gate(3, wide=6, narrow=6, barriers=1),
     "cuda swap_kernel": Gate(4, wide=8, narrow=8, barriers=0),
+    "cuda combine_kernel": Gate(3, barriers=0),
     "cuda nonfinite_kernel": Gate(4, wide=4, narrow=4, barriers=0),
     # By how many values a thread loads at once: see _pack.
     "cuda statistics_kernel, wide": Gate(3, wide=4, strong=8, barriers=14),
