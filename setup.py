@@ -40,6 +40,7 @@ DEFAULT_ARCH_LIST = "7.5;8.0;9.0+PTX;10.0;12.0+PTX"
 CUDA_SOURCES = [
     "csrc/module_cuda.cpp",
     "csrc/batch_norm_cuda.cu",
+    "csrc/combine_cuda.cu",
     "csrc/update_cuda.cu",
 ]
 MIN_TOOLKIT = (12, 1)  # kernel arguments of more than 4 KB

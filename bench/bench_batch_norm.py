@@ -172,7 +172,7 @@ def cases(device: torch.device) -> list[Case]:
             functools.partial(size, times),
             {name: _contender(name, side) for name, side in sides.items()},
             quick=shape in QUICK and layout == "channels_last" and dtype == torch.float32,
-            modes=("warm", "graph", "graph cold"),
+            modes=("warm", "queued", "graph", "graph cold"),
             around=functools.partial(KeptMemory, device.type == "cpu"),
         )
         for op, (times, sides) in OPS.items()

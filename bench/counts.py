@@ -17,10 +17,12 @@ SWA_FAST_COUNTS) names a function that is called with a function without argumen
 returns a mapping with ``launches``, ``host_syncs``, ``allocations``, ``copies`` and, if known,
 ``bytes``.
 
-The time is none that was measured but a bound, max(bytes / bandwidth, (launches + copies) * launch
-cost), with the bytes counted or, where they are not known, those that the operation has to move. It
-knows nothing of how long loads wait for one another, nor of the host; ``bench/predict.py`` does, of
-the former.
+No time is measured. ``AT LEAST`` is a bound, max(bytes / bandwidth, (launches + copies) * launch
+cost), with the bytes counted or, where they are not known, those that the operation has to move.
+``BY MODEL`` is what ``bench/predict.py`` expects of our kernels, called back to back, on the GPU
+that is named first: that model knows waves of blocks and loads that wait for one another, too. Its
+range is what its predictions were off by on an H100, from a tenth to nine tenths of them. Neither
+knows the host.
 """
 
 from __future__ import annotations
@@ -40,9 +42,10 @@ import bench_batch_norm
 import bench_k_averages
 import bench_low_precision
 import bench_update_bn
+import predict
 import torch
 from harness import Case, Run, Size, _Ready, facts, select, simulated
-from rows import write_table
+from rows import OURS, write_table
 
 import swa_fast
 from swa_fast import _backends
@@ -177,7 +180,7 @@ def bandwidth_of(device: str) -> float | None:
 COLUMNS = [
     "op", "contender", "model", "dtype", "device", "counted by", "torch", "commit", "date",
     "launches", "host syncs", "allocations", "copies", "bytes counted", "bytes at least",
-    "at least us",
+    "at least us", "model us", "model low us", "model high us",
 ]  # fmt: skip
 
 
@@ -189,17 +192,25 @@ class Counter:
     by: str
     bandwidth: float  # bytes per second
     launch_cost: float  # s
+    machine: str | None = None  # whose model is asked; None: there is none of this device
 
     def row(
-        self, op: str, contender: str, model: str, dtype: str, counts: Counts, least: int | None
-    ) -> dict[str, Any]:
-        """Prints and returns the row of one contender."""
+        self, op: str, contender: str, model: str, dtype: str, counts: Counts, least: int | None,
+        expected: float | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Prints and returns the row of one contender. ``expected``: seconds by the model."""
+        times = []
+        if expected is not None:
+            off = predict.spread_of(f"{op}: {model}", contender)
+            times = [expected, off.low * expected, off.high * expected]
+        range_ = "{:.3g} ({:.3g} - {:.3g})".format(*(1e6 * t for t in times)) if times else ""
         seconds = least_seconds(counts, least, self.bandwidth, self.launch_cost)
-        print(
+        line = (
             f"  {contender:34}{counts.launches:9}{counts.host_syncs:8}{counts.allocations:8}"
             f"{counts.copies:8}{'-' if counts.bytes is None else f'{counts.bytes:,}':>16}"
-            f"{'-' if least is None else f'{least:,}':>16}{1e6 * seconds:15.1f}"
+            f"{'-' if least is None else f'{least:,}':>16}{1e6 * seconds:15.1f}{range_:>22}"
         )
+        print(line.rstrip())
         about = facts(torch.device("cuda"))
         if self.by == "simulator":
             about["device"] = "simulated"
@@ -211,6 +222,10 @@ class Counter:
             "bytes counted": "" if counts.bytes is None else counts.bytes,
             "bytes at least": "" if least is None else least,
             "at least us": f"{1e6 * seconds:.3g}",
+            **{
+                name: f"{1e6 * times[i]:.3g}" if times else ""
+                for i, name in enumerate(("model us", "model low us", "model high us"))
+            },
         }  # fmt: skip
 
 
@@ -226,7 +241,10 @@ def count_case(case: Case, counter: Counter) -> list[dict[str, Any]]:
         ready.work.run()
         counts = Counts.of(counter.source(ready.work.run))
         least = size.bytes if ready.work.bytes is None else ready.work.bytes
-        found.append(counter.row(case.op, name, case.model, case.dtype, counts, least))
+        expected = None
+        if contender.side == OURS and counter.machine is not None:
+            expected = predict.expected(case, name, shared, counter.machine)
+        found.append(counter.row(case.op, name, case.model, case.dtype, counts, least, expected))
     return found
 
 
@@ -305,12 +323,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         models = []
     if not cases and not models:
         parser.error("nothing is selected: see the operations and models of bench/run.py --list")
-    head = "launches   syncs  allocs  copies   bytes counted  bytes at least    AT LEAST, us"
+    head = (
+        "launches   syncs  allocs  copies   bytes counted  bytes at least    AT LEAST, us"
+        "          BY MODEL, us"
+    )
     print(
         f"counted by {by}; times are bounds, by {bandwidth:g} GB/s and {options.launch_cost:g} us "
         f"a launch, and were not measured"
     )
-    counter = Counter(source, by, 1e9 * bandwidth, 1e-6 * options.launch_cost)
+    machine = predict.machine_of(name)
+    if machine is not None:
+        print(
+            f"BY MODEL: as bench/PREDICTIONS.md has an {machine}; the range is what the model was "
+            f"off by on an H100, from 10 to 90 % of its times"
+        )
+    counter = Counter(source, by, 1e9 * bandwidth, 1e-6 * options.launch_cost, machine)
     found = []
     for case in cases:
         print(f"\n{case.op}: {case.model}, {case.dtype}\n  {'':34}{head}", flush=True)

@@ -9,7 +9,10 @@ Times come from rounds in which the contenders take turns in an order drawn anew
 machine that drifts nor the caches that another contender leaves favour one; those that are slower
 than most take part in fewer rounds. On a CUDA device times are those of its events.
 
-* ``warm``: a turn begins with a run that is not timed (unless it takes more than 0.1 s).
+* ``warm``: a turn begins with a run that is not timed (unless it takes more than 0.1 s). On a CUDA
+  device it is the latency: of one run on an idle device, the host's share included.
+* ``queued``: on a CUDA device, its time for one of several runs that the host enqueued back to back
+  while the device was kept busy. Not for runs that wait for the device.
 * ``cold``: before the timed run the caches are filled with other memory, as by a training step.
 * ``graph``, ``graph cold``: the same for the replay of a captured CUDA graph.
 """
@@ -63,8 +66,12 @@ LONG = 0.1  # s: a run that takes longer is not preceded by one that is not time
 TURN_BYTES = 4e9  # contenders of more memory than this take turns in groups, each with the limit
 SPARED = 8  # a slow contender takes a turn in one of so many rounds at least
 BUSY = 0.05  # share of the CPU's time from which on other work is mentioned
-MODES = {"cpu": ("warm", "cold"), "cuda": ("warm", "cold", "graph", "graph cold")}
+MODES = {"cpu": ("warm", "cold"), "cuda": ("warm", "queued", "cold", "graph", "graph cold")}
+QUEUED = 16  # runs of the mode ``queued`` that are timed together
+CLOCK_RATE = 2e9  # Hz: of multiprocessors, at most about
 CHECKED_RUNS = 3  # calls of ``run`` in a check
+# Of a row in the mode ``queued`` whose runs cannot be enqueued ahead of the device.
+WAITS = {"status": "not served", "reason": "the device waits for the host"}
 Run = Callable[[], object]
 
 
@@ -110,7 +117,7 @@ class Case:
     contenders: Mapping[str, Contender]
     quick: bool = False  # part of the short run
     copies: float = 1.5  # model-sized tensors that a contender holds, for grouping
-    modes: tuple[str, ...] = ("warm", "cold", "graph", "graph cold")
+    modes: tuple[str, ...] = MODES["cuda"]
     around: Callable[[], contextlib.AbstractContextManager[object]] = (
         contextlib.nullcontext
     )  # all rounds
@@ -233,6 +240,28 @@ class _Timer:
         torch.cuda.synchronize()
         return self._events[0].elapsed_time(self._events[1]) / 1e3
 
+    def queued(self, run: Run) -> float | None:
+        """Seconds of the CUDA device for one of QUEUED runs; None where it waited for the host
+        after all, as it does for a run that waits for it."""
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(QUEUED):
+            run()
+        host = time.perf_counter() - start
+        for longer in (2, 4, 8):
+            torch.cuda.synchronize()
+            if not simulated():
+                torch.cuda._sleep(int(CLOCK_RATE * host * longer))  # type: ignore[no-untyped-call]
+            self._events[0].record()
+            for _ in range(QUEUED):
+                run()
+            self._events[1].record()
+            ahead = simulated() or not self._events[0].query()
+            torch.cuda.synchronize()
+            if ahead:
+                return self._events[0].elapsed_time(self._events[1]) / 1e3 / QUEUED
+        return None
+
 
 class OtherWork:
     """The share of all CPU time that other processes use from here on; None where it is not known.
@@ -274,17 +303,18 @@ def _no_collection() -> Iterator[None]:
 
 
 def interleaved(
-    runs: Mapping[str, Run], timer: Callable[[Run], float], flush: Run | None, *, seconds: float,
-    least: int, most: int,
+    runs: Mapping[str, Run], timer: Callable[[Run], float | None], flush: Run | None, *,
+    seconds: float, least: int, most: int,
 ) -> dict[str, list[float | None]]:  # fmt: skip
-    """Seconds of each run in every round; None where it had no turn, as those have that take
-    longer than the average run: one in as many rounds, up to SPARED, as they are times slower.
+    """Seconds of each run in every round; None where the timer has none, or it had no turn, as
+    those have that take longer than the average run: one in as many rounds, up to SPARED, as they
+    are times slower.
 
     As many rounds as fit into ``seconds``, at most ``most`` turns, and for each run at least
     ``least``, or three where that would take five times as long. The order of a round is drawn
     anew, or each run would always find the caches as the same other one leaves them. ``flush``
     fills the caches before each timed run."""
-    once = {name: timer(run) for name, run in runs.items()}
+    once = {name: timer(run) or 0.0 for name, run in runs.items()}
     average = statistics.fmean(once.values()) or 1.0
     every = {name: min(SPARED, max(1, round(t / average))) for name, t in once.items()}
     times: dict[str, list[float | None]] = {name: [] for name in runs}
@@ -336,7 +366,8 @@ def summarise(
             pairs = zip(of_rounds, times[limit], strict=True)
             ratios = [scale * t / base for t, base in pairs if t is not None and base is not None]
             keys = ("limit_q1", "limit_median", "limit_q3")
-            found |= zip(keys, quartiles(ratios), strict=True)
+            if ratios:
+                found |= zip(keys, quartiles(ratios), strict=True)
         columns[name] = found
     return columns
 
@@ -466,17 +497,28 @@ def measure(case: Case, settings: Settings) -> list[Row]:
                     runs[name] = run
                 elif name in new:
                     found.append(Row(**base[name], mode=mode, status=status, reason=reason))
+            if mode == "queued" and timer is not None:
+                for name in [name for name, run in runs.items() if timer.queued(run) is None]:
+                    del runs[name]
+                    if name in new:
+                        found.append(Row(**base[name], mode=mode, **WAITS))
             if timer is None or not runs:
                 continue
             beside = OtherWork()
             times = interleaved(
-                runs, timer, timer.flush if "cold" in mode else None,
+                runs, timer.queued if mode == "queued" else timer,
+                timer.flush if "cold" in mode else None,
                 seconds=settings.seconds * len(runs) / len(case.contenders),
                 least=settings.least, most=settings.most,
             )  # fmt: skip
             others = beside.share()
             limit = next((n for n in runs if ready[n].side == "limit"), None)
             moved = {n: _bytes(ready[n].work, size) for n in runs}
+            for name in [name for name, values in times.items() if not any(values)]:
+                del times[name]
+                if name in new:
+                    found.append(Row(**base[name], mode=mode, **WAITS))
+            limit = limit if limit in times else None
             for name, columns in summarise(times, limit, moved).items():
                 if name in new:
                     columns["others"] = others

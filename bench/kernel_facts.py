@@ -1,18 +1,20 @@
-"""What the compilers made of every kernel: registers, spills, shared memory, 128-bit accesses.
+"""What the compilers made of every kernel: blocks that fit, loads in flight, barriers, spills.
 
-    python bench/kernel_facts.py                    table; fails where a kernel is over its limits
+    python bench/kernel_facts.py                    table; fails where a kernel is not as it must be
     python bench/kernel_facts.py --record           makes what is found the limits
     python bench/kernel_facts.py --library FILE.so  of another build of swa_fast._C_cuda
 
-For sm_80, sm_90 and sm_100, without a GPU. CUDA kernels come from the library: its own cubins where
-it has them, else its PTX, assembled. Triton kernels are compiled as the package launches them, for
-representative types and layouts. The limits are in bench/kernel_limits.json. A kernel is over them
-when it needs more registers, more stack or local memory, more shared memory, or lost its 128-bit
-loads or stores. Register numbers are compared only for the compilers that they were recorded with.
-Of kernels that live on many loads in flight, the blocks that fit on a multiprocessor are compared
-with what hides the memory's latency, instead of registers with a recorded number.
+For the architectures of the wheel, sm_75 to sm_120, without a GPU. CUDA kernels come from the
+library, for the architectures that it was built for. Triton kernels are compiled as the package
+launches them, for representative types and layouts.
 
-Needs cuobjdump and ptxas, which are taken from the triton package, CUDA_HOME or PATH. Without the
+Two things are asked of a kernel. What makes sense, whatever it was before: no spills; as many
+blocks on a multiprocessor, loads in flight (bench/sass.py) and barriers as GATES says. And what it
+was: bench/kernel_limits.json has for each kernel what was found when the limits were recorded, and
+it fails when it needs more registers, shared memory or barriers, or has fewer loads in flight. That
+is compared only for the compilers that the limits were recorded with.
+
+Needs cuobjdump, which is taken from the triton package, CUDA_HOME or PATH. Without the
 CUDA library or without Triton their kernels are left out, which --require turns into an error.
 """
 
@@ -34,21 +36,52 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Facts", "main", "worse"]
+import sass
 
-ARCHES = (80, 90, 100)
+__all__ = ["Facts", "Gate", "gate_of", "main", "resident_blocks", "senseless", "worse"]
+
+ARCHES = (75, 80, 90, 100, 120)
 LIMITS = Path(__file__).with_name("kernel_limits.json")
+# Threads and bytes of shared memory of a multiprocessor; all have 65,536 registers. A block of the
+# newer ones takes 1 KB beyond its own.
+MULTIPROCESSOR = {
+    75: (1024, 64 << 10), 80: (2048, 164 << 10), 90: (2048, 228 << 10), 100: (2048, 228 << 10),
+    120: (1536, 100 << 10),
+}  # fmt: skip
+CUDA_THREADS = 256  # of a block of every CUDA kernel
 
-# Threads of a block, and how many blocks must fit on a multiprocessor. With 128 bytes a thread on
-# their way, three blocks of the update hold 96 KB; an H100 needs about 20 at full bandwidth (3.35
-# TB/s for 700 ns over 132 multiprocessors), a B200 about 40.
-RESIDENT = {
-    "update_kernel": (256, 3),
-    "nonfinite_kernel": (256, 4),
-    "swap_kernel": (256, 4),
-    "swag_kernel": (256, 4),
-    "statistics_kernel": (256, 3),
-    "normalise_kernel": (256, 3),
+
+@dataclasses.dataclass(frozen=True)
+class Gate:
+    """What a kernel that is bound by memory must have. Loads are those of a thread in flight in the
+    loop of that name: of 128 bits, of fewer, and of what other blocks wrote."""
+
+    blocks: int = 1  # of a multiprocessor
+    wide: int = 0
+    narrow: int = 0
+    strong: int = 0
+    barriers: int | None = None
+
+
+# An H100 needs about 20 KB of a multiprocessor on their way at full bandwidth (3.35 TB/s for 700 ns
+# over 132 multiprocessors), a B200 about 40.
+GATES = {
+    "cuda update_kernel": Gate(3, wide=8, narrow=16, barriers=1),
+    "cuda swag_kernel": Gate(3, wide=6, narrow=6, barriers=1),
+    "cuda swap_kernel": Gate(4, wide=8, narrow=8, barriers=0),
+    "cuda combine_kernel": Gate(3, barriers=0),
+    "cuda nonfinite_kernel": Gate(4, wide=4, narrow=4, barriers=0),
+    # By how many values a thread loads at once: see _pack.
+    "cuda statistics_kernel, wide": Gate(3, wide=4, strong=8, barriers=14),
+    "cuda statistics_kernel, narrow": Gate(3, narrow=8, strong=8, barriers=14),
+    "cuda normalise_kernel, wide": Gate(3, wide=3, barriers=0),
+    "cuda normalise_kernel, narrow": Gate(3, narrow=4, barriers=0),
+    # Of 128 threads.
+    "triton _update_kernel": Gate(3, wide=4, narrow=16),
+    "triton _swag_kernel": Gate(3, wide=8, narrow=8),
+    "triton _swap_kernel": Gate(4, wide=8),
+    "triton _statistics_kernel": Gate(3, wide=8, strong=7),
+    "triton _normalise_kernel": Gate(4, wide=2, barriers=0),
 }
 
 
@@ -58,29 +91,73 @@ class Facts:
     stack: int  # bytes of a thread
     local: int  # instructions that read or write local memory
     shared: int  # bytes
-    wide_loads: bool  # 128-bit loads from global memory
-    wide_stores: bool
+    threads: int  # of a block
+    barriers: int
+    wide: int  # loads in flight, see sass.Loads
+    narrow: int
+    strong: int
+    wide_stores: int
 
 
-def worse(found: Facts, limit: Facts, registers: bool = True) -> list[str]:
+def worse(found: Facts, limit: Facts, same_compiler: bool = True) -> list[str]:
     """The limits that a kernel exceeds, a line each."""
     over = []
-    for name in ("registers", "stack", "local", "shared"):
-        now, then = getattr(found, name), getattr(limit, name)
-        if now > then and (registers or name != "registers"):
-            over.append(f"{name} {now} > {then}")
-    for name in ("wide_loads", "wide_stores"):
+    if same_compiler:
+        for name in ("registers", "shared", "barriers"):
+            now, then = getattr(found, name), getattr(limit, name)
+            if now > then:
+                over.append(f"{name} {now} > {then}")
+        for name in ("wide", "narrow", "strong"):
+            now, then = getattr(found, name), getattr(limit, name)
+            if now < then:
+                over.append(f"{name} loads in flight {now} < {then}")
+    for name, of in (("wide", "loads"), ("wide_stores", "stores")):
         if getattr(limit, name) and not getattr(found, name):
-            over.append(f"no {name.replace('wide_', '128-bit ')} any more")
+            over.append(f"no 128-bit {of} any more")
     return over
 
 
-def resident_blocks(registers: int, threads: int) -> int:
-    """Blocks of a multiprocessor whose registers suffice: 16,384 for each of four schedulers,
-    given out to warps in units of 256."""
-    warps = threads // 32
-    of_a_warp = max(-(-registers * 32 // 256) * 256, 256)
-    return min(16384 // of_a_warp, 16) * 4 // warps
+def resident_blocks(facts: Facts, arch: int) -> int:
+    """Blocks that fit on a multiprocessor by their registers, of which each of four schedulers
+    gives 16,384 to warps in units of 256, their threads and their shared memory."""
+    threads, shared = MULTIPROCESSOR[arch]
+    warps = facts.threads // 32
+    of_a_warp = max(-(-facts.registers * 32 // 256) * 256, 256)
+    by_registers = 16384 // of_a_warp * 4 // warps
+    of_a_block = facts.shared + (1024 if arch >= 80 else 0)
+    return min(by_registers, threads // facts.threads, shared // max(of_a_block, 1), 32)
+
+
+def gate_of(kind: str, kernel: str) -> Gate | None:
+    """The gate of a kernel, as in ``"cuda"``, ``"update_kernel<false>"``."""
+    name = re.split(r"[<[]", kernel)[0]
+    packed = re.search(r"BatchNormTraits<(\w+), (\d), ", kernel)
+    if packed is not None:
+        sizes = {"double": 8, "float": 4}
+        pack = sizes.get(packed[1], 2) * int(packed[2])
+        name += ", wide" if pack == 16 else ", narrow"
+    return GATES.get(f"{kind} {name}")
+
+
+def senseless(found: Facts, gate: Gate | None, arch: int) -> list[str]:
+    """What a kernel should not be, whatever it was when the limits were recorded, a line each."""
+    problems = []
+    if found.stack or found.local:
+        problems.append(f"spills: {found.stack} bytes of stack, {found.local} instructions")
+    if gate is None:
+        return problems
+    fit = resident_blocks(found, arch)
+    if fit < gate.blocks:
+        problems.append(
+            f"{fit} blocks a multiprocessor < {gate.blocks} ({found.registers} registers)"
+        )
+    for name in ("wide", "narrow", "strong"):
+        now, least = getattr(found, name), getattr(gate, name)
+        if now < least:
+            problems.append(f"{now} {name} loads before the first use < {least}")
+    if gate.barriers is not None and found.barriers > gate.barriers:
+        problems.append(f"{found.barriers} barriers > {gate.barriers}")
+    return problems
 
 
 # ---------------------------------------------------------------------------------------- tools
@@ -122,7 +199,7 @@ def _kernel_name(mangled: str) -> str:
     return re.sub(r"\(.*", "", re.sub(r"\((bool|int|unsigned int)\)", "", name)).replace(" >", ">")
 
 
-def facts_of(cubin: Path, dynamic_shared: int = 0) -> dict[str, Facts]:
+def facts_of(cubin: Path, threads: int = CUDA_THREADS, dynamic_shared: int = 0) -> dict[str, Facts]:
     """The facts of every kernel in a cubin, by its mangled name."""
     tool = _tool("cuobjdump")
     usage = re.findall(
@@ -133,11 +210,10 @@ def facts_of(cubin: Path, dynamic_shared: int = 0) -> dict[str, Facts]:
         bodies[body.split()[0]] = body
     found = {}
     for name, registers, stack, shared in usage:
-        body = bodies[name]
+        code = sass.read(bodies[name])
         found[name] = Facts(
-            int(registers), int(stack), len(re.findall(r"\b(?:LDL|STL)\b", body)),
-            int(shared) + dynamic_shared, bool(re.search(r"\bLDG\S*\.128", body)),
-            bool(re.search(r"\bSTG\S*\.128", body)),
+            int(registers), int(stack), code.local, int(shared) + dynamic_shared, threads,
+            code.barriers, *dataclasses.astuple(code.loads), code.wide_stores,
         )  # fmt: skip
     return found
 
@@ -145,36 +221,15 @@ def facts_of(cubin: Path, dynamic_shared: int = 0) -> dict[str, Facts]:
 # ----------------------------------------------------------------------------------------- CUDA
 
 
-def _cubins(library: Path, arch: int, scratch: Path) -> list[Path]:
-    found = sorted(scratch.glob(f"*.sm_{arch}.cubin"))
-    if found:
-        return found
-    # The newest PTX that the architecture can run.
-    sources: dict[int, list[Path]] = {}
-    for ptx in scratch.glob("*.ptx"):
-        target = int(re.findall(r"\.sm_(\d+)", ptx.name)[-1])
-        if target <= arch:
-            sources.setdefault(target, []).append(ptx)
-    if not sources:
-        sys.exit(f"kernel_facts: {library.name} has neither code for sm_{arch} nor PTX")
-    assembler = _tool(*(["ptxas-blackwell"] if arch >= 100 else []), "ptxas")
-    for ptx in sources[max(sources)]:
-        cubin = scratch / f"{ptx.stem}.assembled.sm_{arch}.cubin"
-        _run(assembler, f"-arch=sm_{arch}", ptx, "-o", cubin)
-        found.append(cubin)
-    return found
-
-
 def cuda_facts(library: Path) -> dict[str, Facts]:
-    """The facts of all CUDA kernels, by ``cuda sm_NN kernel``."""
+    """The facts of all CUDA kernels, by ``cuda sm_NN kernel``, for the architectures that the
+    library has machine code for."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        tool = _tool("cuobjdump")
-        for option in ("-xelf", "-xptx"):
-            _run(tool, option, "all", library.resolve(), cwd=scratch)
+        _run(_tool("cuobjdump"), "-xelf", "all", library.resolve(), cwd=scratch)
         for arch in ARCHES:
-            for cubin in _cubins(library, arch, scratch):
+            for cubin in sorted(scratch.glob(f"*.sm_{arch}.cubin")):
                 for name, facts in facts_of(cubin).items():
                     found[f"cuda sm_{arch} {_kernel_name(name)}"] = facts
     return found
@@ -283,7 +338,8 @@ def triton_facts_of(arch: int) -> dict[str, Facts]:
             for kernel in compiled:
                 cubin = Path(folder) / "kernel.cubin"
                 cubin.write_bytes(kernel.asm["cubin"])
-                (facts,) = facts_of(cubin, kernel.metadata.shared).values()
+                threads = 32 * kernel.metadata.num_warps
+                (facts,) = facts_of(cubin, threads, kernel.metadata.shared).values()
                 found[f"triton sm_{arch} {kernel.metadata.name}[{what}]"] = facts
     return found
 
@@ -305,6 +361,8 @@ def load(path: Path = LIMITS) -> tuple[dict[str, str], dict[str, Facts]]:
     if not path.exists():
         return {}, {}
     content = json.loads(path.read_text(encoding="utf-8"))
+    if content["columns"] != [field.name for field in dataclasses.fields(Facts)]:
+        return {}, {}  # of another version of this script
     return content["compilers"], {k: Facts(*v) for k, v in content["kernels"].items()}
 
 
@@ -329,29 +387,41 @@ def check(
     """A line for everything that is over the limits, or has none, or is gone."""
     problems = []
     for name, facts in found.items():
+        kind, arch, kernel = name.split(maxsplit=2)
+        over = senseless(facts, gate_of(kind, kernel), int(arch.removeprefix("sm_")))
         if name not in limits:
-            problems.append(f"{name} has no limits: record them (--record)")
-            continue
-        kind, _, kernel = name.split(maxsplit=2)
-        wanted = RESIDENT.get(kernel.partition("<")[0]) if kind == "cuda" else None
-        over = worse(facts, limits[name], wanted is None and same_compiler.get(kind, False))
-        if wanted is not None and (fit := resident_blocks(facts.registers, wanted[0])) < wanted[1]:
-            over.append(
-                f"{fit} blocks a multiprocessor < {wanted[1]} ({facts.registers} registers)"
-            )
+            over.append("no limits: record them (--record)")
+        else:
+            over += worse(facts, limits[name], same_compiler.get(kind, False))
         if over:
             problems.append(f"{name}: {', '.join(over)}")
-    kinds = {name.split()[0] for name in found}
-    gone = [n for n in limits if n.split()[0] in kinds and n not in found]
+    seen = {tuple(name.split()[:2]) for name in found}
+    gone = [n for n in limits if tuple(n.split()[:2]) in seen and n not in found]
     return problems + [f"{name} is gone: record the limits (--record)" for name in gone]
 
 
 def show(found: Mapping[str, Facts]) -> None:
-    print(f"{'':90}{'registers':>10}{'stack':>7}{'local':>7}{'shared':>8}  128-bit")
+    heads = ("registers", "stack", "local", "shared", "blocks", "barriers", "wide", "narrow")
+    print(f"{'':82}" + "".join(f"{head:>10}" for head in (*heads, "strong")))
     for name in sorted(found):
         f = found[name]
-        wide = " ".join(w for w, on in (("load", f.wide_loads), ("store", f.wide_stores)) if on)
-        print(f"{name:90}{f.registers:10}{f.stack:7}{f.local:7}{f.shared:8}  {wide or '-'}")
+        arch = int(name.split()[1].removeprefix("sm_"))
+        numbers = (
+            f.registers, f.stack, f.local, f.shared, resident_blocks(f, arch), f.barriers, f.wide,
+            f.narrow, f.strong,
+        )  # fmt: skip
+        print(f"{name:82}" + "".join(f"{number:10}" for number in numbers))
+
+
+def compiler_of(library: Path) -> str:
+    """The release of ptxas that made the library's machine code; empty where it has none."""
+    with tempfile.TemporaryDirectory() as folder:
+        _run(_tool("cuobjdump"), "-xelf", "all", library.resolve(), cwd=Path(folder))
+        for cubin in sorted(Path(folder).glob("*.cubin")):
+            found = re.search(rb"compilation tools, release [\d.]+, V([\d.]+)", cubin.read_bytes())
+            if found:
+                return found[1].decode()
+    return ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -373,8 +443,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     missing = []
     if library is not None and library.exists():
         found |= cuda_facts(library)
-        info = library.with_name("_build_info.json")
-        compilers["cuda"] = json.loads(info.read_text())["cuda"] if info.exists() else ""
+        seen = {name.split()[1] for name in found}
+        missing += [f"CUDA code for sm_{arch}" for arch in ARCHES if f"sm_{arch}" not in seen]
+        compilers["cuda"] = compiler_of(library)
     else:
         missing.append("the library swa_fast._C_cuda")
     if importlib.util.find_spec("triton") is not None:
@@ -398,8 +469,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for kind, is_same in same.items():
         if not is_same:
             print(
-                f"{kind} {compilers[kind]}, recorded with {recorded.get(kind)}: registers are not "
-                "compared"
+                f"{kind} {compilers[kind]}, recorded with {recorded.get(kind)}: not compared with "
+                "what was recorded"
             )
     problems = check(found, limits, same)
     for problem in problems:

@@ -1,7 +1,8 @@
 """What the kernels should take on a GPU, from a model that PREDICTIONS.md explains.
 
     python bench/predict.py            writes predictions.json for the kernels as they are
-    python bench/predict.py --print    prints it as a table
+    python bench/predict.py --print    prints it as a table, with what it has been off by
+    python bench/predict.py --uncertainty  by what the predictions for a GPU were off
 
 Times are of ``bench/gpu_report.py``'s modes ``graph`` (back to back) and ``graph cold``. They are
 written before a run and not adjusted to what it measures.
@@ -14,6 +15,7 @@ import dataclasses
 import functools
 import json
 import math
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,9 +23,23 @@ from typing import Any
 
 from swa_fast import _layout as layout
 
-__all__ = ["MACHINES", "Launch", "Machine", "key", "load", "machine_of", "seconds"]
+__all__ = [
+    "MACHINES",
+    "Launch",
+    "Machine",
+    "Spread",
+    "expected",
+    "key",
+    "load",
+    "machine_of",
+    "seconds",
+    "spread_of",
+    "spreads",
+]
 
 FILE = Path(__file__).resolve().parent / "predictions.json"
+# What was measured beside the predictions for the same kernels.
+MEASURED = FILE.parent / "results" / "gpu" / "h100" / "report.json"
 MODES = ("graph", "graph cold")
 
 
@@ -262,6 +278,8 @@ def _total(machine: Machine, launches: Sequence[Launch], mode: str) -> float:
 def _update_launches(op: str, contender: str, shared: Any, dtype: str) -> list[Launch]:
     sizes = [p.numel() for p in shared.parameters()]
     buffers = [b.numel() * b.element_size() for b in shared.buffers()]
+    if "no buffers" in contender:
+        buffers = []
     source = 2 if dtype == "bfloat16" else 4
     backend = "triton" if contender.endswith("triton") else "cuda"
     average = 2 if op.startswith("bf16 average") else 4
@@ -276,6 +294,36 @@ def _update_launches(op: str, contender: str, shared: Any, dtype: str) -> list[L
     return launches
 
 
+# The contenders whose launches the model knows, without the backend.
+KNOWN = (
+    "Averager SWA", "Averager EMA", "Averager EMA, no buffers", "Averager EMA, warm-up",
+    "Averager Power", "AveragedModel", "Averager, 3 averages", "swa_fast",
+)  # fmt: skip
+
+
+def launches_of(case: Any, contender: str, shared: Any) -> list[Launch] | None:
+    """What a contender of ours launches in a case of ``bench/harness.py``; None where the model
+    does not know."""
+    if contender.removesuffix(", triton") not in KNOWN:
+        return None
+    if case.op in ("BN layer", "BN statistics"):
+        size = 2 if case.dtype == "bfloat16" else 4
+        shape = [int(part) for part in case.model.split()[0].split("x")]
+        return batch_norm_launches(
+            shape, size, "channels_last" in case.model, case.op == "BN layer",
+            "triton" if contender.endswith("triton") else "cuda",
+        )  # fmt: skip
+    return _update_launches(case.op, contender, shared, case.dtype)
+
+
+def expected(
+    case: Any, contender: str, shared: Any, machine: str, mode: str = "graph"
+) -> float | None:
+    """Seconds of a contender of ours; None where the model does not know it."""
+    launches = launches_of(case, contender, shared)
+    return None if launches is None else _total(MACHINES[machine], launches, mode)
+
+
 def predictions() -> dict[str, dict[str, float]]:
     """Seconds of our contenders, by machine and by what :func:`key` makes of a row."""
     import gpu_cases
@@ -284,13 +332,16 @@ def predictions() -> dict[str, dict[str, float]]:
 
     meta = torch.device("meta")
     found: dict[str, dict[str, float]] = {}
-
-    def add(case: Any, launches_of: Any) -> None:
+    for case in (
+        *gpu_cases.update_cases(meta, small=False), *gpu_cases.batch_norm_cases(meta, small=False)
+    ):  # fmt: skip
         shared = case.make()
         for name, contender in case.contenders.items():
             if contender.side != OURS:
                 continue
-            launches = launches_of(name, shared)
+            launches = launches_of(case, name, shared)
+            if launches is None:
+                raise ValueError(f"the model knows no contender {name!r}")
             for mode in MODES:
                 row = {
                     "op": case.op, "model": case.model, "dtype": case.dtype, "contender": name,
@@ -300,17 +351,60 @@ def predictions() -> dict[str, dict[str, float]]:
                     machine: float(f"{_total(facts, launches, mode):.3g}")
                     for machine, facts in MACHINES.items()
                 }
-
-    for case in gpu_cases.update_cases(meta, small=False):
-        add(case, lambda name, shared, case=case: _update_launches(
-            case.op, name, shared, case.dtype))  # fmt: skip
-    for case in gpu_cases.batch_norm_cases(meta, small=False):
-        size = 2 if case.dtype == "bfloat16" else 4
-        shape = [int(part) for part in case.model.split()[0].split("x")]
-        add(case, lambda name, shared, case=case, size=size, shape=shape: batch_norm_launches(
-            shape, size, "channels_last" in case.model, case.op == "BN layer",
-            "triton" if name.endswith("triton") else "cuda"))  # fmt: skip
     return found
+
+
+# ---------------------------------------------------------------------------------- uncertainty
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """Measured over predicted: what a tenth, half and nine tenths of the times stayed below."""
+
+    low: float
+    median: float
+    high: float
+    count: int
+
+
+def _family(what: str, contender: str) -> tuple[str, str]:
+    """Kernel and backend of a prediction; ``what`` names operation and model."""
+    backend = "Triton" if contender.endswith("triton") else "CUDA"
+    if not what.startswith("BN"):
+        return "updates", backend
+    layout = "channels-last" if "channels_last" in what else "contiguous"
+    return f"BatchNorm, {layout}", backend
+
+
+@functools.cache
+def spreads(path: Path = MEASURED) -> dict[tuple[str, str], Spread]:
+    """By kernel and backend, from a GPU report that holds measured beside predicted times."""
+    ratios: dict[tuple[str, str], list[float]] = {}
+    for entry in json.loads(path.read_text(encoding="utf-8"))["predictions"]:
+        family = _family(entry["what"], entry["contender"])
+        ratios.setdefault(family, []).append(entry["measured"] / entry["predicted"])
+    found = {}
+    for family, values in sorted(ratios.items()):
+        tenths = statistics.quantiles(values, n=10, method="inclusive")
+        found[family] = Spread(tenths[0], statistics.median(values), tenths[-1], len(values))
+    return found
+
+
+def spread_of(what: str, contender: str) -> Spread:
+    return spreads()[_family(what, contender)]
+
+
+def uncertainty() -> str:
+    """The table of :func:`spreads` in Markdown."""
+    lines = [
+        "| kernels | backend | times | 10 % below | median | 90 % below |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for (kernel, backend), s in spreads().items():
+        lines.append(
+            f"| {kernel} | {backend} | {s.count} | {s.low:.2f} | {s.median:.2f} | {s.high:.2f} |"
+        )
+    return "\n".join(lines)
 
 
 def key(row: Mapping[str, Any]) -> str:
@@ -336,13 +430,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--print", action="store_true", help="as a table, nothing is written")
+    parser.add_argument(
+        "--uncertainty", action="store_true",
+        help="print measured over predicted times of the committed report; nothing is written",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=FILE)
     options = parser.parse_args(arguments)
+    if options.uncertainty:
+        print(uncertainty())
+        return 0
     found = predictions()
     if options.print:
-        print(f"{'us':110}" + "".join(f"{name:>9}" for name in MACHINES))
+        print(f"{'us by the model; times what it was off by on an H100, 10 to 90 %':110}"
+              + "".join(f"{name:>9}" for name in MACHINES))  # fmt: skip
         for name, times in found.items():
-            print(f"{name:110}" + "".join(f"{1e6 * t:9.1f}" for t in times.values()))
+            op, model, _, contender, _ = name.split("|")
+            off = spread_of(f"{op}: {model}", contender)
+            print(f"{name:110}" + "".join(f"{1e6 * t:9.1f}" for t in times.values())
+                  + f"   x {off.low:.2f} - {off.high:.2f}")  # fmt: skip
         return 0
     machines = {name: dataclasses.asdict(machine) for name, machine in MACHINES.items()}
     text = json.dumps({"machines": machines, "seconds": found}, indent=1) + "\n"

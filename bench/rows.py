@@ -31,7 +31,7 @@ class Row:
     parameters: int
     tensors: int
     dtype: str  # of the weights or activations
-    mode: str  # "warm", "cold" (caches flushed), "graph" (CUDA graph), "graph cold"
+    mode: str  # "warm", "queued" (CUDA), "cold" (caches flushed), "graph", "graph cold"
     device: str
     threads: int
     clock: str  # "wall", "cpu" (of the process: not disturbed by other work), "events" (CUDA)

@@ -213,8 +213,8 @@ def _statistics_kernel(
                 offsets, mask, counts = _block(
                     turn + u, group_end, tile, samples, channels, length, LAST, ROWS, COLS
                 )
-                blocks += (tl.load(x_ptr + offsets, mask=mask, other=0.0),)
-                kept += (counts,)
+                blocks += (tl.load(x_ptr + offsets, mask=mask, other=0.0),)  # type: ignore[assignment]
+                kept += (counts,)  # type: ignore[assignment]
                 here = _values_of(turn + u, samples, length, LAST, ROWS, COLS)
                 present += tl.where(turn + u < group_end, here, 0)
             count += present

@@ -24,9 +24,9 @@ __all__ = ["on_device", "swap_", "update_"]
 
 BLOCK = layout.TRITON_SEGMENT
 NUM_WARPS = 4  # with BLOCK: 32 elements, or eight 16-byte fp32 packs, per thread
-# Most registers of a thread, for four and three programs on a multiprocessor. Left to itself, the
-# compiler spills for one more.
-REGISTERS, STOCHASTIC_REGISTERS = 128, 168
+# Most registers of a thread, for three programs on a multiprocessor; left to itself, the compiler
+# spills for one more. Where 128 suffice, as on most architectures, four fit.
+REGISTERS = 168
 TYPES = tl.constexpr((tl.float32, tl.float64, tl.bfloat16, tl.float16))  # by type code
 
 FLOAT, DOUBLE = tl.constexpr(layout.FLOAT), tl.constexpr(layout.DOUBLE)
@@ -366,7 +366,7 @@ def update_(
             SKIP_NONFINITE=skip_nonfinite,
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,
-            maxnreg=REGISTERS if seed is None else STOCHASTIC_REGISTERS,
+            maxnreg=REGISTERS,
         )
 
 

@@ -36,8 +36,6 @@ __all__ = [
 ]
 
 AVERAGE_DTYPES = tuple(_layout.TYPE_CODES)
-# Of combine_, which Triton serves on GPUs.
-COMBINE_BACKENDS = ("triton", "cpu", "reference")
 
 _library = torch.library.Library("swa_fast", "DEF")
 
@@ -95,7 +93,7 @@ for _function, _written, _fake, _module in _FAMILIES:
     _name: str = _function.__name__
     # Plain integers: what they are the sizes of is known to the table's addresses alone.
     _schema = torch.library.infer_schema(_function, mutates_args=_written).replace("SymInt", "int")
-    for _backend in _backends.BACKENDS if _name != "combine_" else COMBINE_BACKENDS:
+    for _backend in _backends.BACKENDS:
         _library.define(f"{_name}.{_backend}{_schema}")
         torch.library.register_fake(f"swa_fast::{_name}.{_backend}", _fake, lib=_library)
     _library.impl(f"{_name}.reference", _function, "CompositeExplicitAutograd")
@@ -410,7 +408,7 @@ def combine_(
             output.
         coefficients: float64 [K, r] on the CPU.
         double_precision: sum in float64; else in float32, unless a tensor is float64.
-        backend: ``triton``, ``cpu`` or ``reference``; None chooses by device.
+        backend: ``cuda``, ``triton``, ``cpu`` or ``reference``; None chooses by device.
 
     Raises:
         TypeError: another dtype or layout.
@@ -448,18 +446,15 @@ def combine_(
 
 
 def combine_backend(device: torch.device, requested: str | None = None) -> str:
-    """Which of :data:`COMBINE_BACKENDS` serves :func:`combine_` on a device.
+    """Which backend serves :func:`combine_` on a device: by itself the first usable one, whatever
+    ``SWA_FAST_BACKEND`` says, which is about where models are.
 
     Raises:
         BackendError: the requested one cannot.
+        ValueError: there is no backend of that name.
     """
-    if requested is not None and requested not in COMBINE_BACKENDS:
-        _backends.check_name(requested)
-        raise _backends.BackendError(
-            f"backend={requested}: combine_ has no such kernel; expected one of "
-            f"{', '.join(COMBINE_BACKENDS)}"
-        )
-    own = "cpu" if device.type == "cpu" else "triton"
-    if requested is None and _backends.why_unusable(own, device):
-        return "reference"
-    return _backends.choose_backend(device, requested or own)
+    if requested is None:
+        own = ("cpu",) if device.type == "cpu" else ("cuda", "triton")
+        usable = (b for b in own if _backends.why_unusable(b, device) is None)
+        requested = next(usable, "reference")
+    return _backends.choose_backend(device, requested)

@@ -25,7 +25,8 @@ BENCH = Path(__file__).resolve().parent.parent / "bench"
 if not (BENCH / "harness.py").exists():
     pytest.skip("the benchmarks are not beside these tests", allow_module_level=True)
 NAMES = (
-    "rows", "harness", "models", "competitors", "compare", "report", "counts", "kernel_facts",
+    "rows", "harness", "models", "competitors", "compare", "report", "counts", "sass",
+    "kernel_facts",
     "bench_average", "bench_overhead", "precise_bn_reference", "bench_low_precision",
     "bench_update_bn", "differences", "scale_plan", "bench_sharding",
 )  # fmt: skip
@@ -582,6 +583,64 @@ def test_profiler_events_are_told_apart(bench: Any) -> None:
     assert bench.counts.count_events(events) == {"launches": 1, "copies": 3, "host_syncs": 1}
 
 
+class FakeDevice:
+    """Host and device as two clocks: what is enqueued starts when both are ready for it."""
+
+    def __init__(self) -> None:
+        self.host = self.device = 0.0
+
+    def enqueue(self, host: float, device: float) -> None:
+        self.host += host
+        self.device = max(self.host, self.device) + device
+
+    def synchronize(self) -> None:
+        self.host = max(self.host, self.device)
+
+    def event(self) -> Any:
+        device = self
+
+        class Event:
+            def record(self) -> None:
+                self.at = max(device.host, device.device)
+
+            def query(self) -> bool:
+                return self.at <= device.host
+
+            def elapsed_time(self, other: Any) -> float:
+                return float(1e3 * (other.at - self.at))
+
+        return Event()
+
+
+def test_a_queued_run_costs_what_the_device_takes(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not what the host does, which takes ten times as long here, and no time at all where a run
+    waits for the device."""
+    harness, fake = bench.harness, FakeDevice()
+    monkeypatch.setattr(torch.cuda, "synchronize", fake.synchronize)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda n: fake.enqueue(0, n / harness.CLOCK_RATE))
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: fake.host)
+    monkeypatch.setattr(harness, "simulated", lambda: False)
+    timer = object.__new__(harness._Timer)
+    timer._events = [fake.event(), fake.event()]
+    assert timer.queued(lambda: fake.enqueue(1e-4, 1e-5)) == pytest.approx(1e-5)
+    assert timer.queued(lambda: fake.enqueue(1e-6, 1e-3)) == pytest.approx(1e-3)
+
+    def waits() -> None:
+        fake.enqueue(1e-4, 1e-5)
+        fake.synchronize()
+
+    assert timer.queued(waits) is None
+
+
+def test_rounds_without_a_time_have_no_ratio(bench: Any) -> None:
+    found = bench.harness.summarise(
+        {"ours": [2.0, None], "limit": [None, 1.0]}, "limit", {"ours": None, "limit": None}
+    )
+    assert found["ours"]["median"] == 2.0 and "limit_median" not in found["ours"]
+
+
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # to a simulator's driver
 def test_the_columns_of_a_gpu(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -589,7 +648,7 @@ def test_the_columns_of_a_gpu(bench: Any, capsys: pytest.CaptureFixture[str]) ->
     asked of them but that they are there."""
     device = torch.device("cuda")
     (case,) = (c for c in bench.bench_average.SUITE.cases(device) if c.model == "10^3 in 1 tensor")
-    modes = ("warm", "cold", "graph", "graph cold")
+    modes = bench.harness.MODES["cuda"]
     settings = bench.harness.Settings(device, modes, seconds=0.01, least=2, most=2)
     rows = bench.harness.measure(case, settings)
     for name in ("lerp_flat", "Averager EMA"):
@@ -666,12 +725,36 @@ def test_a_source_of_counts_has_to_be_complete(bench: Any) -> None:
         bench.counts.source_named("module")
 
 
+def test_a_counted_row_has_the_model_s_time_and_how_far_off_it_may_be(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    about = dict.fromkeys(("device", "torch", "commit", "date"), "")
+    monkeypatch.setattr(bench.counts, "facts", lambda device: dict(about))
+    counter = bench.counts.Counter(dict, "simulator", 1e12, 1e-6, "H100")
+    counts = bench.counts.Counts(1, 0, 0, 0, 20_000_000)
+    off = bench.counts.predict.spread_of("update: m", "Averager SWA")
+
+    def row(expected: float | None) -> list[str]:
+        found = counter.row("update", "Averager SWA", "m", "float32", counts, None, expected)
+        assert list(found) and set(found) == set(bench.counts.COLUMNS)
+        return [found[f"{name} us"] for name in ("at least", "model", "model low", "model high")]
+
+    least, *times = row(1e-5)
+    assert least == "20" and times == ["10", f"{10 * off.low:.3g}", f"{10 * off.high:.3g}"]
+    assert f"10 ({times[1]} - {times[2]})" in capsys.readouterr().out
+    assert row(None) == ["20", "", "", ""]
+
+
 # ---------------------------------------------------------------------------------- kernel facts
+
+
+# As the update kernels are: registers, stack, local, shared, threads, barriers, loads, stores.
+FACTS = (64, 0, 0, 2504, 256, 1, 8, 16, 0, 48)
 
 
 def test_kernels_over_their_limits_are_found(bench: Any) -> None:
     facts = bench.kernel_facts
-    limit = facts.Facts(40, 0, 0, 32, True, True)
+    limit = facts.Facts(*FACTS)
     limits = {"cuda sm_90 k": limit}
 
     def problems(same: bool = True, **changed: Any) -> list[str]:
@@ -680,36 +763,92 @@ def test_kernels_over_their_limits_are_found(bench: Any) -> None:
         )
         return found
 
-    assert problems() == [] and problems(registers=38, shared=0) == []
-    assert problems(registers=41) and not problems(same=False, registers=41)
-    for changed in ({"stack": 8}, {"local": 1}, {"shared": 64}, {"wide_loads": False}):
+    assert problems() == [] and problems(registers=38, shared=0, wide=9) == []
+    for changed in ({"registers": 65}, {"shared": 2505}, {"barriers": 2}, {"narrow": 15}):
+        assert problems(**changed) and not problems(same=False, **changed)
+    for changed in ({"stack": 8}, {"local": 1}, {"wide": 0}, {"wide_stores": 0}):
         assert problems(**changed) and problems(same=False, **changed)
     (gone,) = facts.check({"cuda sm_90 other": limit}, {}, {"cuda": True})
     assert "no limits" in gone
     assert any("is gone" in p for p in facts.check({"cuda sm_90 other": limit}, limits, {}))
-    # What was not looked at is not missed.
+    # What was not looked at is not missed: no kernel, or none for an architecture.
     assert facts.check({}, limits, {}) == []
+    assert facts.check({"cuda sm_80 k": limit}, limits | {"cuda sm_80 k": limit}, {}) == []
 
 
-def test_blocks_that_fit_are_what_counts_for_memory_bound_kernels(bench: Any) -> None:
+def test_blocks_that_fit_on_a_multiprocessor(bench: Any) -> None:
     facts = bench.kernel_facts
+
+    def fit(arch: int = 90, registers: int = 32, threads: int = 256, shared: int = 0) -> int:
+        found = facts.Facts(registers, 0, 0, shared, threads, 0, 0, 0, 0, 0)
+        return int(facts.resident_blocks(found, arch))
+
     # As the occupancy tables of NVIDIA have it.
     for registers, blocks in ((32, 8), (40, 6), (48, 5), (64, 4), (65, 3), (80, 3), (94, 2)):
-        assert facts.resident_blocks(registers, 256) == blocks
+        assert fit(registers=registers) == blocks
+    assert [fit(arch) for arch in (75, 80, 90, 100, 120)] == [4, 8, 8, 8, 6]
+    assert fit(registers=168, threads=128) == 3
+    assert fit(shared=75 << 10) == 3 and fit(80, shared=75 << 10) == 2
+
+
+def test_what_a_kernel_must_have_whatever_was_recorded(bench: Any) -> None:
+    facts = bench.kernel_facts
+    good = facts.Facts(*FACTS)
     name = "cuda sm_90 update_kernel<false>"
-    limits = {name: facts.Facts(64, 0, 0, 0, True, True)}
-    for registers in (64, 80):
-        found = {name: dataclasses.replace(limits[name], registers=registers)}
-        assert facts.check(found, limits, {"cuda": True}) == []
-    for same in (True, False):
-        found = {name: dataclasses.replace(limits[name], registers=94)}
-        (problem,) = facts.check(found, limits, {"cuda": same})
-        assert "2 blocks a multiprocessor < 3" in problem
-    assert facts.check({name: dataclasses.replace(limits[name], local=1)}, limits, {})
+
+    def problems(**changed: Any) -> list[str]:
+        """With limits that were recorded of the same kernel."""
+        found = {name: dataclasses.replace(good, **changed)}
+        checked: list[str] = facts.check(found, found, {"cuda": True})
+        return checked
+
+    assert problems() == [] and problems(registers=80) == []
+    for changed, what in (
+        ({"registers": 94}, "2 blocks a multiprocessor < 3"), ({"wide": 4}, "4 wide loads"),
+        ({"narrow": 8}, "8 narrow loads"), ({"barriers": 2}, "2 barriers > 1"),
+        ({"stack": 8}, "spills"), ({"local": 2}, "spills"),
+    ):  # fmt: skip
+        (problem,) = problems(**changed)
+        assert what in problem
+    # A pack of 16 bytes needs fewer loads than one of 8.
+    wide = facts.gate_of("cuda", "statistics_kernel<BatchNormTraits<BFloat16, 8, false>>")
+    narrow = facts.gate_of("cuda", "statistics_kernel<BatchNormTraits<float, 2, true>>")
+    assert (wide.wide, wide.narrow, narrow.wide, narrow.narrow) == (4, 0, 0, 8)
+    assert facts.gate_of("triton", "_update_kernel[fp32]").blocks == 3
+    assert facts.gate_of("cuda", "merge_kernel") is None
+    assert all(g.blocks <= facts.resident_blocks(good, 80) for g in facts.GATES.values())
+
+
+SASS = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;                  /* 0x0 */
+        /*0010*/              @P0  LDG.E.128 R4, desc[UR4][R2.64] ;        /* 0x0 */
+        /*0020*/                   LDG.E.128.CONSTANT R8, desc[UR4][R2.64+0x10] ;
+        /*0030*/              @!P1 BRA 0x90 ;
+        /*0040*/                   LDG.E.U16 R12, desc[UR4][R2.64+0x20] ;
+        /*0050*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0060*/                   FADD R13, R13, R6 ;
+        /*0070*/                   LDG.E.64 R14, desc[UR4][R2.64] ;
+        /*0080*/                   BRA 0xc0 ;
+        /*0090*/                   LDG.E R16, desc[UR4][R2.64] ;
+        /*00a0*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+        /*00b0*/                   BRA.U !UP0, 0xd0 ;
+        /*00c0*/                   LDG.E.128.STRONG.GPU R20, desc[UR4][R2.64] ;
+        /*00d0*/                   STL [R1], R20 ;
+        /*00e0*/                   EXIT ;
+"""
+
+
+def test_loads_in_flight_are_read_from_machine_code(bench: Any) -> None:
+    """Two wide ones and a narrow one before 0x60 needs the first; 0x70 lies behind a branch that is
+    always taken, and 0x90 before one that may not be."""
+    code = bench.sass.read(SASS)
+    assert code == bench.sass.Code(bench.sass.Loads(2, 1, 1), 1, 1, 1)
+    without = SASS.replace("BRA 0xc0", "@P2 BRA 0xc0").replace("R13, R13, R6", "R13, R13, R2")
+    assert bench.sass.read(without).loads == bench.sass.Loads(2, 3, 1)
 
 
 def test_limits_survive_their_file(bench: Any, tmp_path: Path) -> None:
-    found = {"triton sm_80 k[fp32]": bench.kernel_facts.Facts(40, 8, 2, 32, True, False)}
+    found = {"triton sm_80 k[fp32]": bench.kernel_facts.Facts(*FACTS)}
     bench.kernel_facts.save({"triton": "3"}, found, tmp_path / "limits.json")
     assert bench.kernel_facts.load(tmp_path / "limits.json") == ({"triton": "3"}, found)
 

@@ -151,7 +151,7 @@ def test_which_inputs(tmp_path: Path) -> None:
 # The kernel ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("backend", "device"), [p for p in BACKENDS if p.values[0] != "cuda"])
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
 @pytest.mark.parametrize("double_precision", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_combine(backend: str, device: str, double_precision: bool, dtype: torch.dtype) -> None:
@@ -159,14 +159,17 @@ def test_combine(backend: str, device: str, double_precision: bool, dtype: torch
     for count, r, mixed in (
         *((0, 5, False), (1, 3, False), (7, 1, False), (515, 2, False), (513, 4, False)),
         *((2049, 5, True), (515, 9, False), (2049, 3, True)),
+        # CUDA takes 16 outputs and 24 sources at a time.
+        *(((70, 50, False), (66, 26, True)) if backend == "cuda" else ()),
     ):
-        c = torch.randn(11, r, dtype=torch.float64)
+        points = 18 if r > 24 else 11
+        c = torch.randn(points, r, dtype=torch.float64)
         sources = [torch.randn(count).to(dtype) for _ in range(r)]
         if mixed:
             sources[1] = sources[1].to(torch.bfloat16)  # another type than the rest
         # Every other time on aligned bases, where accesses are wider.
         place = unaligned if r % 2 else torch.clone
-        there = [place(torch.zeros(count, dtype=dtype, device=device)) for _ in range(11)]
+        there = [place(torch.zeros(count, dtype=dtype, device=device)) for _ in range(points)]
         rows = [place(x.to(device)) for x in sources]
         _ops.combine_(there, rows, c, double_precision=double_precision, backend=backend)
         outputs = [x.cpu() for x in there]
@@ -221,8 +224,10 @@ def test_combine_refuses_what_does_not_fit() -> None:
     ):
         with pytest.raises(kind, match=problem):
             _ops.combine_(*arguments)  # type: ignore[arg-type]
-    with pytest.raises(BackendError, match="combine_ has no such kernel"):
+    with pytest.raises(BackendError, match="backend=cuda"):
         _ops.combine_([x], [x], c, backend="cuda")
+    with pytest.raises(ValueError, match="backend: expected one of"):
+        _ops.combine_([x], [x], c, backend="cpp")
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -232,6 +237,44 @@ def test_opcheck(backend: str) -> None:
     c = torch.ones(2, 3, dtype=torch.float64)
     rows = [torch.randn(5) for _ in range(5)]
     torch.library.opcheck(operator, (rows[:2], rows[2:], c, False))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("count", [4 << 10, (4 << 10) + 3])
+def test_combine_is_one_launch_of_few_waits(simulator: Any, count: int) -> None:
+    """On a GPU, without a copy: addresses and coefficients are arguments. Loads of eight sources
+    are on their way together, and every byte is read once for four outputs."""
+    need("cuda", "cuda")
+    c = torch.randn(4, 16, dtype=torch.float64)
+    sources = [torch.randn(count).cuda() for _ in range(16)]
+    outputs = [torch.empty(count, device="cuda") for _ in range(4)]
+    torch.cuda.synchronize()
+    simulator.reset()
+    _ops.combine_(outputs, sources, c)
+    counters = simulator.counters()
+    ((name, kernel),) = counters["kernels"].items()
+    assert "combine_kernel" in name and kernel["launches"] == 1
+    total = counters["total"]
+    assert not any(total.get(f"memcpy_{kind}", 0) for kind in ("HtoD", "DtoH", "DtoD"))
+    assert total.get("host_syncs", 0) == 0 and total.get("cudaMalloc", 0) == 0
+    assert (kernel["ld_bytes"], kernel["st_bytes"]) == (4 * 16 * count, 4 * 4 * count)
+    assert kernel["load_round_trips"] == 2 and kernel["widest_ld"] == 16
+
+
+@pytest.mark.gpu
+def test_combine_in_a_captured_graph() -> None:
+    """A replay reads the sources' new values."""
+    need("cuda", "cuda")
+    c = torch.tensor([[2.0, -1.0]], dtype=torch.float64)
+    sources = [torch.full((9,), x, device="cuda") for x in (1.0, 3.0)]
+    (out,) = [torch.zeros(9, device="cuda")]
+    _ops.combine_([out], sources, c, backend="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _ops.combine_([out], sources, c, backend="cuda")
+    sources[1].fill_(5.0)
+    graph.replay()
+    assert torch.equal(out.cpu(), torch.full((9,), -3.0))
 
 
 # Formats ------------------------------------------------------------------------------------------

@@ -375,6 +375,44 @@ def test_the_model_has_as_many_blocks_as_the_kernels(
     assert blocks == launch.blocks
 
 
+def test_predictions_come_with_what_they_were_off_by(bench: Any, tmp_path: Path) -> None:
+    predict = bench.predict
+    entries = [
+        {"what": "update: m, float32", "contender": "Averager SWA", "measured": m, "predicted": 2.0}
+        for m in range(1, 12)
+    ]
+    entries.append(entries[0] | {"contender": "Averager SWA, triton"})
+    entries.append(entries[0] | {"contender": "Averager SWA, triton", "measured": 2.0})
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps({"predictions": entries}), encoding="utf-8")
+    found = predict.spreads(path)
+    assert found["updates", "CUDA"] == predict.Spread(1.0, 3.0, 5.0, 11)
+    assert found["updates", "Triton"].median == 0.75
+    # All kinds of kernels that are predicted, in the file that explains the model.
+    kinds = {"updates", "BatchNorm, contiguous", "BatchNorm, channels-last"}
+    assert set(predict.spreads()) == {(k, b) for k in kinds for b in ("CUDA", "Triton")}
+    assert predict.uncertainty() in (BENCH / "PREDICTIONS.md").read_text(encoding="utf-8")
+
+
+def test_the_model_is_asked_about_cases_that_it_knows(bench: Any) -> None:
+    (case,) = (
+        c for c in bench.gpu_cases.update_cases(torch.device("meta"), small=False)
+        if c.op == "update" and c.model == "PreResNet-164"
+    )  # fmt: skip
+    shared = case.make()
+    predict = bench.predict
+    row = {"op": "update", "model": case.model, "dtype": case.dtype, "mode": "graph"}
+    for name in ("Averager SWA", "Averager SWA, triton"):
+        found = predict.expected(case, name, shared, "H100")
+        assert found == pytest.approx(
+            predict.load()[predict.key(row | {"contender": name})]["H100"], rel=5e-3
+        )
+    assert predict.expected(case, "torch AveragedModel", shared, "H100") is None
+    # Buffers of PreResNet-164 are half of its tensors.
+    without = predict.launches_of(case, "Averager EMA, no buffers", shared)[0]
+    assert without.blocks < predict.launches_of(case, "Averager EMA", shared)[0].blocks
+
+
 def test_the_predictions_are_those_of_the_model(bench: Any) -> None:
     """There is one for every case and contender of ours that the report times."""
     assert bench.predict.predictions() == bench.predict.load()
