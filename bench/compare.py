@@ -19,7 +19,8 @@ median is above the old one by more than a minimum, the largest of
   is what another process, with its memory at other places, does to a time; the largest is left out
   because one of them may be of another version.
 
-Faster: the same with the sides exchanged. Competitors that changed by more than the first two are
+Faster: the same with the sides exchanged. Rows of one operation on two machines are refused: what
+differs between them is the machine. Competitors that changed by more than the first two are
 listed, but are no failure.
 """
 
@@ -94,6 +95,29 @@ def broken(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
     return [row for row in new if row.key in timed and row.status in ("wrong", "not served")]
 
 
+def other_machines(old: Sequence[Row], new: Sequence[Row]) -> list[tuple[str, str]]:
+    """Pairs of devices, old and new, of what was timed on two and on none in both runs."""
+
+    def devices(rows: Sequence[Row]) -> dict[tuple[str, ...], set[str]]:
+        found: dict[tuple[str, ...], set[str]] = {}
+        for row in rows:
+            # GPUs are timed by events, which a CPU is not.
+            rest = (
+                row.op,
+                row.contender,
+                row.model,
+                row.dtype,
+                row.mode,
+                str(row.clock == "events"),
+            )
+            found.setdefault(rest, set()).add(row.device)
+        return found
+
+    before, after = devices(old), devices(new)
+    both = [(before[key], after[key]) for key in before.keys() & after.keys()]
+    return sorted({(min(a), min(b)) for a, b in both if not a & b})
+
+
 def _show(title: str, found: Sequence[Change]) -> None:
     if found:
         print(f"\n{title}")
@@ -116,9 +140,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minimum", type=float, default=0.1, help="0.1 is 10 %% (default)")
     options = parser.parse_args(arguments)
     old, new = read([options.old]), read([options.new])
+    if pairs := other_machines(old, new):
+        for was, now in pairs:
+            print(f"expected rows of one machine, found {was} in {options.old} and {now} in "
+                  f"{options.new}")  # fmt: skip
+        return 2
     common = {r.key for r in old} & {r.key for r in new}
     if not common:
-        print("no rows in common: other operations, another device or number of threads?")
+        print("no rows in common: other operations, or another number of threads?")
         return 2
     found = changes(old, new, options.minimum)
     ours = [c for c in found if c.new.side == OURS]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from harness import CHECKED_RUNS, Contender, Run, Work, close
+from harness import CHECKED_RUNS, Contender, NotServed, Run, Work, close, simulated
 from rows import OURS
 from torch import Tensor, nn
 from torch.optim import swa_utils
@@ -33,6 +33,8 @@ __all__ = [
 ]
 
 DECAY = 0.999
+# Tensors up to which an update is compiled: C++ for so many takes the compiler half a minute.
+COMPILED = {"cpu": 100, "cuda": 1000}
 PIECE = (
     1 << 22
 )  # elements that are compared at a time: fp64 copies of large models are larger still
@@ -113,6 +115,43 @@ def _foreach_cached(model: nn.Module) -> Averaged:
     )
 
 
+def _foreach_by_state(model: nn.Module) -> Averaged:
+    """torchtitan's way: averages are an optimizer's state, and both lists are made at each update
+    by a walk over the model, so that they hold whatever parameters it has by then."""
+    state = {p: {"average": p.detach().clone()} for p in model.parameters()}
+    names = _names(model)
+
+    @torch.no_grad()
+    def update() -> None:
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        averages = [state[p]["average"] for p in parameters]
+        torch._foreach_lerp_(averages, parameters, 1 - DECAY)
+
+    return Averaged(
+        update,
+        lambda: dict(zip(names, (s["average"] for s in state.values()), strict=True)),
+    )
+
+
+def _foreach_compiled(model: nn.Module) -> Averaged:
+    """The expert's function, compiled for these tensors."""
+    parameters = [p.detach() for p in model.parameters()]
+    if len(parameters) > COMPILED[parameters[0].device.type]:
+        raise NotServed(f"to compile {len(parameters)} tensors takes minutes")
+    if simulated():
+        raise NotServed("the compiler's Triton kernels are timed on real devices only")
+    averages = [p.clone() for p in parameters]
+    names = _names(model)
+
+    def lerp(averages: list[Tensor], parameters: list[Tensor]) -> None:
+        torch._foreach_lerp_(averages, parameters, 1 - DECAY)
+
+    compiled = torch.compile(lerp, dynamic=False)
+    return Averaged(
+        lambda: compiled(averages, parameters), lambda: dict(zip(names, averages, strict=True))
+    )
+
+
 def _lerp_loop(model: nn.Module) -> Averaged:
     """The shortest loop, over lists that are made once."""
     parameters = [p.detach() for p in model.parameters()]
@@ -169,6 +208,8 @@ AVERAGERS: dict[str, tuple[str, Callable[[nn.Module], Averaged], bool]] = {
         False,
     ),
     "foreach_lerp_, cached lists": ("competitor", _foreach_cached, False),
+    "foreach_lerp_, compiled": ("competitor", _foreach_compiled, False),
+    "foreach_lerp_, torchtitan's way": ("competitor", _foreach_by_state, False),
     "lerp_ loop, cached lists": ("competitor", _lerp_loop, False),
     "timm ModelEmaV3": ("competitor", _timm, False),
     "diffusers EMAModel foreach": ("competitor", _diffusers, False),

@@ -7,7 +7,8 @@ as wrong and not timed.
 
 Times come from rounds in which the contenders take turns in an order drawn anew, so that neither a
 machine that drifts nor the caches that another contender leaves favour one; those that are slower
-than most take part in fewer rounds. On a CUDA device times are those of its events.
+than most take part in fewer rounds. Each has twenty turns or more, unless its runs take longer than
+a second. On a CUDA device times are those of its events.
 
 * ``warm``: a turn begins with a run that is not timed (unless it takes more than 0.1 s). On a CUDA
   device it is the latency: of one run on an idle device, the host's share included.
@@ -65,6 +66,8 @@ __all__ = [
 LONG = 0.1  # s: a run that takes longer is not preceded by one that is not timed
 TURN_BYTES = 4e9  # contenders of more memory than this take turns in groups, each with the limit
 SPARED = 8  # a slow contender takes a turn in one of so many rounds at least
+TURNS = 20  # of each contender, at least
+WHOLE = 1.0  # s: runs that take longer have as many fewer turns, three at least
 BUSY = 0.05  # share of the CPU's time from which on other work is mentioned
 MODES = {"cpu": ("warm", "cold"), "cuda": ("warm", "queued", "cold", "graph", "graph cold")}
 QUEUED = 16  # runs of the mode ``queued`` that are timed together
@@ -304,19 +307,23 @@ def _no_collection() -> Iterator[None]:
 
 def interleaved(
     runs: Mapping[str, Run], timer: Callable[[Run], float | None], flush: Run | None, *,
-    seconds: float, least: int, most: int,
+    seconds: float, least: int, most: int, whole: float = WHOLE,
 ) -> dict[str, list[float | None]]:  # fmt: skip
     """Seconds of each run in every round; None where the timer has none, or it had no turn, as
     those have that take longer than the average run: one in as many rounds, up to SPARED, as they
     are times slower.
 
     As many rounds as fit into ``seconds``, at most ``most`` turns, and for each run at least
-    ``least``, or three where that would take five times as long. The order of a round is drawn
-    anew, or each run would always find the caches as the same other one leaves them. ``flush``
-    fills the caches before each timed run."""
+    ``least``, of one that takes longer than ``whole`` seconds as many fewer as it is longer, but
+    three. The order of a round is drawn anew, or each run would always find the caches as the same
+    other one leaves them. ``flush`` fills the caches before each timed run."""
     once = {name: timer(run) or 0.0 for name, run in runs.items()}
     average = statistics.fmean(once.values()) or 1.0
     every = {name: min(SPARED, max(1, round(t / average))) for name, t in once.items()}
+    needed = {
+        name: max(min(3, least), min(least, math.ceil(least * whole / t))) if t > 0 else least
+        for name, t in once.items()
+    }
     times: dict[str, list[float | None]] = {name: [] for name in runs}
     draw = random.Random(0)
     with _no_collection():
@@ -335,10 +342,8 @@ def interleaved(
                     flush()
                 times[name].append(timer(run))
             passed = time.perf_counter() - start
-            turns = min(number // each + 1 for each in every.values())
-            if number + 1 >= most and turns >= least:
-                break
-            if passed > (seconds if turns >= least else 5 * seconds) and turns >= 3:
+            enough = all(number // every[name] + 1 >= needed[name] for name in runs)
+            if enough and (number + 1 >= most or passed > seconds):
                 break
     return times
 
@@ -450,8 +455,9 @@ class Settings:
     device: torch.device
     modes: tuple[str, ...]
     seconds: float = 4.0  # for a case and a mode
-    least: int = 7
+    least: int = TURNS
     most: int = 200
+    whole: float = WHOLE
     check_only: bool = False
     clock: str = "wall"
 
@@ -509,7 +515,7 @@ def measure(case: Case, settings: Settings) -> list[Row]:
                 runs, timer.queued if mode == "queued" else timer,
                 timer.flush if "cold" in mode else None,
                 seconds=settings.seconds * len(runs) / len(case.contenders),
-                least=settings.least, most=settings.most,
+                least=settings.least, most=settings.most, whole=settings.whole,
             )  # fmt: skip
             others = beside.share()
             limit = next((n for n in runs if ready[n].side == "limit"), None)
@@ -542,6 +548,16 @@ def _milliseconds(seconds: float | None) -> str:
     return f"{1e3 * seconds:.{max(0, 3 - max(0, math.floor(math.log10(1e3 * seconds + 1e-12))))}f}"
 
 
+def _at_its_speed(limit: Row | None, ours: Row | None) -> float | None:
+    """Seconds that our bytes would take at the speed of the limit, which may be of another type or
+    do less; None where it moves as many."""
+    if limit is None or limit.side != "limit" or not limit.median or ours is None:
+        return None
+    if not limit.bytes or not ours.bytes or limit.bytes == ours.bytes:
+        return None
+    return limit.median * ours.bytes / limit.bytes
+
+
 def show(rows: Sequence[Row]) -> None:
     """Prints one case as a table: a column for each mode, then what the first mode's times mean."""
     if not rows:
@@ -559,7 +575,7 @@ def show(rows: Sequence[Row]) -> None:
     )
     ratio = f"x {mine.contender}"[:22] if mine else ""
     head = "".join(f"{mode + ', ms':>15}" for mode in modes)
-    print(f"  {'':38}{head}{'quartiles':>19}{'GB/s':>8}{'% limit':>9}{ratio:>24}")
+    print(f"  {'':38}{head}{'quartiles':>19}{'n':>5}{'GB/s':>8}{'% limit':>9}{ratio:>24}")
     for name in names:
         row = by[name, modes[0]]
         cells = ""
@@ -572,11 +588,15 @@ def show(rows: Sequence[Row]) -> None:
             quartile = f"{_milliseconds(row.q1)} - {_milliseconds(row.q3)}"
             speed = row.gigabytes_per_second
             share = row.percent_of_limit
-            rest = f"{quartile:>19}{'' if speed is None else f'{speed:.1f}':>8}"
+            rest = f"{quartile:>19}{row.rounds:5}{'' if speed is None else f'{speed:.1f}':>8}"
             rest += f"{'' if share is None else f'{share:.0f}':>9}"
             if mine is not None and mine.median:
                 rest += f"{row.median / mine.median:24.2f}"
         print(f"  {name:38}{cells}{rest}")
+        scaled = [_at_its_speed(by.get((name, mode)), mine) for mode in modes]
+        if any(scaled):
+            print(f"    {'as many bytes as ours at this speed':36}"
+                  + "".join(f"{_milliseconds(t) or '-':>15}" for t in scaled))  # fmt: skip
         for mode in modes:
             entry = by.get((name, mode))
             if entry is not None and entry.reason and (mode == modes[0] or row.median is not None):
@@ -651,7 +671,7 @@ def main(suites: Sequence[Suite], description: str, arguments: Sequence[str] | N
         settings = Settings(device, tuple(options.modes), check_only=options.check_only)
         settings.clock = options.clock
         if options.quick:
-            settings.seconds, settings.least, settings.most = 0.4, 5, 60
+            settings.seconds, settings.most, settings.whole = 0.4, 60, WHOLE / 10
         if options.seconds is not None:
             settings.seconds = options.seconds
         cases = select(suites, device, quick=options.quick, ops=options.ops, models=options.models)

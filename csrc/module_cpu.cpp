@@ -3,6 +3,7 @@
 // dictionaries are still what they were, before an address of theirs is used.
 #include <Python.h>
 
+#include <cstdio>
 #include <memory>
 
 #include "watch.h"
@@ -57,6 +58,10 @@ PyObject* start(PyObject*, PyObject* arguments) {
   }
   Facts::exchange = found;
   Facts::layout = {};
+  int minor = 0;
+  // Such as "3.12.4 (main, ...".
+  if (std::sscanf(Py_GetVersion(), "3.%d", &minor) != 1) minor = 0;
+  if (Contents::find_versions(minor) != 0) return nullptr;
   if (sample != Py_None) Facts::layout.find(sample);
   return PyBool_FromLong(Facts::layout.shape != 0);
 }
@@ -112,7 +117,7 @@ PyObject* contents(PyObject*, PyObject* dictionaries) {
                           &PyDict_Type, &dictionary, &PyTuple_Type, &items)) {
       return nullptr;
     }
-    result->dictionaries.push_back({owner, key, dictionary, PyTuple_Size(items) / 2});
+    result->dictionaries.push_back({owner, key, dictionary, PyTuple_Size(items) / 2, 0});
     for (Py_ssize_t k = 0; k < PyTuple_Size(items); ++k) {
       result->items.push_back(PyTuple_GetItem(items, k));
     }
@@ -126,7 +131,7 @@ PyObject* unchanged(PyObject*, PyObject* arguments) {
   if (none == nullptr) return nullptr;
   int held = -1;
   if (PyArg_ParseTuple(arguments, "OOO", &contents, &facts, &tensors)) {
-    const Contents* expected = contents_of(contents);
+    Contents* expected = contents_of(contents);
     if (expected != nullptr) {
       held = expected->hold() ? tensors_hold(facts, tensors, none) : 0;
     }

@@ -24,6 +24,10 @@ constexpr int64_t kPiece = 2048;      // elements of the source that all average
 constexpr int64_t kAhead = 4;         // segments whose first lines are on their way
 constexpr int64_t kPrefetched = 256;  // bytes of them
 
+int64_t element_bytes(int code) {
+  return code == kDouble ? 8 : code == kFloat ? 4 : code == kBytes ? 1 : 2;
+}
+
 // The segments of a table, and how to share them among threads.
 class Table {
  public:
@@ -61,12 +65,15 @@ class Table {
   // the processor fetches ahead only within one of them.
   void prefetch(int64_t i) const {
     if (i >= count_) return;
-    const int64_t bytes = std::min(segment(i).count(), kPrefetched);
+    const auto bytes = [&](int code) {
+      return std::min(segment(i).count() * element_bytes(code), kPrefetched);
+    };
+    const int64_t read = bytes(segment(i).source_type()), both = bytes(segment(i).average_type());
     const char* source = static_cast<const char*>(segment(i).source());
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(source + at);
+    for (int64_t at = 0; at < read; at += 64) __builtin_prefetch(source + at);
     for (int row = first_; row < first_ + rows_; ++row) {
       const char* average = segment(i).average(row);
-      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(average + at, 1);
+      for (int64_t at = 0; at < both; at += 64) __builtin_prefetch(average + at, 1);
     }
   }
 
@@ -97,10 +104,6 @@ void dispatch_code(int code, const F& f) {
     default:
       STD_TORCH_CHECK(false, "update_.cpu: unknown type code ", code);
   }
-}
-
-int64_t element_bytes(int code) {
-  return code == kDouble ? 8 : code == kFloat ? 4 : code == kBytes ? 1 : 2;
 }
 
 #if SWA_FAST_HAS_LANES

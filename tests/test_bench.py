@@ -109,12 +109,40 @@ def test_processors_of_one_name_are_told_apart(bench: Any) -> None:
 def test_slow_contenders_have_fewer_turns(bench: Any) -> None:
     seconds = {"fast": 1.0, "slow": 5.0, "limit": 1.0, "slowest": 50.0, "other": 1.0}
     runs = {name: (lambda t=t: t) for name, t in seconds.items()}
-    times = bench.harness.interleaved(runs, lambda run: run(), None, seconds=0, least=2, most=100)
+    times = bench.harness.interleaved(runs, lambda run: run(), None, seconds=0, least=3, most=100)
     turns = {name: sum(t is not None for t in values) for name, values in times.items()}
     assert turns == {"fast": 9, "slow": 9, "limit": 9, "slowest": 3, "other": 9}
     found = bench.harness.summarise(times, "limit", dict.fromkeys(times, 1))
     assert found["slowest"]["rounds"] == 3
     assert found["slowest"]["limit_median"] == 50
+
+
+def test_no_contender_has_fewer_than_twenty_turns_within_a_second(bench: Any) -> None:
+    seconds = {"limit": 0.001, "fast": 0.002, "slow": 0.9, "of two seconds": 2.0, "endless": 90.0}
+    runs = {name: (lambda t=t: t) for name, t in seconds.items()}
+    settings = bench.harness.Settings(torch.device("cpu"), ("warm",))
+    times = bench.harness.interleaved(
+        runs, lambda run: run(), None, seconds=0, least=settings.least, most=settings.most
+    )
+    turns = {name: sum(t is not None for t in values) for name, values in times.items()}
+    assert settings.least == 20
+    assert min(turns[name] for name in ("limit", "fast", "slow")) >= 20
+    assert turns["of two seconds"] >= 10 and 3 <= turns["endless"] < 20
+
+
+def test_tables_show_turns_and_our_bytes_at_the_limits_speed(
+    bench: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limit = row(bench, [0.002] * 3, contender="lerp_flat", side="limit")
+    ours = dataclasses.replace(row(bench, [0.003] * 3), bytes=3 * limit.bytes)
+    bench.harness.show([limit, ours])
+    lines = capsys.readouterr().out.splitlines()
+    (head,) = [line for line in lines if "quartiles" in line]
+    assert " n " in head
+    (scaled,) = [line for line in lines if "as many bytes as ours at this speed" in line]
+    assert scaled.split()[-1] == "6.000"
+    bench.harness.show([limit, dataclasses.replace(ours, bytes=limit.bytes)])
+    assert "as many bytes" not in capsys.readouterr().out
 
 
 def test_a_short_run_is_preceded_by_one_that_is_not_timed(bench: Any) -> None:
@@ -226,6 +254,30 @@ def test_an_average_that_rounding_holds_still_is_wrong(bench: Any) -> None:
     )  # fmt: skip
     assert found["still"].status == "wrong"
     assert "moved 0 % of its way" in found["still"].reason
+
+
+def test_what_an_expert_writes_is_right(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the compiler, which takes longer than all other tests together."""
+    compiled: list[bool] = []
+
+    def compile_(function: Any, **options: Any) -> Any:
+        compiled.append(options["dynamic"])
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    names = [n for n in bench.competitors.AVERAGERS if "lerp_" in n]
+    assert len(names) == 4
+
+    def statuses() -> dict[str, str]:
+        makers = bench.competitors.AVERAGERS
+        cases = {n: bench.competitors.averaging(makers[n][1], False, "competitor") for n in names}
+        return {name: each.status for name, each in measured(bench, cases).items()}
+
+    assert set(statuses().values()) == {"ok"} and compiled == [False]
+    monkeypatch.setitem(bench.competitors.COMPILED, "cpu", 1)
+    assert [name for name, status in statuses().items() if status == "not served"] == [
+        "foreach_lerp_, compiled"
+    ]
 
 
 def test_a_fault_of_ours_is_wrong_and_fails_the_run(
@@ -425,8 +477,19 @@ def test_compare_exits_by_our_rows_alone(
     gone = dataclasses.replace(noisy(bench, 2), status="wrong", q1=None, median=None, q3=None)
     bench.rows.write(new, [gone])
     assert bench.compare.main([str(old), str(new)]) == 1
+    capsys.readouterr()
     bench.rows.write(new, [noisy(bench, 2, device="another")])
     assert bench.compare.main([str(old), str(new)]) == 2
+    said = capsys.readouterr().out
+    assert said.startswith("expected rows of one machine, found ") and "another" in said
+    # Beside rows of the same machine, too; a file of two machines serves either.
+    bench.rows.write(new, [noisy(bench, 2, device="another"), noisy(bench, 3, **theirs)])
+    assert bench.compare.main([str(old), str(new)]) == 2
+    bench.rows.write(new, [noisy(bench, 2), noisy(bench, 2, device="another")])
+    assert bench.compare.main([str(old), str(new)]) == 0
+    bench.rows.write(new, [noisy(bench, 2, op="another")])
+    assert bench.compare.main([str(old), str(new)]) == 2
+    assert "no rows in common" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------- reports

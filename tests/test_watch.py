@@ -210,6 +210,10 @@ def test_watch_of_many(way: str) -> None:
         lambda: place.update(c=1),
         lambda: place.pop("b"),
         lambda: place.update(a=tensors[1]),
+        lambda: place.update(a=place.pop("a")),  # last now
+        lambda: place.popitem(),
+        lambda: place.update(a=tensors[0], b=None),
+        lambda: place.clear(),
         lambda: tensors[2].resize_(2),
         lambda: tensors[3].set_(torch.randn(3)),
         lambda: owner.update(place=dict(place)),
@@ -220,6 +224,29 @@ def test_watch_of_many(way: str) -> None:
         assert watch.holds()
         change()
         assert not watch.holds()
+
+
+def test_dictionaries_that_are_again_what_they_were(way: str) -> None:
+    """Their contents count, and not how often they changed."""
+    first, second = torch.randn(2), torch.randn(2)
+    place: dict[str, object] = {"a": first, "b": None}
+    owner: dict[str, object] = {"place": place}
+    watch = Watch([first], [(owner, "place")])
+    for _ in range(2):
+        assert watch.holds() and watch.holds()
+        place["a"] = second
+        assert not watch.holds() and not watch.holds()
+        place["a"] = first
+        assert watch.holds()
+        place["a"] = first
+        assert watch.holds()
+        del place["b"]
+        assert not watch.holds()
+        place["b"] = None
+    owner["place"] = {}
+    assert not watch.holds()
+    owner["place"] = place
+    assert watch.holds()
 
 
 @pytest.mark.parametrize("kind", ["Averager", "AveragedModel"])
