@@ -1,4 +1,4 @@
-"""torchcontrib's optimiser SWA, beside its formula: the package installs nowhere any more."""
+"""torchcontrib's optimiser SWA, beside its formula and, where the package is, beside itself."""
 
 from __future__ import annotations
 
@@ -182,3 +182,25 @@ def test_the_example() -> None:
     for code in code_of(torchcontrib):
         exec(code, names)
     assert names["optimizer"].param_groups[0]["n_avg"] == 1
+
+
+def test_the_packages_own() -> None:
+    """The same rates, averages and counters; its ``zero_grad`` fails under today's torch."""
+    theirs = pytest.importorskip("torchcontrib.optim")
+    found = []
+    for kind in (theirs.SWA, SWA):
+        model = net()
+        optimizer = kind(sgd(model), 3, 2, swa_lr=0.02)
+        for at in range(12):
+            model.zero_grad()
+            x = torch.randn(8, 3, generator=torch.Generator().manual_seed(at))
+            model(x).square().mean().backward()
+            optimizer.step()
+        groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        state = optimizer.state_dict()
+        optimizer.swap_swa_sgd()
+        found.append((model.state_dict(), groups, sorted(state)))
+    (weights, *others), (own, *ours) = found
+    assert others == ours
+    for name, value in weights.items():
+        torch.testing.assert_close(own[name], value)
