@@ -255,7 +255,7 @@ def zero3(engine: Any) -> Front:
         ValueError: another stage, or the optimiser's pieces are offloaded, so that they have no
             address that lasts.
     """
-    from deepspeed.utils import safe_get_local_fp32_param  # type: ignore[import-untyped]
+    from deepspeed.utils import safe_get_local_fp32_param
 
     stage = engine.zero_optimization_stage()
     if stage != 3:
