@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -714,6 +715,36 @@ def test_a_program_of_triton_waits_once_for_several_blocks(
     # One for each of twelve turns, and the pivots before the first.
     assert counts["load_round_trips"] <= 12 + 2
     check_statistics(batch.cpu(), values, f"{shape}, {dtype}")
+
+
+@pytest.mark.parametrize(
+    "offsets",
+    [
+        # Of a program's blocks: four in its first group, 24 in each of the others.
+        lambda block: 3333.3 * (block >= 1),
+        lambda block: 3333.3 * (block >= 4),
+        lambda block: 3333.3 * (block >= 95),
+        lambda block: 333.33 * block,
+        lambda block: 3333.3 + 333.33 * (-1.0) ** (block // 12),
+    ],
+    ids=["after one block", "after a group", "in the last block", "drift", "to and fro"],
+)
+def test_triton_sums_around_the_mean_of_the_group_before(
+    monkeypatch: pytest.MonkeyPatch, offsets: Callable[[Tensor], Tensor]
+) -> None:
+    """Wherever the values go, the error stays within that of a sum of 64 squares. Without noise all
+    roundings go the same way."""
+    need("triton", "cpu")
+    from swa_fast.kernels import batch_norm as kernels
+
+    monkeypatch.setattr(kernels, "PROGRAMS", 1)
+    block = torch.arange(384) // 4  # of four samples of 256 values
+    x = make((384, 2, 16, 16), torch.float32, std=0.0) + offsets(block.double()).float().view(
+        -1, 1, 1, 1
+    )
+    batch = torch.empty((4, 2), dtype=torch.float64)
+    _ops.batch_norm_collect(x, None, None, EPS, batch, normalise=False, backend="triton")
+    check_statistics(batch, x, "moved")
 
 
 @pytest.mark.gpu

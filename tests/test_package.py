@@ -526,7 +526,7 @@ def test_the_carried_wheel_serves_every_device_since_turing(setup_script) -> Non
 
 
 def test_nvcc_options(setup_script, monkeypatch) -> None:
-    monkeypatch.setenv("MAX_JOBS", "8")
+    monkeypatch.setenv("MAX_JOBS", "12")
     assert setup_script.nvcc_options((12, 1), 7) == ["--threads=4"]
     assert setup_script.nvcc_options((13, 0), 1) == [
         "--threads=1",
