@@ -38,11 +38,22 @@ def odd_one(
     Args:
         own: name and tensor of each part of an average, and whether it is a parameter.
         live: the tensors that they are taken from.
+
+    Raises:
+        TypeError: one of a pair is a wrapper and the other is none, so that there is no telling
+            which of the wrapper's values the average stands for.
     """
     own = list(own)
     tensors = [(name, tensor, parameter) for name, tensor, parameter in own]
     if live is not None:
-        tensors += [(name, t, p) for (name, _, p), t in zip(own, live, strict=True)]
+        for (name, average, parameter), tensor in zip(own, live, strict=True):
+            wrapped = map(is_traceable_wrapper_subclass, (average, tensor))
+            if parameter and len(set(wrapped)) > 1:
+                raise TypeError(
+                    f"{name}: the average is a {type(average).__name__}, the model's a "
+                    f"{type(tensor).__name__}; make another AveragedModel of the model as it is now"
+                )
+            tensors.append((name, tensor, parameter))
     for name, tensor, parameter in tensors:
         if is_odd(tensor) and (parameter or not is_loose(tensor)):
             return f"{name} is a {_kind(tensor)}"

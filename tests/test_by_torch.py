@@ -14,6 +14,7 @@ import torch
 from helpers import snapshot
 from test_hooks import at_every_line
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._pytree import tree_map
 
 import swa_fast
@@ -184,6 +185,18 @@ def test_what_torch_does_not_average_is_named_and_nothing_changes() -> None:
     compiled = torch.compile(averaged.update_parameters, backend="eager", fullgraph=True)
     with pytest.raises(RuntimeError, match="q is a quantised tensor, which compiled code cannot"):
         compiled(model)
+
+
+def test_a_parameter_that_becomes_a_wrapper_is_refused() -> None:
+    """Of which value the average would be, nobody can tell."""
+    model = nn.Module()
+    model.w = nn.Parameter(torch.ones(4))
+    averaged = AveragedModel(model)
+    averaged.update_parameters(model)
+    model.w = nn.Parameter(TwoTensor(torch.full((4,), 3.0), torch.full((4,), 9.0)))
+    with pytest.raises(TypeError, match=r"w: the average is a Parameter, the model's a TwoTensor"):
+        averaged.update_parameters(model)
+    assert averaged.module.w.eq(1).all() and averaged.n_averaged == 1
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.ao")
