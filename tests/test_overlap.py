@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_hooks import at_every_line
 from torch import Tensor, nn
 
 from swa_fast import EMA, SWA, Averager, Power, Window, _overlap
@@ -222,6 +223,40 @@ def test_an_update_that_fails(late: list[Late], monkeypatch: pytest.MonkeyPatch)
     train(model, optimizer, 1, lambda: None)
     averager.flush()
     assert averager.n_averaged == {"swa": 2}
+
+
+@pytest.mark.parametrize("file", ["_overlap.py", "hooks.py"])
+def test_an_exception_before_every_line(late: list[Late], file: str) -> None:
+    """Of a step while the copies of the last one are on their way: they arrive, this one's update
+    takes place or does not, and the next one's does."""
+
+    def make() -> tuple[Callable[[], object], Callable[[], None]]:
+        model = make_model()
+        optimizer = torch.optim.SGD(model.parameters(), 0.3)
+        averager = Averager(model, {"last": EMA(0.0)}, device="cpu", overlap=True)
+        averager.attach(optimizer)
+        train(model, optimizer, 1, lambda: None)
+        streams = late[-1]
+        model(torch.ones(4, 3, 6, 6)).sum().backward()
+        first = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+        def check() -> None:
+            streams.open.set()
+            averager.flush()
+            count = averager.n_averaged["last"]
+            assert count in (1, 2)
+            weights = first if count == 1 else dict(model.named_parameters())
+            for name, value in weights.items():
+                assert torch.equal(averager.averages["last"][name], value), name
+            optimizer.step()
+            averager.flush()
+            assert averager.n_averaged["last"] == count + 1
+            for name, value in model.named_parameters():
+                assert torch.equal(averager.averages["last"][name], value), name
+
+        return optimizer.step, check
+
+    assert at_every_line(make, file) > 10
 
 
 def test_steps_that_a_scaler_skips(late: list[Late]) -> None:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
+from test_hooks import at_every_line
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
@@ -318,6 +319,38 @@ def failures_within(ranks: int, folder: Path) -> None:
             torch.testing.assert_close(model(x), alone(x))
 
 
+def an_exception_before_every_line(ranks: int, folder: Path) -> None:
+    """Of a block around a forward, after one that has left the root gathered, in all processes at
+    the same line: pieces, averages and what a forward computes are those before."""
+    x = make_input()
+
+    def make() -> tuple[Callable[[], object], Callable[[], None]]:
+        model = shard(make_model(), mesh_of(ranks))
+        averager = Averager(model, {"ema": EMA(0.5)})
+        for step in range(2):
+            put(model, step)
+            averager.update()
+        kept = whole(copy.deepcopy(dict(averager.averages["ema"])))
+        with torch.no_grad():
+            raw = model(x)
+
+        def enter_and_leave() -> None:
+            with torch.no_grad(), averager.applied("ema"):
+                model(x)
+
+        def check() -> None:
+            with torch.no_grad():
+                assert torch.equal(model(x), raw)
+                expect_equal(whole(averager.averages["ema"]), kept)
+                with averager.applied("ema"):
+                    torch.testing.assert_close(model(x), outputs(averager, "ema"))
+
+        return enter_and_leave, check
+
+    for file in ("sharding.py", "_applied.py"):
+        assert at_every_line(make, file) > 15
+
+
 def one_process_fails(ranks: int, folder: Path) -> None:
     """In the swap and while tensors are kept: an error in every process, and none waits."""
     model = shard(make_model(), mesh_of(ranks))
@@ -585,7 +618,10 @@ CHECKS: dict[int, list[Check]] = {
         mixed_precision, offloaded, stale, another_model, updates_while_gathered, failures_within,
         full, batch_norm, skipped_steps, refusals, continued,
     ],
-    2: [fsdp, tensor_parallel, stale, one_process_fails, full, flat, continued],
+    2: [
+        fsdp, tensor_parallel, stale, an_exception_before_every_line, one_process_fails, full, flat,
+        continued,
+    ],
     3: [continued],
 }  # fmt: skip
 
