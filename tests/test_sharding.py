@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
+from helpers import leave
 from test_hooks import at_every_line
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -646,6 +647,7 @@ def worker(rank: int, ranks: int, folder: str) -> None:
         torch.save(found, Path(folder) / f"{ranks}.{rank}.pt")
     finally:
         dist.destroy_process_group()
+    leave()
 
 
 @pytest.fixture(scope="module")
@@ -720,6 +722,7 @@ def zero3_worker(rank: int, ranks: int, port: int, bf16: bool) -> None:
     key = f"0.weight[{rank} of {ranks}]"
     assert averager.averages["ema"][key].shape == (35,)
     dist.destroy_process_group()
+    leave()
 
 
 @pytest.mark.parametrize("bf16", [False, True])

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from helpers import leave
 from torch import Tensor, nn
 
 import swa_fast
@@ -132,6 +133,7 @@ def worker(rank: int, ranks: int, folder: str) -> None:
         torch.save(found, Path(folder) / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
+    leave()
 
 
 @pytest.fixture(scope="module", params=[2, 4])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from typing import Any
 
 import torch
@@ -99,6 +100,10 @@ class World:
             # Also those in reference cycles: in torch 2.13 the last one to hold a gloo group joins
             # the group's threads without giving up the GIL, for which they may be waiting.
             gc.collect()
+            # The threads need the GIL for tensors of the last collectives that nobody else holds.
+            # Caches of torch keep a device mesh, and so its group, to the end of the process: a
+            # thread that asks for the GIL there ends the process by SIGABRT.
+            time.sleep(0.2)
             dist.destroy_process_group()
 
 
