@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from helpers import run_processes
 from torch import Tensor, nn
 
 from swa_fast import update_bn
@@ -75,7 +75,7 @@ def processes(work: Callable[[Path, int], None], folder: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_child, (work, folder, port), RANKS)
+    run_processes(_child, (work, folder, port), RANKS)
 
 
 def in_group(work: Callable[[World, Path, int], None]) -> Callable[[Path, int], None]:
