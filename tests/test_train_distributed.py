@@ -333,7 +333,7 @@ def test_command_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert World.command("x") == ["torchrun", "--nproc-per-node", "2", "-m", "x"]
 
 
-def test_torchrun(tmp_path: Path) -> None:
+def test_torchrun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The real command, and its refusal to go on with another number of processes."""
     options = ["--dataset", "synthetic", "--fraction", "0.05", "--methods", "swa", "--epochs", "2"]
     options += ["--model", "preresnet8", "--width", "2", "--batch-size", "64", "--device", "cpu"]
@@ -353,13 +353,5 @@ def test_torchrun(tmp_path: Path) -> None:
     assert results["status"] == "complete" and results["environment"]["processes"] == 2
     results["status"] = "running"
     (tmp_path / "a/results.json").write_text(json.dumps(results))
-    answer = subprocess.run(
-        [sys.executable, "-m", "swa_fast.train", "--resume", "a"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert answer.returncode == 2
-    assert "expected 1 processes, found the state of 2" in answer.stderr
+    assert cli.main(["train", "--resume", str(tmp_path / "a")]) == 2
+    assert "expected 1 processes, found the state of 2" in capsys.readouterr().err
