@@ -28,9 +28,10 @@ from models import make_model
 from rows import OURS
 from torch import Tensor
 
+from swa_fast import combine_
 from swa_fast.analysis import combine
 
-__all__ = ["SUITE"]
+__all__ = ["SUITE", "case_of"]
 
 ROWS, POINTS = 3, 16  # the rows of a plane, and as many of its points as are made at once
 MODELS = ("PreResNet-164", "ResNet-50")
@@ -39,7 +40,7 @@ MODELS = ("PreResNet-164", "ResNet-50")
 @dataclasses.dataclass(frozen=True)
 class Points:
     rows: Tensor  # [ROWS, n]
-    weights: Tensor  # [POINTS, ROWS]
+    weights: Tensor  # [POINTS, ROWS], on the CPU
     out: Tensor  # [POINTS, n]
 
 
@@ -59,9 +60,10 @@ def _combining(side: str, make: Callable[[Points], Run]) -> Contender:
             points.out.zero_()
             for _ in range(CHECKED_RUNS):
                 run()
+            weights = points.weights.to(points.rows.device)
             for start in range(0, points.rows.shape[1], 1 << 20):
                 part = slice(start, start + (1 << 20))
-                exact = points.weights @ points.rows[:, part].double()
+                exact = weights @ points.rows[:, part].double()
                 close(points.out[:, part], exact, 1e-5, f"elements from {start}")
 
         return Work(make(points), check)
@@ -79,8 +81,13 @@ def _ours(points: Points) -> Run:
     return lambda: combine(points.rows, points.weights, points.out)
 
 
+def _triton(points: Points) -> Run:
+    out, rows = list(points.out), list(points.rows)
+    return lambda: combine_(out, rows, points.weights, backend="triton")
+
+
 def _matmul(points: Points) -> Run:
-    weights = points.weights.float()
+    weights = points.weights.float().to(points.rows.device)
     return lambda: torch.mm(weights, points.rows, out=points.out)
 
 
@@ -101,23 +108,24 @@ def _size(points: Points) -> Size:
     return Size(n, ROWS, 4 * (ROWS + POINTS) * n)
 
 
-def cases(device: torch.device) -> list[Case]:
-    if device.type != "cpu":
-        return []  # it has kernels for the CPU
+def case_of(name: str, device: torch.device) -> Case:
+    """The points of a plane through one of the benchmarks' models."""
     contenders = {
         "copies": Contender("limit", _copies),
         "swa_fast combine": _combining(OURS, _ours),
-        "torch.mm": _combining("competitor", _matmul),
-        "torch, a loop of axpy": _combining("competitor", _loop),
     }
-    return [
-        Case(
-            "combine", f"{ROWS} rows into {POINTS}, {name}", "float32",
-            functools.partial(_points, name, device), _size, contenders,
-            copies=ROWS + 2 * POINTS, modes=("warm", "cold"),
-        )
-        for name in MODELS
-    ]  # fmt: skip
+    if device.type == "cuda":
+        contenders["swa_fast combine, triton"] = _combining(OURS, _triton)
+    contenders["torch.mm"] = _combining("competitor", _matmul)
+    contenders["torch, a loop of axpy"] = _combining("competitor", _loop)
+    return Case(
+        "combine", f"{ROWS} rows into {POINTS}, {name}", "float32",
+        functools.partial(_points, name, device), _size, contenders, copies=ROWS + 2 * POINTS,
+    )  # fmt: skip
+
+
+def cases(device: torch.device) -> list[Case]:
+    return [case_of(name, device) for name in MODELS]
 
 
 SUITE = Suite("combine", cases)

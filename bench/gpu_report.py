@@ -8,9 +8,9 @@
 
 Steps in the order of their worth, each with its share of the minutes, each on disk before the next
 one starts: a the machine and its limits, b tests, c updates of averages, d BatchNorm, e swaps,
-averages on the CPU and waits, f what ncu and compute-sanitizer say, g the trainer. A step that
-fails or takes too long is reported and the next one starts, in a new process where it has to be.
-Ctrl-C leaves what was measured. Every contender is checked against fp64 before it is timed.
+combinations, averages on the CPU and waits, f what ncu and compute-sanitizer say, g the trainer. A
+step that fails or takes too long is reported and the next one starts, in a new process where it has
+to be. Ctrl-C leaves what was measured. Every contender is checked against fp64 before it is timed.
 
 DIR gets rows.csv (the columns of all benchmarks here), report.json, report.md, report.html and
 log.txt. Needed: torch with CUDA, and swa_fast built for it (``pip install dist/*.whl``, or this

@@ -617,7 +617,9 @@ def _wait(device: torch.device) -> None:
 
 
 def step_around(context: Context) -> None:
-    """The average put into the model, averages kept on the CPU, and who waits for the device."""
+    """The average put into the model, linear combinations of weights, averages kept on the CPU, and
+    who waits for the device."""
+    import bench_combine
     import bench_swap
     from models import make_model
 
@@ -630,7 +632,9 @@ def step_around(context: Context) -> None:
         for case in bench_swap.cases(device)[:1]
         for name in wanted
     ]
-    measure_all(context, cases, 0.15 * context.left())
+    plane = "494 in 494 tensors" if context.small else "ResNet-50"
+    cases.append(bench_combine.case_of(plane, device))
+    measure_all(context, cases, 0.12 * context.left())
     if device.type != "cuda":
         return
     for name in wanted[:1]:
@@ -752,7 +756,7 @@ NCU_SECTIONS = ("Occupancy", "LaunchStats", "WarpStateStats")
 # Instead of the section that has them among dozens of others: each few cost a pass of the kernel.
 NCU_METRICS = "gpu__time_duration.sum,gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed"
 # Ours among the launches of --kernels.
-NCU_KERNELS = "regex:update_kernel|statistics|normalise|merge_kernel|nonfinite|swap"
+NCU_KERNELS = "regex:update_kernel|statistics|normalise|merge_kernel|nonfinite|swap|combine"
 
 
 def _in_and_out(averager: Averager) -> None:
@@ -769,6 +773,8 @@ def run_kernels(small: bool, backends: Sequence[str] = ("cuda", "triton")) -> No
     name = "PreResNet-20" if small else "ResNet-50"
     model = make_model(name, torch.float32, device)
     shape = (2, 8, 6, 6) if small else (64, 256, 56, 56)
+    plane = torch.rand((3, 1 << (12 if small else 22)), device=device)
+    points, weights = torch.empty((4, *plane.shape[1:]), device=device), torch.ones(4, 3).double()
     runs: list[Run] = []
     for backend in backends:
         averager = Averager(model, {"swa": SWA()}, backend=backend, on_nonfinite="skip")
@@ -779,6 +785,8 @@ def run_kernels(small: bool, backends: Sequence[str] = ("cuda", "triton")) -> No
         batch = torch.ones_like(accumulators[:4])
         runs.append(functools.partial(
             _ops.batch_norm_merge_, accumulators, batch, "pooled", backend=backend))  # fmt: skip
+        runs.append(functools.partial(
+            swa_fast.combine_, list(points), list(plane), weights, backend=backend))  # fmt: skip
     for run in runs:
         for _ in range(2):
             run()
@@ -930,7 +938,7 @@ STEPS = (
     Step("b", "Tests", 0.10, step_tests),
     Step("c", "Updates of averages", 0.22, step_update),
     Step("d", "BatchNorm", 0.22, step_batch_norm),
-    Step("e", "Swap, CPU averages, waits", 0.06, step_around),
+    Step("e", "Swap, combinations, CPU averages, waits", 0.06, step_around),
     Step("f", "Inside the kernels", 0.19, step_inside),
     Step("g", "Trainer", 0.11, step_trainer),
 )

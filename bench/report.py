@@ -18,7 +18,9 @@ overhead_*.csv, checkpoints_*.csv, sharding_*.csv and differences.csv. A place i
   in its own rounds, as models too large for all contenders at once are compared in pieces;
 * ``layers``: another contender's time over ours, least, median and most over the shapes, by type
   and layout (``op``, ``ours``, ``other``);
-* ``counts``: launches, waits, allocations and copies counted (``op``, ``model``);
+* ``counts``: launches, waits, allocations and copies counted (``op``, ``model``), the least time
+  that they take, and where bench/predict.py knows the kernels, what its model expects and the range
+  of what that model has been off by;
 * ``overhead``: SWA's share in training;
 * ``checkpoints``: averages of files;
 * ``sharding``: an update of DTensors;
@@ -246,11 +248,24 @@ def counts(data: Data, options: dict[str, str]) -> str:
     if not rows:
         raise ValueError(f"no counts for {options}")
     columns = ["launches", "host syncs", "allocations", "copies", "bytes counted"]
+    modelled = any(row.get("model us") for row in rows)
     lines = []
     for row in rows:
         cells = [row["contender"], *(f"{int(row[c]):,}" if row[c] else "" for c in columns)]
-        lines.append([*cells, significant(float(row["at least us"]))])
-    return markdown(["", *columns, "at least, us"], lines)
+        cells.append(significant(float(row["at least us"])))
+        lines.append([*cells, *[_expected(row)] * modelled])
+    head = ["", *columns, "at least, us", *["by the model, not measured, us"] * modelled]
+    return markdown(head, lines)
+
+
+def _expected(row: dict[str, str]) -> str:
+    """The expected time of a counted row and its range; nothing where the model knows none."""
+    if not row.get("model us"):
+        return ""
+    expected, low, high = (
+        significant(float(row[f"model {part}us"])) for part in ("", "low ", "high ")
+    )
+    return f"{expected} ({low} to {high})"
 
 
 def overhead(data: Data, options: dict[str, str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import os
 import platform
 import sys
 from typing import Any
@@ -170,10 +171,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     arguments = parser.parse_args(argv)
     facts = report()
-    if arguments.json:
-        print(json.dumps(facts, indent=2))
-    else:
-        _print(facts)
+    try:
+        if arguments.json:
+            print(json.dumps(facts, indent=2))
+        else:
+            _print(facts)
+        if sys.stdout is not None:  # as it is where the process was started without one
+            sys.stdout.flush()
+    except BrokenPipeError:  # as by head: the checks are done, and nobody reads on
+        # Python flushes at its end and would complain then.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     checks = [state["self_check"] for state in facts["backends"].values()]
     return int(any(check not in (None, "passed") for check in checks))
 

@@ -23,6 +23,9 @@ if not torch.cuda.is_available():
 import gpusim
 import helpers
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    helpers.hasten_interpreter()
+
 # Fixtures of the trainer's tests.
 from train_runs import finished, interrupted, small  # noqa: F401
 
@@ -42,7 +45,10 @@ def _seeded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     gradients are recorded, too."""
     monkeypatch.delenv("SWA_FAST_BACKEND", raising=False)
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        if torch.cuda.is_available():
+            torch.manual_seed(0)
+        else:  # which formats the stack for each kind of device that is not there
+            torch.default_generator.manual_seed(0)
         yield
     recorded = torch.is_grad_enabled()
     torch.set_grad_enabled(True)
@@ -56,9 +62,9 @@ def _poisoned(request: pytest.FixtureRequest) -> Iterator[None]:
     if "gpu" in request.keywords:
         yield
         return
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")
 
 
 @pytest.fixture

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +31,52 @@ BACKENDS = [
 ]
 
 comparisons = 0
+
+# What processes of several use, here and in torch, also what torch imports late.
+_IMPORTED = (
+    "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp",
+    "torch.distributed.tensor.debug", "torch.distributed.tensor.parallel", "torch.testing",
+    "safetensors.torch", "swa_fast.train.cli", "test_sharding",
+)  # fmt: skip
+
+
+def run_processes(work: Callable[..., None], arguments: tuple[Any, ...], count: int) -> None:
+    """Calls ``work(rank, *arguments)`` in so many new processes, and raises what one of them does.
+
+    They are forks of a process that has imported torch and run nothing: each would import it for
+    two seconds. A fork ends without shutting Python down, which may abort in torch 2.14: a gloo
+    thread, kept by a device mesh till then, may still have a tensor of the last collective."""
+    multiprocessing.set_forkserver_preload(list(_IMPORTED))
+    with pytest.MonkeyPatch.context() as patch:
+        # Where that process looks for modules; it leaves out what it does not find.
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        multiprocessing.forkserver.ensure_running()
+    torch.multiprocessing.start_processes(work, arguments, count, start_method="forkserver")
+
+
+def hasten_interpreter() -> None:
+    """Has Triton's interpreter, where there is one, look only once for the functions of its
+    language that it replaces. At every call within a kernel it goes through all names of the
+    language anew, which takes half of the time."""
+    try:
+        from triton.language.core import is_builtin
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    if not hasattr(interpreter, "_patch_builtin") or not hasattr(interpreter, "_patch_attr"):
+        return
+    names: dict[Any, list[str]] = {}
+
+    def patch_builtin(package: Any, *arguments: Any) -> None:
+        if package not in names:  # and none of them has been replaced yet
+            names[package] = [name for name, _ in inspect.getmembers(package, is_builtin)]
+        found = names[package]
+        # All or none of them are replaced.
+        if found and is_builtin(getattr(package, found[0])):
+            for name in found:
+                interpreter._patch_attr(package, name, getattr(package, name), *arguments)
+
+    interpreter._patch_builtin = patch_builtin
 
 
 def raw_arguments(averager: Averager) -> tuple[list[object], list[object]]:
@@ -53,15 +102,6 @@ def need(backend: str, device: str) -> None:
     if backend == "cpu" and "SWA_FAST_NO_EXT" in reason:
         pytest.skip(reason)
     pytest.fail(f"backend {backend} on {device}: {reason}")
-
-
-def leave() -> NoReturn:
-    """Ends a process that a test has started and that has written what it found. Python is not
-    shut down: torch 2.14 keeps the gloo threads of a device mesh till then, and one of them that
-    still has a tensor of the last collective to give back aborts the process."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 def extended(tensor: Tensor) -> np.ndarray:

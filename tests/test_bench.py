@@ -575,6 +575,21 @@ def test_differences_are_those_of_the_averages(bench: Any) -> None:
     assert shown == ["0", "5e-08", "0.37 %", "53 %"]
 
 
+def test_report_shows_what_the_model_expects_of_what_is_counted(bench: Any, tmp_path: Path) -> None:
+    columns = bench.counts.COLUMNS
+    plain = dict.fromkeys(columns, "0") | {"op": "update", "model": "m", "dtype": "float32"}
+    ours = {"contender": "ours", "model us": "5.2", "model low us": "5.1", "model high us": "1e1"}
+    theirs = {"contender": "theirs", **dict.fromkeys(columns[-3:], "")}
+    place = '<!-- bench:counts op="update" model="m" -->\n<!-- /bench -->\n'
+    path = tmp_path / "counts_1.csv"
+    bench.rows.write_table(path, columns, [plain | ours, plain | theirs])
+    text = bench.report.fill(place, bench.report.Data(tmp_path))
+    assert "| at least, us | by the model, not measured, us |" in text
+    assert "| 5.20 (5.10 to 10.0) |" in text and "| 0 |  |" in text
+    bench.rows.write_table(path, columns, [plain | theirs])
+    assert "model" not in bench.report.fill(place, bench.report.Data(tmp_path)).split("-->")[1]
+
+
 def test_report_compares_across_rounds_by_the_limit(bench: Any, tmp_path: Path) -> None:
     """The competitor met a machine half as fast: 3 times the limit and 1.5 times ours, of which the
     row's bytes, half the limit's, make a ratio of 6 per byte."""

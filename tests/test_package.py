@@ -10,13 +10,14 @@ import re
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from helpers import run_processes
 
 import swa_fast
 import swa_fast.__main__ as swa_fast_main
@@ -82,6 +83,42 @@ def test_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     text = capsys.readouterr().out
     assert "reference    usable on cpu, self-check passed" in text
+
+
+def nobody_reads(rank: int) -> None:
+    """Commands whose standard output is a pipe that nobody reads any more, with every line written
+    at once and with all of them at the end, when Python would complain."""
+    from swa_fast.train import cli
+
+    def run(command: Callable[[list[str]], int], arguments: list[str], at_once: bool) -> int:
+        reading, writing = os.pipe()
+        os.close(reading)
+        os.dup2(writing, 1)
+        os.close(writing)
+        sys.stdout = os.fdopen(1, "w", buffering=1 if at_once else -1, closefd=False)
+        try:
+            return command(arguments)
+        except SystemExit as end:
+            return int(end.code or 0)
+        finally:
+            sys.stdout.flush()
+
+    def elsewhere(**options: Any) -> int:
+        raise BrokenPipeError
+
+    cli.commands.presets = lambda **options: print("a line") or 0  # type: ignore
+    for at_once in (False, True):
+        assert run(main, [], at_once) == 0
+        assert run(main, ["--json"], at_once) == 0
+        assert run(cli.main, ["--help"], at_once) == 0
+        assert run(cli.main, ["presets"], at_once) == (141 if at_once else 0)
+    cli.commands.presets = elsewhere
+    with open(os.devnull, "w") as sys.stdout, pytest.raises(BrokenPipeError):
+        cli.main(["presets"])
+
+
+def test_commands_end_quietly_when_nobody_reads() -> None:
+    run_processes(nobody_reads, (), 1)
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
-from helpers import leave
+from helpers import run_processes
 from test_hooks import at_every_line
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -324,29 +323,32 @@ def an_exception_before_every_line(ranks: int, folder: Path) -> None:
     """Of a block around a forward, after one that has left the root gathered, in all processes at
     the same line: pieces, averages and what a forward computes are those before."""
     x = make_input()
+    # One model for all lines, as each of them leaves it as it was.
+    model = shard(make_model(), mesh_of(ranks))
+    averager = Averager(model, {"ema": EMA(0.5)})
+    for step in range(2):
+        put(model, step)
+        averager.update()
+    kept = whole(copy.deepcopy(dict(averager.averages["ema"])))
+    averaged = outputs(averager, "ema")
+    with torch.no_grad():
+        raw = model(x)
 
     def make() -> tuple[Callable[[], object], Callable[[], None]]:
-        model = shard(make_model(), mesh_of(ranks))
-        averager = Averager(model, {"ema": EMA(0.5)})
-        for step in range(2):
-            put(model, step)
-            averager.update()
-        kept = whole(copy.deepcopy(dict(averager.averages["ema"])))
         with torch.no_grad():
-            raw = model(x)
-
-        def enter_and_leave() -> None:
-            with torch.no_grad(), averager.applied("ema"):
-                model(x)
-
-        def check() -> None:
-            with torch.no_grad():
-                assert torch.equal(model(x), raw)
-                expect_equal(whole(averager.averages["ema"]), kept)
-                with averager.applied("ema"):
-                    torch.testing.assert_close(model(x), outputs(averager, "ema"))
-
+            model(x)
         return enter_and_leave, check
+
+    def enter_and_leave() -> None:
+        with torch.no_grad(), averager.applied("ema"):
+            model(x)
+
+    def check() -> None:
+        with torch.no_grad():
+            assert torch.equal(model(x), raw)
+            expect_equal(whole(averager.averages["ema"]), kept)
+            with averager.applied("ema"):
+                torch.testing.assert_close(model(x), averaged)
 
     for file in ("sharding.py", "_applied.py"):
         assert at_every_line(make, file) > 15
@@ -647,7 +649,6 @@ def worker(rank: int, ranks: int, folder: str) -> None:
         torch.save(found, Path(folder) / f"{ranks}.{rank}.pt")
     finally:
         dist.destroy_process_group()
-    leave()
 
 
 @pytest.fixture(scope="module")
@@ -657,7 +658,7 @@ def found(tmp_path_factory: Any) -> dict[int, list[dict[str, str]]]:
     folder = tmp_path_factory.mktemp("ranks")
     result = {}
     for ranks in CHECKS:
-        mp.spawn(worker, (ranks, str(folder)), nprocs=ranks)
+        run_processes(worker, (ranks, str(folder)), ranks)
         result[ranks] = [torch.load(folder / f"{ranks}.{rank}.pt") for rank in range(ranks)]
     return result
 
@@ -722,7 +723,6 @@ def zero3_worker(rank: int, ranks: int, port: int, bf16: bool) -> None:
     key = f"0.weight[{rank} of {ranks}]"
     assert averager.averages["ema"][key].shape == (35,)
     dist.destroy_process_group()
-    leave()
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -731,7 +731,7 @@ def test_zero3(bf16: bool) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(zero3_worker, (2, port, bf16), nprocs=2)
+    run_processes(zero3_worker, (2, port, bf16), 2)
 
 
 def test_zero3_refuses_what_has_no_address(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from helpers import run_processes
 from torch import Tensor, nn
 
 from swa_fast import update_bn
@@ -75,7 +75,7 @@ def processes(work: Callable[[Path, int], None], folder: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_child, (work, folder, port), RANKS)
+    run_processes(_child, (work, folder, port), RANKS)
 
 
 def in_group(work: Callable[[World, Path, int], None]) -> Callable[[Path, int], None]:
@@ -333,7 +333,7 @@ def test_command_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert World.command("x") == ["torchrun", "--nproc-per-node", "2", "-m", "x"]
 
 
-def test_torchrun(tmp_path: Path) -> None:
+def test_torchrun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The real command, and its refusal to go on with another number of processes."""
     options = ["--dataset", "synthetic", "--fraction", "0.05", "--methods", "swa", "--epochs", "2"]
     options += ["--model", "preresnet8", "--width", "2", "--batch-size", "64", "--device", "cpu"]
@@ -353,13 +353,5 @@ def test_torchrun(tmp_path: Path) -> None:
     assert results["status"] == "complete" and results["environment"]["processes"] == 2
     results["status"] = "running"
     (tmp_path / "a/results.json").write_text(json.dumps(results))
-    answer = subprocess.run(
-        [sys.executable, "-m", "swa_fast.train", "--resume", "a"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert answer.returncode == 2
-    assert "expected 1 processes, found the state of 2" in answer.stderr
+    assert cli.main(["train", "--resume", str(tmp_path / "a")]) == 2
+    assert "expected 1 processes, found the state of 2" in capsys.readouterr().err

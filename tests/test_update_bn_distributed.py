@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from helpers import leave
+from helpers import run_processes
 from torch import Tensor, nn
 
 import swa_fast
@@ -133,7 +132,6 @@ def worker(rank: int, ranks: int, folder: str) -> None:
         torch.save(found, Path(folder) / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
-    leave()
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -142,7 +140,7 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: Any) -> list[dict[st
     everything."""
     ranks = request.param
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, (ranks, str(folder)), nprocs=ranks)
+    run_processes(worker, (ranks, str(folder)), ranks)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 

@@ -1,6 +1,7 @@
 """The command ``swa-fast``: its options, messages and exit codes.
 
-Exit codes: 0 success, 2 an error the user can put right, 130 interrupted.
+Exit codes: 0 success, 2 an error the user can put right, 130 interrupted, 141 stopped because
+nobody reads the output any more (as by ``| head -1``; training goes on without a reader).
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import io
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -236,6 +238,32 @@ def main(argv: Sequence[str] | None = None, *, command: Sequence[str] | None = N
         # Names of files may hold bytes that are no text. Streams of other kinds are others' matter.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    try:
+        return _dispatch(arguments, command)
+    except BrokenPipeError:
+        if _read_on():  # of another pipe, which is a fault
+            raise
+        return 141  # what a shell reports of a program that SIGPIPE ended
+    finally:
+        _read_on()
+
+
+def _read_on() -> bool:
+    """Writes out what was printed; False where its reader is gone. Then later prints go nowhere:
+    Python flushes at its end and would complain."""
+    try:
+        if sys.stdout is not None:  # as it is where the process was started without one
+            sys.stdout.flush()
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        return False
+    return True
+
+
+def _dispatch(arguments: list[str], command: Sequence[str] | None) -> int:
+    """Runs the command that the arguments name; one line on stderr for what users can put right."""
     options = vars(build_parser().parse_args(arguments))
     name = options.pop("command")
     try:
@@ -397,4 +425,5 @@ def _run(options: dict[str, Any], command: list[str]) -> int:
             return code
     if not World.is_main():
         return 0
+    _read_on()  # the files of the report are written for later readers, too
     return commands.report([str(parent)], None)
