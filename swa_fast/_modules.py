@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import re
 import sys
@@ -244,6 +245,22 @@ class Selection:
                 f"on_nonfinite: expected None for sharded parameters, found {on_nonfinite!r}: one "
                 "process would skip what the others do; let a GradScaler skip the step, see attach"
             )
+
+    def check_whole(self, what: str) -> None:
+        """Refuses parameters of which this process has a piece.
+
+        Raises:
+            TypeError: there are some.
+        """
+        if self.shards or self._front:
+            raise TypeError(f"{what}: expected whole parameters, found sharded ones")
+
+    def not_chosen(self) -> Iterator[tuple[str, Tensor]]:
+        """The other tensors of the module, buffers that are not saved among them."""
+        if self.module is not None:
+            chosen = {id(tensor) for name, tensor, _ in self._all() if self._decided.get(name)}
+            named = itertools.chain(self.module.named_parameters(), self.module.named_buffers())
+            yield from ((name, tensor) for name, tensor in named if id(tensor) not in chosen)
 
     def agree(self, fine: bool) -> bool:
         """Whether all processes that hold pieces are fine: collective where there are pieces."""
