@@ -223,6 +223,8 @@ class Selection:
         Raises:
             RuntimeError: that cannot be done.
         """
+        if not self.shards:
+            return  # asked at every block and blend: a walk over many modules takes as long as they
         reason = sharding.out_of_reach(self.module, self.shards)
         if reason is not None:
             raise RuntimeError(f"FSDP may go on with parameters that it has gathered, and {reason}")

@@ -53,6 +53,13 @@ def _address(tensor: Tensor) -> int:
         return -1
 
 
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    try:
+        return list(map(Tensor.data_ptr, tensors))
+    except RuntimeError:
+        return [_address(tensor) for tensor in tensors]
+
+
 def _storage_address(tensor: Tensor) -> int:
     try:
         return tensor.untyped_storage().data_ptr()
@@ -159,7 +166,7 @@ class Pointers:
     def holds(self) -> bool:
         """Whether the aliases are in the average. Who kept a tensor of an earlier block may have
         moved the alias's storage since, to shared memory say."""
-        return [alias.data_ptr() for alias in self.aliases] == self.addresses
+        return _addresses(self.aliases) == self.addresses
 
     def check(self) -> None:
         """Refuses other tensors of the model in the memory of those that are set elsewhere.
@@ -202,17 +209,14 @@ class Pointed(Applied):
         for target, alias in zip(self._targets, pointers.aliases, strict=True):
             target.data = alias
 
-    def values(self) -> dict[int, Tensor]:
-        """Nothing: the average lies where it always does."""
-        return {}
-
     def _take_out(self, storage: Storage) -> None:
         pointers = self._pointers
         torch.autograd.graph.increment_version(pointers.homes)
-        for target, home, address in zip(
-            self._targets, pointers.homes, pointers.addresses, strict=True
+        now = _addresses(self._targets)
+        for target, home, there, address in zip(
+            self._targets, pointers.homes, now, pointers.addresses, strict=True
         ):
-            if _address(target) == address:
+            if there == address:
                 target.data = home
         # The block may have written to the average through the live tensors.
         storage.note_written()

@@ -220,6 +220,10 @@ def test_changed_inside(kind: str, change: str) -> None:
         # The forward has counted a batch in the average that was in the model.
         assert torch.equal(pair.model[0].weight, pair.live["0.weight"])
         return
+    if change in ("half", "double"):
+        assert {p.dtype for p in pair.model.parameters()} == {getattr(torch, change)}
+    if change == "share_memory":
+        assert pair.model[0].weight.is_shared()
     pair.check()
     pair.update()
 
