@@ -442,10 +442,10 @@ class Averager(Saved, Changes, Decays, Views, Attachable):
         the average, as BatchNorm statistics that ``update_bn`` finds.
 
         By pointer no byte is moved: the live tensors are set to the average's memory (``.data``)
-        and back, some 0.1 microseconds each. That is for the eager evaluation of large models: the
-        addresses change within the block, so captured graphs and whatever shares memory with live
-        tensors go on with the live values; what is taken from live tensors inside stays the average
-        afterwards; ``averages`` hold the average throughout, and may be written.
+        and back, in a time that depends on how many they are and not on their sizes. That is for
+        the eager evaluation of large models: addresses change within the block, so captured graphs
+        and what shares memory with live tensors go on with the live values; what is taken from live
+        tensors inside stays the average; ``averages`` hold it throughout, and may be written.
 
         Args:
             name: of an average.
