@@ -1,7 +1,8 @@
 """The average put into the model and taken out again, as around an evaluation.
 
 The least is to swap both sides twice, 32 bytes per fp32 parameter; the competitors keep a copy
-of the weights, copy the average over them and copy the kept ones back.
+of the weights, copy the average over them and copy the kept ones back. By pointer no byte has to
+be moved, so the limit of memory says nothing of it.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from harness import (
 from models import make_model
 from rows import OURS
 from torch import nn
+
+from swa_fast import SWA, Averager
 
 __all__ = ["SUITE"]
 
@@ -68,7 +71,18 @@ def _foreach_copies(model: nn.Module) -> Averaged:
     return Averaged(found.update, found.averages, applied)
 
 
-def _swapping(side: str, make: Callable[[nn.Module], Averaged]) -> Contender:
+def _by_pointer(model: nn.Module) -> Averaged:
+    found = Averager(model, {"average": SWA()})
+    return Averaged(
+        found.update,
+        lambda: found.averages["average"],
+        lambda: found.applied("average", by="pointer"),
+    )
+
+
+def _swapping(
+    side: str, make: Callable[[nn.Module], Averaged], moved: int | None = None, graph: bool = True
+) -> Contender:
     def work(model: nn.Module) -> Work:
         found = make(model)
         if found.applied is None:
@@ -96,7 +110,7 @@ def _swapping(side: str, make: Callable[[nn.Module], Averaged]) -> Contender:
             for name, parameter in model.named_parameters():
                 assert torch.equal(parameter, weights[name]), f"{name} is not as before the block"
 
-        return Work(run, check)
+        return Work(run, check, moved, graph)
 
     return Contender(side, work)
 
@@ -113,6 +127,7 @@ def contenders(device: torch.device) -> dict[str, Contender]:
     found = {
         "lerp_flat": Contender("limit", lerp_flat),
         "Averager.applied": _swapping(OURS, averager),
+        "Averager.applied by pointer": _swapping(OURS, _by_pointer, moved=0, graph=False),
         "AveragedModel.applied": _swapping(OURS, AVERAGERS["AveragedModel"][1]),
     }
     if device.type == "cuda":

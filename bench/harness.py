@@ -90,7 +90,8 @@ class Work:
     # check(run, done) calls ``run``, which was called ``done`` times before, CHECKED_RUNS times and
     # raises AssertionError where its results are wrong. Done for a captured graph, too.
     check: Callable[[Run, int], None] | None = None
-    bytes: int | None = None  # that it has to move at least; None: as many as the case says
+    # That it has to move at least, 0: the limit of memory says nothing; None: as the case says.
+    bytes: int | None = None
     # Whether capturing it is tried.
     graph: bool = True
 
@@ -354,7 +355,7 @@ def summarise(
     """The columns of each contender's row that come from its times.
 
     The ratio to the limit is of times per byte where both sides' bytes are known, else of times;
-    of the same round, so that both met the same machine.
+    of the same round, so that both met the same machine. What moves nothing has none.
     """
     columns = {}
     for name, of_rounds in times.items():
@@ -363,7 +364,7 @@ def summarise(
         found: dict[str, Any] = {
             "rounds": len(values), "q1": low, "median": median, "q3": high, "bytes": moved[name],
         }  # fmt: skip
-        if limit is not None:
+        if limit is not None and moved[name] != 0:
             scale = 1.0
             ours, least = moved[name], moved[limit]
             if ours is not None and least is not None:

@@ -52,7 +52,7 @@ class Row:
 
     @property
     def gigabytes_per_second(self) -> float | None:
-        if self.bytes is None or not self.median:
+        if not self.bytes or not self.median:
             return None
         return self.bytes / self.median / 1e9
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -30,6 +30,10 @@ class Pieces(Protocol):
 
     def agree(self, fine: bool) -> bool: ...
 
+    def check_whole(self, what: str) -> None: ...
+
+    def not_chosen(self) -> Iterable[tuple[str, Tensor]]: ...
+
 
 class _Whole:
     """This process has everything."""
@@ -43,6 +47,12 @@ class _Whole:
     def agree(self, fine: bool) -> bool:
         return fine
 
+    def check_whole(self, what: str) -> None:
+        pass
+
+    def not_chosen(self) -> Iterable[tuple[str, Tensor]]:
+        return ()
+
 
 @contextlib.contextmanager
 def applied(
@@ -52,6 +62,7 @@ def applied(
     left_out: LeftOut,
     swap: bool,
     pieces: Pieces | None = None,
+    kind: type[Applied] | None = None,
 ) -> Iterator[None]:
     """An average is in the live tensors for the time of a ``with`` block.
 
@@ -65,13 +76,14 @@ def applied(
         swap: the live values take the average's place meanwhile, where dtype, layout and device
             agree; False keeps a copy of them all.
         pieces: of sharded parameters; all their processes are in this together.
+        kind: how it is done; None: by value.
 
     Raises:
         RuntimeError: the average was written within the block, a tensor was made such that its
             values could not be put back, or another process could not put its piece in place.
         ValueError: the model no longer fits; its values were put back where they were taken.
     """
-    change = Applied(find, left_out, _Whole() if pieces is None else pieces)
+    change = (kind or Applied)(find, left_out, _Whole() if pieces is None else pieces)
     # Twice, because an interrupt may come while the first is at work: the second goes on where that
     # one stopped, and does nothing where it was done.
     try:
@@ -161,45 +173,51 @@ class Applied:
         with lock:
             self._pieces.reshard()
             storage, self.row = prepare()
-            self._storage = storage
-            storage.applied = self
-            # Every copy before the first write.
-            pairs = list(zip(storage.parts, storage.plans, strict=True))
-            # The reference works tensor by tensor, and could be interrupted in between.
-            whole = [plan.backend != "reference" for _, plan in pairs]
-            others = [
-                part.members[at]
-                for (part, plan), swaps in zip(pairs, whole, strict=True)
-                for at in (plan.others if swaps else range(len(part.members)))
-            ]
-            # What is averaged comes last, and so is right where it overlaps with what is not.
-            others.sort(key=lambda i: storage.slots[i].averaged)
-            self._others = others
-            self._kept = Kept([storage.live[i] for i in others])
-            self._loose_kept = Kept(storage.loose_live)
-            self._left_out = {
-                name: (tensor, _version(tensor), tensor.detach().clone())
-                for name, tensor in self._find_left_out().items()
-            }
-            served = [pair for pair, swaps in zip(pairs, whole, strict=True) if swaps]
-            self._blocks = [
-                (part, plan, Block(plan, part.engine.written[self.row], self.row))
-                for part, plan in ([] if swap else served)
-            ]
-            self._swaps = [_Swap(*pair) for pair in (served if swap else [])]
-
-            average = storage.averages[self.row]
-            for each in self._swaps:
-                each.turn(self.row)
-            if self._swaps:
-                storage.note_written()
-            for _, _, block in self._blocks:
-                block.fill()
-            self._kept.fill([average[i] for i in others])
-            if storage.loose:
-                self._loose_kept.fill(storage.loose[self.row])
-            self._versions = storage.versions() if self._swaps else []
+            self._put_in(storage, swap)
             self._pieces.publish()
+
+    def _keep_left_out(self) -> None:
+        self._left_out = {
+            name: (tensor, _version(tensor), tensor.detach().clone())
+            for name, tensor in self._find_left_out().items()
+        }
+
+    def _put_in(self, storage: Storage, swap: bool) -> None:
+        self._storage = storage
+        storage.applied = self
+        # Every copy before the first write.
+        pairs = list(zip(storage.parts, storage.plans, strict=True))
+        # The reference works tensor by tensor, and could be interrupted in between.
+        whole = [plan.backend != "reference" for _, plan in pairs]
+        others = [
+            part.members[at]
+            for (part, plan), swaps in zip(pairs, whole, strict=True)
+            for at in (plan.others if swaps else range(len(part.members)))
+        ]
+        # What is averaged comes last, and so is right where it overlaps with what is not.
+        others.sort(key=lambda i: storage.slots[i].averaged)
+        self._others = others
+        self._kept = Kept([storage.live[i] for i in others])
+        self._loose_kept = Kept(storage.loose_live)
+        self._keep_left_out()
+        served = [pair for pair, swaps in zip(pairs, whole, strict=True) if swaps]
+        self._blocks = [
+            (part, plan, Block(plan, part.engine.written[self.row], self.row))
+            for part, plan in ([] if swap else served)
+        ]
+        self._swaps = [_Swap(*pair) for pair in (served if swap else [])]
+
+        average = storage.averages[self.row]
+        for each in self._swaps:
+            each.turn(self.row)
+        if self._swaps:
+            storage.note_written()
+        for _, _, block in self._blocks:
+            block.fill()
+        self._kept.fill([average[i] for i in others])
+        if storage.loose:
+            self._loose_kept.fill(storage.loose[self.row])
+        self._versions = storage.versions() if self._swaps else []
 
     @torch.no_grad()
     def values(self) -> dict[int, Tensor]:
@@ -222,15 +240,7 @@ class Applied:
             return
         with storage.lock:
             self._attempt(lambda: self._pieces.reshard(force=True))
-            if not self._looked:
-                self._written = bool(self._versions) and self._versions != storage.versions()
-                self._written |= any(_version(copy) != was for copy, was in self._copies)
-                self._held = storage.holds()
-                self._looked = True
-            if self._held:
-                self._back()
-            else:
-                self._back_to_what_moved()
+            self._take_out(storage)
             for name, now in self._find_left_out().items() if self._left_out else ():
                 if name in self._left_out:
                     tensor, version, value = self._left_out[name]
@@ -238,6 +248,17 @@ class Applied:
                         self._try(now, value)
             self._attempt(self._pieces.publish)
             storage.applied = None
+
+    def _take_out(self, storage: Storage) -> None:
+        if not self._looked:
+            self._written = bool(self._versions) and self._versions != storage.versions()
+            self._written |= any(_version(copy) != was for copy, was in self._copies)
+            self._held = storage.holds()
+            self._looked = True
+        if self._held:
+            self._back()
+        else:
+            self._back_to_what_moved(storage)
 
     def _back(self) -> None:
         assert self._storage is not None
@@ -251,18 +272,20 @@ class Applied:
         self._kept.restore()
         self._loose_kept.restore()
 
-    def _back_to_what_moved(self) -> None:
-        """Tensor by tensor. What was swapped still lies where it was: a tensor that was moved or
-        retyped took a copy with it."""
-        storage = self._storage
-        assert storage is not None
+    def _live_now(self, storage: Storage) -> tuple[list[Tensor], list[Tensor]]:
+        """The live tensors that the model has at the end of the block, and the loose ones."""
         if self._live is None:
             try:
                 self._live = self._find()
             except (TypeError, ValueError) as error:
                 self._problems.append(error)
                 self._live = list(storage.live), list(storage.loose_live)
-        live, loose = self._live
+        return self._live
+
+    def _back_to_what_moved(self, storage: Storage) -> None:
+        """Tensor by tensor. What was swapped still lies where it was: a tensor that was moved or
+        retyped took a copy with it."""
+        live, loose = self._live_now(storage)
         swapped = [each for each in self._swaps if each.done()]
         if self._values is None:
             values = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import re
 import sys
@@ -222,6 +223,8 @@ class Selection:
         Raises:
             RuntimeError: that cannot be done.
         """
+        if not self.shards:
+            return  # asked at every block and blend: a walk over many modules takes as long as they
         reason = sharding.out_of_reach(self.module, self.shards)
         if reason is not None:
             raise RuntimeError(f"FSDP may go on with parameters that it has gathered, and {reason}")
@@ -244,6 +247,22 @@ class Selection:
                 f"on_nonfinite: expected None for sharded parameters, found {on_nonfinite!r}: one "
                 "process would skip what the others do; let a GradScaler skip the step, see attach"
             )
+
+    def check_whole(self, what: str) -> None:
+        """Refuses parameters of which this process has a piece.
+
+        Raises:
+            TypeError: there are some.
+        """
+        if self.shards or self._front:
+            raise TypeError(f"{what}: expected whole parameters, found sharded ones")
+
+    def not_chosen(self) -> Iterator[tuple[str, Tensor]]:
+        """The other tensors of the module, buffers that are not saved among them."""
+        if self.module is not None:
+            chosen = {id(tensor) for name, tensor, _ in self._all() if self._decided.get(name)}
+            named = itertools.chain(self.module.named_parameters(), self.module.named_buffers())
+            yield from ((name, tensor) for name, tensor in named if id(tensor) not in chosen)
 
     def agree(self, fine: bool) -> bool:
         """Whether all processes that hold pieces are fine: collective where there are pieces."""

@@ -20,6 +20,7 @@ from ._cadence import Cadence
 from ._kept import all_or_nothing
 from ._memory import Slot, dense_strides
 from ._modules import apart, check_kind, copied, is_loose, match_modules, warn_of_packed
+from ._pointers import kind_of
 from ._watch import Watch
 from .avg_fns import AvgFn, MultiAvgFn, rule_of
 from .hooks import Attachment, Gate, attach
@@ -409,21 +410,24 @@ class AveragedModel(nn.Module):
             Cadence(every, start),
         )
 
-    def applied(self, model: nn.Module) -> AbstractContextManager[None]:
+    def applied(self, model: nn.Module, by: str = "value") -> AbstractContextManager[None]:
         """Puts the average into ``model`` for the time of a ``with`` block.
 
         The model's values are kept in a copy meanwhile, and this AveragedModel stays what it is, so
         that it may be saved and copied inside the block. On the CPU the copy's memory is kept for
         the next time, up to 256 MiB, until the model or the average moves or goes. Everything is
         undone when the block ends, also by an exception or Ctrl-C, at whatever moment.
-        (:meth:`swa_fast.Averager.applied` needs no third copy.)
+
+        By pointer the model's tensors are set to the average's memory instead, with what
+        :meth:`swa_fast.Averager.applied` says of it: what they are changed to changes the average.
 
         Args:
             model: as for :meth:`update_parameters`.
+            by: ``value`` or ``pointer``.
 
         Raises:
             RuntimeError: the average has not been updated yet, or is already applied.
-            ValueError, TypeError: as :meth:`update_parameters`.
+            ValueError, TypeError: as :meth:`update_parameters` and ``Averager.applied``.
         """
 
         def check() -> None:
@@ -452,12 +456,13 @@ class AveragedModel(nn.Module):
 
         if self._storage is None:
             self._go_by_torch(_by_torch.odd_one(self._own()))
+        kind = kind_of(by, self._odd)
         if self._odd is not None:
             swapped = _by_torch.Swapped(
                 self._lock, pairs, lambda now: setattr(self, "_swapped", now)
             )
             return _by_torch.applied(swapped)
-        return applied(self._lock, prepare, find, dict, False)
+        return applied(self._lock, prepare, find, dict, False, kind=kind)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False

@@ -20,6 +20,7 @@ from ._lent import Lent, Source
 from ._memory import Slot, average_dtype, dense_strides
 from ._modules import Filter, Selection, check_kind, is_loose, warn_of_packed
 from ._overlap import Overlap
+from ._pointers import kind_of
 from ._saved import Saved
 from ._view import Views
 from ._watch import Watch
@@ -425,7 +426,7 @@ class Averager(Saved, Changes, Decays, Views, Attachable):
             self._known_updated.add(name)
         return name in self._known_updated
 
-    def applied(self, name: str) -> AbstractContextManager[None]:
+    def applied(self, name: str, by: str = "value") -> AbstractContextManager[None]:
         """Puts an average into the live tensors for the time of a ``with`` block.
 
         Live values and average are swapped in place, without a third copy, where their dtypes
@@ -440,14 +441,26 @@ class Averager(Saved, Changes, Decays, Views, Attachable):
         holds the live values meanwhile. What the block changes in the live tensors is a change of
         the average, as BatchNorm statistics that ``update_bn`` finds.
 
+        By pointer no byte is moved: the live tensors are set to the average's memory (``.data``)
+        and back, in a time that depends on how many they are and not on their sizes. That is for
+        the eager evaluation of large models: addresses change within the block, so captured graphs
+        and what shares memory with live tensors go on with the live values; what is taken from live
+        tensors inside stays the average; ``averages`` hold it throughout, and may be written.
+
         Args:
             name: of an average.
+            by: ``value`` or ``pointer``.
 
         Raises:
             KeyError: there is no average of that name.
             RuntimeError: it has not been updated yet, an average is already applied, or an average
-                was written inside the block (which would have been to the live values).
+                was written inside the block (by value it would have been to the live values); by
+                pointer, a CUDA graph is being captured.
+            ValueError: ``by`` is neither; or, by pointer, an average has another dtype, device or
+                strides than the live tensor, or that shares its memory or was made for inference.
+            TypeError: by pointer, parameters are sharded.
         """
+        kind = kind_of(by)
 
         def prepare() -> tuple[Storage, int]:
             if name not in self._rules:
@@ -462,4 +475,4 @@ class Averager(Saved, Changes, Decays, Views, Attachable):
             return self._storage, list(self._rules).index(name)
 
         lock, chosen = self._storage.lock, self._selection
-        return applied(lock, prepare, self._current, chosen.left_out_buffers, True, chosen)
+        return applied(lock, prepare, self._current, chosen.left_out_buffers, True, chosen, kind)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ._applied import Applied
     from ._lent import Lent
     from ._overlap import Overlap
+    from ._pointers import Pointers
 
 __all__ = ["Averages", "FlatMemory", "SeparateMemory", "Storage"]
 
@@ -134,6 +135,7 @@ class Storage:
         live: the tensors bound last, one for each slot.
         loose_live: likewise for ``loose``.
         applied: what is in the live tensors' place at the moment, or None.
+        pointers: by average, how one is lent to the tensors bound last.
         overlap: updates that are on their way, or None where none ever is.
         lock: held while averages or live tensors are written.
         given_away: whether somebody else may have moved or replaced an average.
@@ -162,6 +164,7 @@ class Storage:
         self.live: list[Tensor] = []
         self.loose, self.loose_live = [list(row) for row in loose], list[Tensor]()
         self.applied: Applied | None = None
+        self.pointers: dict[int, Pointers] = {}
         self.overlap: Overlap | None = None
         self.lock = threading.RLock() if lock is None else lock
         self.counter = counter
@@ -256,7 +259,7 @@ class Storage:
                 to something else; nothing has changed then.
         """
         self.plans, self._watch = self.plans_for(live, places, wrapped)
-        self.live, self.loose_live = live, list(loose)
+        self.live, self.loose_live, self.pointers = live, list(loose), {}
         self._direct = self._find_direct()
 
     def plans_for(
@@ -322,7 +325,7 @@ class Storage:
     def unbind(self) -> None:
         """Lets go of the live tensors."""
         self.plans, self.live, self._watch, self.loose_live = [], [], None, []
-        self._direct = None
+        self._direct, self.pointers = None, {}
 
     def holds(self) -> bool:
         """True while everything is where it was when it was bound."""

@@ -78,6 +78,8 @@ def test_the_ratio_to_the_limit_is_per_byte_and_of_the_same_round(bench: Any) ->
     assert found["ours"]["limit_median"] == pytest.approx(0.5)  # twice the time, 4 times the bytes
     assert found["ours"]["limit_q1"] == found["ours"]["limit_q3"]
     assert found["limit"]["limit_median"] == 1.0
+    nothing = bench.harness.summarise(times, "limit", {"ours": 0, "limit": 100})
+    assert "limit_median" not in nothing["ours"]  # memory limits nothing that moves nothing
     unknown = bench.harness.summarise(times, "limit", {"ours": None, "limit": 100})
     assert unknown["ours"]["limit_median"] == pytest.approx(2.0)
 
