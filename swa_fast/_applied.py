@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol
@@ -97,6 +98,12 @@ def applied(
     change.report()
 
 
+#: Those that began and have not been seen to end. Whoever waits for another has the live values,
+#: also when nobody else knows its averager any more.
+_open: set[Applied] = set()
+_numbers = itertools.count()
+
+
 class _Swap:
     """The swap on one device. One launch does the whole of it, so it is done or not; what an
     interrupt leaves unknown is asked from the marks, which the same launch swaps."""
@@ -150,6 +157,10 @@ class Applied:
         self._values: list[tuple[int, Tensor]] | None = None
         self._returned = False
         self._problems: list[Exception] = []
+        # Of those of other averagers.
+        self._tensors: list[Tensor] = []
+        self._number = next(_numbers)
+        self._left = False
 
     def enter(self, lock: threading.RLock, prepare: Prepare, swap: bool) -> None:
         """Puts the average in place, in all processes or in none.
@@ -173,6 +184,11 @@ class Applied:
         with lock:
             self._pieces.reshard()
             storage, self.row = prepare()
+            self._tensors = storage.live
+            for each in tuple(_open):
+                if each._left and not each._is_open:  # an interrupt came at its very end
+                    _open.discard(each)
+            _open.add(self)
             self._put_in(storage, swap)
             self._pieces.publish()
 
@@ -232,11 +248,29 @@ class Applied:
         self._copies += [(copy, copy._version) for copy in copies.values()]
         return copies
 
-    @torch.no_grad()
     def leave(self) -> None:
-        """Puts everything back."""
+        """Puts everything back, or has it put back once the block of another averager has ended
+        that began later and has the same live tensors: it keeps this average as their values."""
+        self._left = True
+        self._leave()
+        for each in sorted(_open, key=lambda each: -each._number):
+            if each._left and each is not self:
+                each._leave()
+                self._problems += each._problems
+
+    @property
+    def _is_open(self) -> bool:
+        return self._storage is not None and self._storage.applied is self
+
+    def _covered(self) -> bool:
+        later = [each for each in tuple(_open) if each._is_open and each._number > self._number]
+        mine = {id(tensor) for tensor in self._tensors} if later else set()
+        return any(not mine.isdisjoint(map(id, each._tensors)) for each in later)
+
+    @torch.no_grad()
+    def _leave(self) -> None:
         storage = self._storage
-        if storage is None or storage.applied is not self:
+        if storage is None or not self._is_open or self._covered():
             return
         with storage.lock:
             self._attempt(lambda: self._pieces.reshard(force=True))
@@ -248,6 +282,7 @@ class Applied:
                         self._try(now, value)
             self._attempt(self._pieces.publish)
             storage.applied = None
+            _open.discard(self)
 
     def _take_out(self, storage: Storage) -> None:
         if not self._looked:

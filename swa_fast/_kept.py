@@ -85,7 +85,8 @@ def put(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
             plain[0].append(target)
             plain[1].append(value)
         else:
-            with torch.inference_mode(target.is_inference()):
+            # Leaving inference mode alone would have gradients recorded.
+            with torch.inference_mode(target.is_inference()), torch.no_grad():
                 target.copy_(value)
     if plain[0]:
         torch._foreach_copy_(*plain)

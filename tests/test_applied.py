@@ -228,6 +228,33 @@ def test_changed_inside(kind: str, change: str) -> None:
     pair.update()
 
 
+@pytest.mark.parametrize("third", [False, True])
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "Averager of bf16"])
+def test_blocks_that_end_in_the_order_in_which_they_began(kind: str, third: bool) -> None:
+    """The later one keeps the earlier one's average as live values, so that one waits for it."""
+    first = Pair(kind)
+    others = [Averager(first.model, {"a": EMA(0.5)}) for _ in range(1 + third)]
+    means = []
+    for other in others:
+        other.update()
+        means.append({k: v.clone() for k, v in other.averages["a"].items()})
+    blocks = [first.applied(), *(other.applied("a") for other in others)]
+    for block in blocks:
+        block.__enter__()
+    for block in blocks[:-1]:
+        block.__exit__(None, None, None)
+        for name, tensor in first.model.state_dict().items():
+            assert torch.equal(tensor, means[-1][name]), name
+        with pytest.raises(RuntimeError, match="applied"):
+            first.update()
+    blocks[-1].__exit__(None, None, None)
+    first.check()
+    for other, mean in zip(others, means, strict=True):
+        for name, tensor in other.averages["a"].items():
+            assert torch.equal(tensor, mean[name]), name
+    first.update()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_out_of_memory_on_the_way_in(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for at in range(1, 8):
