@@ -71,9 +71,15 @@ GATES = {
     "cuda swap_kernel": Gate(4, wide=8, narrow=8, barriers=0),
     "cuda combine_kernel": Gate(3, barriers=0),
     "cuda nonfinite_kernel": Gate(4, wide=4, narrow=4, barriers=0),
-    # By how many values a thread loads at once: see _pack.
+    # By how many values a thread loads at once: see gate_of. Barriers are those in the code, two of
+    # block_sums and four in each of three copies of add_to_others. A block passes four of them, the
+    # last one of a tile six, or ten where the blocks are divided into groups.
     "cuda statistics_kernel, wide": Gate(3, wide=4, strong=8, barriers=14),
     "cuda statistics_kernel, narrow": Gate(3, narrow=8, strong=8, barriers=14),
+    # Four units are asked for, each behind its own condition. In some of the contiguous kernels
+    # ptxas needs the first before the fourth load, with 48 to 60 registers of the 80 that three
+    # blocks leave, so registers are not what is short. Three loads of 16 bytes are 36 KB of a
+    # multiprocessor on their way; for sm_100, which needs more, all wide kernels have four.
     "cuda normalise_kernel, wide": Gate(3, wide=3, barriers=0),
     "cuda normalise_kernel, narrow": Gate(3, narrow=4, barriers=0),
     # Of 128 threads.

@@ -142,7 +142,6 @@ def test_an_exception_before_every_line_of_an_update() -> None:
     """All sets of tensors or none."""
 
     def make() -> tuple[Callable[[], object], Callable[[], None]]:
-        torch.manual_seed(0)
         model = nn.Linear(2, 2)
         averager = Averager(model, {"m": ByName({"bias": EMA(0.5)}, default=EMA(0.9))})
         averager.update()

@@ -265,7 +265,6 @@ def test_lists_with_wrapped_tensors() -> None:
 @pytest.mark.parametrize("how", ["update", "applied"])
 def test_an_exception_before_every_line(how: str) -> None:
     def make() -> tuple[Callable[[], object], Callable[[], None]]:
-        torch.manual_seed(0)
         model = wrapped()
         averaged = AveragedModel(model)
         averaged.update_parameters(model)

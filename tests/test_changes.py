@@ -202,7 +202,6 @@ def test_an_exception_before_every_line(how: str) -> None:
     """All of the change or nothing, and the averager goes on in either case."""
 
     def make() -> tuple[Callable[[], object], Callable[[], None]]:
-        torch.manual_seed(0)
         model = nn.Linear(2, 2)
         rules: dict[str, Any] = {"e": EMA(0.5), "s": SWA()}
         averager, reference = Averager(model, rules), Averager(model, rules)

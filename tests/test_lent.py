@@ -135,7 +135,6 @@ def test_an_exception_before_every_line() -> None:
     """The update is whole or nothing, and the next one is of the averager's own model again."""
 
     def make() -> tuple[Callable[[], object], Callable[[], None]]:
-        torch.manual_seed(0)
         own, other = nn.Linear(2, 2), nn.Linear(2, 2)
         averager = Averager(own, {"last": EMA(0.0), "e": EMA(0.5)})
         averager.update()

@@ -24,7 +24,7 @@ from swa_fast.train.run_folder import RunFolder
 # Of a smaller network, where it does not matter which.
 SMALLEST = ["--model", "preresnet8"]
 STEPS = 391  # of CIFAR at batch 128
-SMALL = ["--dataset", "synthetic", "--fraction", "0.02", "--threads", "1", "--quiet"]
+SMALL = ["--dataset", "synthetic", "--fraction", "0.01", "--threads", "1", "--quiet"]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_files(repeated: Path) -> None:
     assert (results["preset"], results["scale"]) == ("cifar10-preresnet20", 0.01)
     config = results["config"]
     assert (config["seed"], config["epochs"], config["width"]) == (2, 25, 4)
-    assert (config["fraction"], config["dataset"]) == (0.02, "synthetic")
+    assert (config["fraction"], config["dataset"]) == (0.01, "synthetic")
     # What is not the preset's is in the file, with what follows from it.
     changes = results["changes"]
     assert changes["epochs"] == [150, 25] and changes["model"] == ["preresnet20", "preresnet8"]
@@ -94,7 +94,7 @@ def test_fge_of_two_budgets_is_the_members_of_two_runs(
     repeated: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By hand, from the networks in the folders."""
-    data = load_dataset("synthetic", image_size=16, fraction=0.02)
+    data = load_dataset("synthetic", image_size=16, fraction=0.01)
     assert isinstance(data, MemoryDataset)
     normalise = Normalise(data.statistics, 16, Placement(torch.device("cpu")))
     images = normalise(data.test_images.permute(0, 2, 3, 1))
