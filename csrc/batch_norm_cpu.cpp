@@ -50,8 +50,14 @@ constexpr int64_t kManySamples = 8;        // from which on a column's sum pays
 constexpr int64_t kChannelGrain = 256;     // channels below which a second thread does not pay
 constexpr int64_t kTileBytes = 4096;       // neighbouring channels are read in runs of a page
 constexpr int64_t kMaxTile = 16;
+// Second-level caches that an input has left before its output is written, see caches.h. What comes
+// after the layer counts, too: it reads the output and writes another, and a pass as a whole is
+// faster with eight than with four or twelve.
+constexpr int64_t kOutlasting = 8;
 
-constexpr int64_t kAhead = 1024;  // bytes of the input that are fetched before their turn
+// Bytes of the input that are fetched before their turn: for a channel's sums, and for the output
+// of rows.
+constexpr int64_t kAhead = 1024, kOutputAhead = 4096;
 
 template <typename T>
 inline void prefetch(const T* p, int64_t bytes_ahead) {
@@ -128,7 +134,7 @@ struct Vec : Lanes<Math> {
   using Scalar = Math;
   static constexpr int kPanel = 4;
   template <typename T>
-  static constexpr bool kPair = false;
+  static constexpr bool kPair = std::is_same_v<T, BFloat16>;
 };
 
 #include "batch_norm_simd.h"
@@ -288,13 +294,16 @@ inline int64_t place(int64_t i, int64_t columns, int64_t interleaved) {
   return i - within + (within & 1) * (interleaved / 2) + within / 2;
 }
 
-// Bytes that are fetched before their turn from rows `stride` elements apart, of which `columns`
-// are read. From a cache, and in memory that is read in its order, the hardware is as fast.
+// Bytes that sum_columns fetches before their turn from rows `stride` elements apart, of which
+// `columns` are read: the rows that it takes up next, since the hardware looks no further than to
+// the end of a page. From long rows only what comes next in each: so many of them at once lie in
+// the same few places of the first-level cache. A part of every row, in a cache, is not fetched.
 template <typename T>
 int64_t rows_ahead(const Layer& layer, int64_t columns, int64_t stride) {
-  constexpr int64_t kRowsAhead = 8;
-  const bool in_order = columns == stride && columns <= kColumns;
-  return layer.stream && !in_order ? kRowsAhead * stride * static_cast<int64_t>(sizeof(T)) : 0;
+  constexpr int64_t kLongRow = 4096, kInLongRow = 512, kAtLeast = 8192;
+  const int64_t row = stride * static_cast<int64_t>(sizeof(T));
+  if (columns < stride) return layer.stream ? kPivot * row : 0;
+  return row >= kLongRow ? kInLongRow : std::max(kPivot * row, kAtLeast);
 }
 
 // Contiguous, with many short runs: tiles of channels, each small enough for the second-level
@@ -334,8 +343,9 @@ void collect_short_runs(const Input<T>& input, const Layer& layer, T* y) {
         std::fill_n(c.data() + 2 * columns + i * shape.s, shape.s, one.offset);
       }
       if (y != nullptr) {
-        SWA_FAST_CALL(normalise_columns, x, y + channel * shape.s, shape.n, columns, stride, paired,
-                      c.data(), layer.relu, layer.stream);
+        // The tile is in a cache.
+        SWA_FAST_CALL(normalise_columns, x, y + channel * shape.s, shape.n, columns, stride, 0,
+                      paired, c.data(), layer.relu, layer.stream);
       }
     }
     if (layer.stream) end_of_stream();
@@ -484,11 +494,11 @@ void collect_rows(const Input<T>& input, const Layer& layer, T* y) {
   });
   if (y == nullptr) return;
   torch::stable::parallel_for(0, blocks, grain, [&](int64_t from, int64_t to) {
-    // Backwards: what was read last may still be in a cache.
-    for (int64_t b = to - 1; b >= from; --b) {
-      const int64_t at = b * block * columns;
-      SWA_FAST_CALL(normalise_columns, input.x + at, y + at, rows_of(b), columns, columns, true,
-                    c.data(), layer.relu, layer.stream);
+    // Backwards where what was read last may still be in a cache; from memory, in its order.
+    for (int64_t i = from; i < to; ++i) {
+      const int64_t b = layer.stream ? i : from + to - 1 - i, at = b * block * columns;
+      SWA_FAST_CALL(normalise_columns, input.x + at, y + at, rows_of(b), columns, columns,
+                    kOutputAhead, true, c.data(), layer.relu, layer.stream);
     }
     if (layer.stream) end_of_stream();
   });
@@ -521,12 +531,13 @@ Tensor collect_cpu(Tensor x, std::optional<Tensor> weight, std::optional<Tensor>
   x = aligned(x);
   if (weight) weight = aligned(*weight);
   if (bias) bias = aligned(*bias);
-  const Layer layer{check_affine(weight, x, "weight"),
-                    check_affine(bias, x, "bias"),
-                    eps,
-                    relu,
-                    outlasts_caches(x.numel() * static_cast<int64_t>(x.element_size())),
-                    check_batch(batch, x)};
+  const Layer layer{
+      check_affine(weight, x, "weight"),
+      check_affine(bias, x, "bias"),
+      eps,
+      relu,
+      outlasts_caches(x.numel() * static_cast<int64_t>(x.element_size()), kOutlasting),
+      check_batch(batch, x)};
   Tensor y = normalise ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
   if (normalise) ask_for_huge_pages(y);
   dispatch_floating("batch_norm_collect", x.scalar_type(), [&](auto type) {
