@@ -52,10 +52,6 @@ constexpr int64_t kManySamples = 8;        // from which on a column's sum pays
 constexpr int64_t kChannelGrain = 256;     // channels below which a second thread does not pay
 constexpr int64_t kTileBytes = 4096;       // neighbouring channels are read in runs of a page
 constexpr int64_t kMaxTile = 16;
-// Second-level caches that an input has left before its output is written, see caches.h. What comes
-// after the layer counts, too: it reads the output and writes another, and a pass as a whole is
-// faster with eight than with four or twelve.
-constexpr int64_t kOutlasting = 8;
 
 // Bytes of the input that are fetched before their turn: for a channel's sums, and for the output
 // of rows.
@@ -562,13 +558,12 @@ Tensor collect_cpu(Tensor x, std::optional<Tensor> weight, std::optional<Tensor>
   x = aligned(x);
   if (weight) weight = aligned(*weight);
   if (bias) bias = aligned(*bias);
-  const Layer layer{
-      check_affine(weight, x, "weight"),
-      check_affine(bias, x, "bias"),
-      eps,
-      relu,
-      outlasts_caches(x.numel() * static_cast<int64_t>(x.element_size()), kOutlasting),
-      check_batch(batch, x)};
+  const Layer layer{check_affine(weight, x, "weight"),
+                    check_affine(bias, x, "bias"),
+                    eps,
+                    relu,
+                    outlasts_caches(x.numel() * static_cast<int64_t>(x.element_size())),
+                    check_batch(batch, x)};
   Tensor y = normalise ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
   if (normalise) ask_for_huge_pages(y);
   dispatch_floating("batch_norm_collect", x.scalar_type(), [&](auto type) {

@@ -460,7 +460,10 @@ SWA_FAST_TARGET inline void normalise_column_blocks(const T* x, T* y, int64_t ro
   constexpr int64_t kPiece = 1024;
   constexpr int64_t kLine = 64 / (Wide::kValues * sizeof(T));
   constexpr int kLineBlocks = std::clamp<int64_t>(kLine, 1, 4);
+  // Two rows at a time save loads of coefficients, which shows where there are many of them for a
+  // line of input, or the input is in a cache; from memory, and into it, order counts for more.
   constexpr int64_t kRows = kStream ? 1 : 2;
+  const bool by_rows = Wide::kCount > 1 || columns < stride;
   for (int64_t begin = 0; begin < columns; begin += kPiece) {
     const int64_t end = std::min(columns, begin + kPiece);
     const auto some = [&](int64_t row, auto count) SWA_FAST_TARGET {
@@ -474,7 +477,8 @@ SWA_FAST_TARGET inline void normalise_column_blocks(const T* x, T* y, int64_t ro
       if constexpr (Wide::kCount > 1) all(Narrow{}, std::integral_constant<int, 1>{});
     };
     int64_t row = 0;
-    for (; row + kRows <= rows; row += kRows) some(row, std::integral_constant<int64_t, kRows>{});
+    for (; by_rows && row + kRows <= rows; row += kRows)
+      some(row, std::integral_constant<int64_t, kRows>{});
     for (; row < rows; ++row) some(row, std::integral_constant<int64_t, 1>{});
   }
 }
