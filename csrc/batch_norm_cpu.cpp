@@ -15,7 +15,9 @@
 #endif
 
 #include <algorithm>
+#include <new>
 #include <numeric>
+#include <vector>
 
 #include "batch_norm.h"
 #include "blend_cpu.h"
@@ -51,7 +53,9 @@ constexpr int64_t kChannelGrain = 256;     // channels below which a second thre
 constexpr int64_t kTileBytes = 4096;       // neighbouring channels are read in runs of a page
 constexpr int64_t kMaxTile = 16;
 
-constexpr int64_t kAhead = 1024;  // bytes of the input that are fetched before their turn
+// Bytes of the input that are fetched before their turn: for a channel's sums, and for the output
+// of rows.
+constexpr int64_t kAhead = 1024, kOutputAhead = 8192;
 
 template <typename T>
 inline void prefetch(const T* p, int64_t bytes_ahead) {
@@ -128,7 +132,7 @@ struct Vec : Lanes<Math> {
   using Scalar = Math;
   static constexpr int kPanel = 4;
   template <typename T>
-  static constexpr bool kPair = false;
+  static constexpr bool kPair = std::is_same_v<T, BFloat16>;
 };
 
 #include "batch_norm_simd.h"
@@ -262,6 +266,35 @@ struct Vec<float> {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Begins with a line of the caches. A vector of 64 bytes that does not is two loads, and a column
+// has three vectors of coefficients for one of values: where malloc's address was not a multiple,
+// the output of a layer took a third longer.
+template <typename Number>
+struct LineAllocator {
+  using value_type = Number;
+  static constexpr std::align_val_t kLine{64};
+
+  LineAllocator() = default;
+  template <typename Other>
+  LineAllocator(const LineAllocator<Other>&) {}
+
+  Number* allocate(size_t count) {
+    return static_cast<Number*>(::operator new(count * sizeof(Number), kLine));
+  }
+  void deallocate(Number* p, size_t) { ::operator delete(p, kLine); }
+  template <typename Other>
+  bool operator==(const LineAllocator<Other>&) const {
+    return true;
+  }
+  template <typename Other>
+  bool operator!=(const LineAllocator<Other>&) const {
+    return false;
+  }
+};
+
+template <typename Number>
+using Lines = std::vector<Number, LineAllocator<Number>>;
+
 // The layer, given everything but the input and the output.
 struct Layer {
   AffineVector weight, bias;
@@ -288,13 +321,16 @@ inline int64_t place(int64_t i, int64_t columns, int64_t interleaved) {
   return i - within + (within & 1) * (interleaved / 2) + within / 2;
 }
 
-// Bytes that are fetched before their turn from rows `stride` elements apart, of which `columns`
-// are read. From a cache, and in memory that is read in its order, the hardware is as fast.
+// Bytes that sum_columns fetches before their turn from rows `stride` elements apart, of which
+// `columns` are read: the rows that it takes up next, since the hardware looks no further than to
+// the end of a page. From long rows only what comes next in each: so many of them at once lie in
+// the same few places of the first-level cache. A part of every row, in a cache, is not fetched.
 template <typename T>
 int64_t rows_ahead(const Layer& layer, int64_t columns, int64_t stride) {
-  constexpr int64_t kRowsAhead = 8;
-  const bool in_order = columns == stride && columns <= kColumns;
-  return layer.stream && !in_order ? kRowsAhead * stride * static_cast<int64_t>(sizeof(T)) : 0;
+  constexpr int64_t kLongRow = 4096, kInLongRow = 512, kAtLeast = 8192;
+  const int64_t row = stride * static_cast<int64_t>(sizeof(T));
+  if (columns < stride) return layer.stream ? kPivot * row : 0;
+  return row >= kLongRow ? kInLongRow : std::max(kPivot * row, kAtLeast);
 }
 
 // Contiguous, with many short runs: tiles of channels, each small enough for the second-level
@@ -313,8 +349,8 @@ void collect_short_runs(const Input<T>& input, const Layer& layer, T* y) {
   const int64_t ahead = rows_ahead<T>(layer, tile * shape.s, stride);
   const int64_t grain = std::max<int64_t>(1, kGrain / (tile * shape.values()));
   torch::stable::parallel_for(0, ceil_div(shape.c, tile), grain, [&](int64_t from, int64_t to) {
-    std::vector<double> pivots(tile * shape.s), sums(2 * tile * shape.s);
-    std::vector<Math> c(3 * tile * shape.s);
+    Lines<double> pivots(tile * shape.s), sums(2 * tile * shape.s);
+    Lines<Math> c(3 * tile * shape.s);
     for (int64_t t = from; t < to; ++t) {
       const int64_t channel = t * tile, channels = std::min(tile, shape.c - channel);
       const int64_t columns = channels * shape.s;
@@ -334,8 +370,9 @@ void collect_short_runs(const Input<T>& input, const Layer& layer, T* y) {
         std::fill_n(c.data() + 2 * columns + i * shape.s, shape.s, one.offset);
       }
       if (y != nullptr) {
-        SWA_FAST_CALL(normalise_columns, x, y + channel * shape.s, shape.n, columns, stride, paired,
-                      c.data(), layer.relu, layer.stream);
+        // The tile is in a cache.
+        SWA_FAST_CALL(normalise_columns, x, y + channel * shape.s, shape.n, columns, stride, 0,
+                      paired, c.data(), layer.relu, layer.stream);
       }
     }
     if (layer.stream) end_of_stream();
@@ -441,11 +478,11 @@ void collect_rows(const Input<T>& input, const Layer& layer, T* y) {
   const int64_t ahead = rows_ahead<T>(layer, columns, columns);
   const auto rows_of = [&](int64_t b) { return std::min(block, rows - b * block); };
 
-  std::vector<double> pivots(columns);
+  Lines<double> pivots(columns);
   for (int64_t i = 0; i < columns; ++i) {
     pivots[place(i, columns, order)] = input.pivot(i % channels);
   }
-  std::vector<double> sums(std::max<int64_t>(blocks, 1) * 2 * columns);
+  Lines<double> sums(std::max<int64_t>(blocks, 1) * 2 * columns);
   torch::stable::parallel_for(0, blocks, grain, [&](int64_t from, int64_t to) {
     for (int64_t b = from; b < to; ++b) {
       SWA_FAST_CALL(sum_columns, input.x + b * block * columns, rows_of(b), columns, columns, ahead,
@@ -458,7 +495,7 @@ void collect_rows(const Input<T>& input, const Layer& layer, T* y) {
       for (int64_t i = from; i < to; ++i) sums[i] += sums[b * 2 * columns + i];
     }
   });
-  std::vector<Math> c(3 * columns);
+  Lines<Math> c(3 * columns);
   torch::stable::parallel_for(0, channels, kChannelGrain, [&](int64_t from, int64_t to) {
     for (int64_t channel = from; channel < to; ++channel) {
       Sums total{0.0, 0.0};
@@ -484,11 +521,11 @@ void collect_rows(const Input<T>& input, const Layer& layer, T* y) {
   });
   if (y == nullptr) return;
   torch::stable::parallel_for(0, blocks, grain, [&](int64_t from, int64_t to) {
-    // Backwards: what was read last may still be in a cache.
-    for (int64_t b = to - 1; b >= from; --b) {
-      const int64_t at = b * block * columns;
-      SWA_FAST_CALL(normalise_columns, input.x + at, y + at, rows_of(b), columns, columns, true,
-                    c.data(), layer.relu, layer.stream);
+    // Backwards where what was read last may still be in a cache; from memory, in its order.
+    for (int64_t i = from; i < to; ++i) {
+      const int64_t b = layer.stream ? i : from + to - 1 - i, at = b * block * columns;
+      SWA_FAST_CALL(normalise_columns, input.x + at, y + at, rows_of(b), columns, columns,
+                    kOutputAhead, true, c.data(), layer.relu, layer.stream);
     }
     if (layer.stream) end_of_stream();
   });

@@ -236,10 +236,20 @@ SWA_FAST_TARGET void normalise_run(const T* x, T* y, int64_t count,
   for (; i < count; ++i) y[i] = normalise_one(x[i], c, relu);
 }
 
-// Adds one group, the first `rows` rows, to the sums of kBlocks neighbouring blocks of columns.
+// What a group's rows so far come to, of kPiece columns at most: what sum_panel has in registers.
+template <typename Math>
+struct Group {
+  static constexpr int64_t kPiece = 1024;
+  alignas(64) Math pivot[kPiece], s1[kPiece], s2[kPiece];
+};
+
+// Adds the rows from `from` to `to` of a group of `rows` to the sums of kBlocks neighbouring blocks
+// of columns, which are in `group` from its column `column` on until the last row is there.
 template <typename B, int kBlocks, typename T>
-SWA_FAST_TARGET inline void sum_panel(const T* x, int64_t rows, int64_t stride, int64_t ahead,
-                                      const double* pivots, double* first, double* second) {
+SWA_FAST_TARGET inline void sum_panel(const T* x, int64_t from, int64_t to, int64_t rows,
+                                      int64_t stride, int64_t ahead, Group<statistics_t<T>>& group,
+                                      int64_t column, const double* pivots, double* first,
+                                      double* second) {
   using V = typename B::V;
   using D = Vec<double>;
   using Register = typename B::Register;
@@ -249,23 +259,33 @@ SWA_FAST_TARGET inline void sum_panel(const T* x, int64_t rows, int64_t stride, 
     for (int i = 0; i < kBlocks; ++i)
       B::load(x + row * stride + i * B::kValues, to + i * B::kCount);
   };
-  // An eighth of the group, or a little more: see batch_norm.h.
-  int64_t first_rows = 1;
-  while (first_rows * (kGroup / kPivot) < rows) first_rows *= 2;
-  load(0, pivot);
-  for (int64_t row = 1; row < first_rows; ++row) {
-    load(row, value);
+  if (from == 0) {
+    // An eighth of the group, or a little more: see batch_norm.h.
+    int64_t first_rows = 1;
+    while (first_rows * (kGroup / kPivot) < rows) first_rows *= 2;
+    load(0, pivot);
+    for (int64_t row = 1; row < first_rows; ++row) {
+      load(row, value);
+      SWA_FAST_UNROLL
+      for (int i = 0; i < kRegisters; ++i) pivot[i] = V::add(pivot[i], value[i]);
+    }
+    const Register share =
+        V::broadcast(typename V::Scalar(1) / static_cast<typename V::Scalar>(first_rows));
     SWA_FAST_UNROLL
-    for (int i = 0; i < kRegisters; ++i) pivot[i] = V::add(pivot[i], value[i]);
+    for (int i = 0; i < kRegisters; ++i) {
+      pivot[i] = V::mul(pivot[i], share);
+      s1[i] = s2[i] = V::broadcast(0);
+    }
+  } else {
+    SWA_FAST_UNROLL
+    for (int i = 0; i < kRegisters; ++i) {
+      const int64_t j = column + i * V::kCount;
+      pivot[i] = V::load(group.pivot + j);
+      s1[i] = V::load(group.s1 + j);
+      s2[i] = V::load(group.s2 + j);
+    }
   }
-  const Register share =
-      V::broadcast(typename V::Scalar(1) / static_cast<typename V::Scalar>(first_rows));
-  SWA_FAST_UNROLL
-  for (int i = 0; i < kRegisters; ++i) {
-    pivot[i] = V::mul(pivot[i], share);
-    s1[i] = s2[i] = V::broadcast(0);
-  }
-  for (int64_t row = 0; row < rows; ++row) {
+  for (int64_t row = from; row < to; ++row) {
     load(row, value);
     for (int i = 0; i < kBlocks; ++i) prefetch(x + row * stride + i * B::kValues, ahead);
     SWA_FAST_UNROLL
@@ -274,6 +294,16 @@ SWA_FAST_TARGET inline void sum_panel(const T* x, int64_t rows, int64_t stride, 
       s1[i] = V::add(s1[i], d);
       s2[i] = V::fma(d, d, s2[i]);
     }
+  }
+  if (to < rows) {
+    SWA_FAST_UNROLL
+    for (int i = 0; i < kRegisters; ++i) {
+      const int64_t j = column + i * V::kCount;
+      V::store(group.pivot + j, pivot[i]);
+      V::store(group.s1 + j, s1[i]);
+      V::store(group.s2 + j, s2[i]);
+    }
+    return;
   }
   const auto k = D::broadcast(static_cast<double>(rows));
   SWA_FAST_UNROLL
@@ -296,19 +326,28 @@ SWA_FAST_TARGET inline void sum_column_blocks(const T* x, int64_t rows, int64_t 
                                               double* first, double* second) {
   using Narrow = Block<T, 1>;
   constexpr int kBlocks = std::max(1, Wide::V::kPanel / Wide::kCount);
+  Group<statistics_t<T>> state;
+  // A few rows are read from end to end before the next ones: panels of a whole group, a short
+  // piece out of every row, would leave memory idle, whose prefetchers follow what is in order. The
+  // pivot is of these rows, too. Where rows are parts of longer ones there is no such order.
+  const bool whole_groups = columns <= kBlocks * Wide::kValues || columns < stride;
+  const int64_t step = whole_groups ? kGroup : kPivot;
   for (int64_t group = 0; group < rows; group += kGroup) {
-    const T* const at = x + group * stride;
     const int64_t now = std::min<int64_t>(kGroup, rows - group);
-    int64_t i = 0;
-    for (; i + kBlocks * Wide::kValues <= columns; i += kBlocks * Wide::kValues) {
-      sum_panel<Wide, kBlocks>(at + i, now, stride, ahead, pivots + i, first + i, second + i);
-    }
-    for (; i + Wide::kValues <= columns; i += Wide::kValues) {
-      sum_panel<Wide, 1>(at + i, now, stride, ahead, pivots + i, first + i, second + i);
-    }
-    if constexpr (Wide::kCount > 1) {
-      for (; i + Narrow::kValues <= columns; i += Narrow::kValues) {
-        sum_panel<Narrow, 1>(at + i, now, stride, ahead, pivots + i, first + i, second + i);
+    for (int64_t begin = 0; begin < columns; begin += state.kPiece) {
+      const int64_t end = std::min(columns, begin + state.kPiece);
+      for (int64_t row = 0; row < now; row += step) {
+        int64_t i = begin;
+        const auto all = [&](auto block, auto count) SWA_FAST_TARGET {
+          using B = decltype(block);
+          for (; i + count * B::kValues <= end; i += count * B::kValues) {
+            sum_panel<B, count>(x + group * stride + i, row, std::min(now, row + step), now, stride,
+                                ahead, state, i - begin, pivots + i, first + i, second + i);
+          }
+        };
+        all(Wide{}, std::integral_constant<int, kBlocks>{});
+        all(Wide{}, std::integral_constant<int, 1>{});
+        if constexpr (Wide::kCount > 1) all(Narrow{}, std::integral_constant<int, 1>{});
       }
     }
   }
@@ -356,23 +395,29 @@ SWA_FAST_TARGET inline double sum_of(const double* x, int64_t count) {
 }
 
 // Columns from `begin` to `end` of kRows rows, which share the loads of a column's coefficients, as
-// far as there are whole blocks. Returns where they end.
-template <typename B, int64_t kRows, bool kStream, typename T>
+// far as there are kBlocks whole blocks. Returns where they end.
+template <typename B, int64_t kRows, int kBlocks, bool kStream, typename T>
 SWA_FAST_TARGET inline int64_t normalise_piece(const T* x, T* y, int64_t columns, int64_t stride,
-                                               const statistics_t<T>* c, int64_t begin, int64_t end,
-                                               bool relu) {
+                                               int64_t ahead, const statistics_t<T>* c,
+                                               int64_t begin, int64_t end, bool relu) {
   using V = typename B::V;
+  constexpr int kRegisters = kBlocks * B::kCount;
   int64_t i = begin;
-  for (; i + B::kValues <= end; i += B::kValues) {
-    typename B::Register centre[B::kCount], scale[B::kCount], offset[B::kCount];
-    for (int r = 0; r < B::kCount; ++r) {
+  for (; i + kBlocks * B::kValues <= end; i += kBlocks * B::kValues) {
+    typename B::Register centre[kRegisters], scale[kRegisters], offset[kRegisters];
+    for (int r = 0; r < kRegisters; ++r) {
       centre[r] = V::load(c + i + r * V::kCount);
       scale[r] = V::load(c + columns + i + r * V::kCount);
       offset[r] = V::load(c + 2 * columns + i + r * V::kCount);
     }
     for (int64_t u = 0; u < kRows; ++u) {
-      normalise_block<B, kStream>(x + u * stride + i, y + u * stride + i, centre, scale, offset,
-                                  relu);
+      const int64_t at = u * stride + i;
+      if constexpr (kStream) prefetch(x + at, ahead);
+      for (int b = 0; b < kBlocks; ++b) {
+        normalise_block<B, kStream>(x + at + b * B::kValues, y + at + b * B::kValues,
+                                    centre + b * B::kCount, scale + b * B::kCount,
+                                    offset + b * B::kCount, relu);
+      }
     }
   }
   return i;
@@ -381,7 +426,8 @@ SWA_FAST_TARGET inline int64_t normalise_piece(const T* x, T* y, int64_t columns
 // kBlocks neighbouring blocks of columns in every row.
 template <typename B, int kBlocks, bool kStream, typename T>
 SWA_FAST_TARGET inline void normalise_panel(const T* x, T* y, int64_t rows, int64_t columns,
-                                            int64_t stride, const statistics_t<T>* c, bool relu) {
+                                            int64_t stride, int64_t ahead, const statistics_t<T>* c,
+                                            bool relu) {
   using V = typename B::V;
   constexpr int kRegisters = kBlocks * B::kCount;
   typename B::Register centre[kRegisters], scale[kRegisters], offset[kRegisters];
@@ -393,6 +439,7 @@ SWA_FAST_TARGET inline void normalise_panel(const T* x, T* y, int64_t rows, int6
   for (int64_t row = 0; row < rows; ++row) {
     for (int i = 0; i < kBlocks; ++i) {
       const int64_t at = row * stride + i * B::kValues;
+      if constexpr (kStream) prefetch(x + at, ahead);
       normalise_block<B, kStream>(x + at, y + at, centre + i * B::kCount, scale + i * B::kCount,
                                   offset + i * B::kCount, relu);
     }
@@ -401,58 +448,65 @@ SWA_FAST_TARGET inline void normalise_panel(const T* x, T* y, int64_t rows, int6
 
 template <typename Wide, bool kStream, typename T>
 SWA_FAST_TARGET inline void normalise_column_blocks(const T* x, T* y, int64_t rows, int64_t columns,
-                                                    int64_t stride, const statistics_t<T>* c,
-                                                    bool relu) {
+                                                    int64_t stride, int64_t ahead,
+                                                    const statistics_t<T>* c, bool relu) {
   using Narrow = Block<T, 1>;
   constexpr int kBlocks = std::max(1, Vec<statistics_t<T>>::kPanel / Wide::kCount);
   if (columns == kBlocks * Wide::kValues) {
-    return normalise_panel<Wide, kBlocks, kStream>(x, y, rows, columns, stride, c, relu);
+    return normalise_panel<Wide, kBlocks, kStream>(x, y, rows, columns, stride, ahead, c, relu);
   }
   // Memory is read and written nearly in its order, which is fastest, in pieces of as many columns
-  // as have their coefficients in the first-level cache.
+  // as have their coefficients in the first-level cache, and a line at a time.
   constexpr int64_t kPiece = 1024;
+  constexpr int64_t kLine = 64 / (Wide::kValues * sizeof(T));
+  constexpr int kLineBlocks = std::clamp<int64_t>(kLine, 1, 4);
+  // Two rows at a time save loads of coefficients, which shows where there are many of them for a
+  // line of input, or the input is in a cache; from memory, and into it, order counts for more.
   constexpr int64_t kRows = kStream ? 1 : 2;
+  const bool by_rows = Wide::kCount > 1 || columns < stride;
   for (int64_t begin = 0; begin < columns; begin += kPiece) {
     const int64_t end = std::min(columns, begin + kPiece);
     const auto some = [&](int64_t row, auto count) SWA_FAST_TARGET {
-      const T* const from = x + row * stride;
-      T* const to = y + row * stride;
-      const int64_t i =
-          normalise_piece<Wide, count, kStream>(from, to, columns, stride, c, begin, end, relu);
-      if constexpr (Wide::kCount > 1) {
-        normalise_piece<Narrow, count, kStream>(from, to, columns, stride, c, i, end, relu);
-      }
+      int64_t i = begin;
+      const auto all = [&](auto block, auto blocks) SWA_FAST_TARGET {
+        i = normalise_piece<decltype(block), count, blocks, kStream>(
+            x + row * stride, y + row * stride, columns, stride, ahead, c, i, end, relu);
+      };
+      all(Wide{}, std::integral_constant<int, kLineBlocks>{});
+      if constexpr (kLineBlocks > 1) all(Wide{}, std::integral_constant<int, 1>{});
+      if constexpr (Wide::kCount > 1) all(Narrow{}, std::integral_constant<int, 1>{});
     };
     int64_t row = 0;
-    for (; row + kRows <= rows; row += kRows) some(row, std::integral_constant<int64_t, kRows>{});
+    for (; by_rows && row + kRows <= rows; row += kRows)
+      some(row, std::integral_constant<int64_t, kRows>{});
     for (; row < rows; ++row) some(row, std::integral_constant<int64_t, 1>{});
   }
 }
 
 template <typename Wide, typename T>
 SWA_FAST_TARGET inline void normalise_columns_by(const T* x, T* y, int64_t rows, int64_t columns,
-                                                 int64_t stride, const statistics_t<T>* c,
-                                                 bool relu, bool stream) {
+                                                 int64_t stride, int64_t ahead,
+                                                 const statistics_t<T>* c, bool relu, bool stream) {
   if (stream && can_stream(y) && can_stream(y + stride)) {
-    relu ? normalise_column_blocks<Wide, true>(x, y, rows, columns, stride, c, true)
-         : normalise_column_blocks<Wide, true>(x, y, rows, columns, stride, c, false);
+    relu ? normalise_column_blocks<Wide, true>(x, y, rows, columns, stride, ahead, c, true)
+         : normalise_column_blocks<Wide, true>(x, y, rows, columns, stride, ahead, c, false);
   } else {
-    relu ? normalise_column_blocks<Wide, false>(x, y, rows, columns, stride, c, true)
-         : normalise_column_blocks<Wide, false>(x, y, rows, columns, stride, c, false);
+    relu ? normalise_column_blocks<Wide, false>(x, y, rows, columns, stride, ahead, c, true)
+         : normalise_column_blocks<Wide, false>(x, y, rows, columns, stride, ahead, c, false);
   }
 }
 
 // `c` holds the centres of all columns, then the scales, then the offsets, in the order of place()
-// if `paired`.
+// if `paired`. `ahead`: bytes of the input that are fetched before their turn if `stream`.
 template <typename T>
 SWA_FAST_TARGET void normalise_columns(const T* x, T* y, int64_t rows, int64_t columns,
-                                       int64_t stride, bool paired, const statistics_t<T>* c,
-                                       bool relu, bool stream) {
+                                       int64_t stride, int64_t ahead, bool paired,
+                                       const statistics_t<T>* c, bool relu, bool stream) {
   using Math = statistics_t<T>;
   if (paired) {
-    normalise_columns_by<WideBlock<T>>(x, y, rows, columns, stride, c, relu, stream);
+    normalise_columns_by<WideBlock<T>>(x, y, rows, columns, stride, ahead, c, relu, stream);
   } else {
-    normalise_columns_by<Block<T, 1>>(x, y, rows, columns, stride, c, relu, stream);
+    normalise_columns_by<Block<T, 1>>(x, y, rows, columns, stride, ahead, c, relu, stream);
   }
   const int64_t full = columns - columns % Vec<Math>::kCount;
   for (int64_t row = 0; full < columns && row < rows; ++row) {

@@ -6,6 +6,9 @@
 //   load(p), store(p, v)   from and to all four storage types: widened exactly, rounded to nearest
 //                          even
 //   stream(p, v)           a store past the caches, where there is one, to a multiple of its size
+//   load_pair(p, even, odd), store_pair<kStream>(p, even, odd)
+//                          Lanes<float> from and to bfloat16: twice kCount numbers, those at even
+//                          places in one register, fewer instructions than in order
 //   store_with(p, v, bits) Lanes<float> to bfloat16: v's bits plus eight numbers of 16 bits, the
 //                          lower half then dropped; a NaN stays one
 //   broadcast, add, sub, mul

@@ -47,6 +47,30 @@ struct Lanes<float> {
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
   }
+  SWA_FAST_LANES static inline void load_pair(const BFloat16* p, Register& even, Register& odd) {
+    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    even = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+    odd = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(-65536)));
+  }
+  template <bool kStream>
+  SWA_FAST_LANES static inline void store_pair(BFloat16* p, Register even, Register odd) {
+    const __m256i both =
+        _mm256_blend_epi16(_mm256_srli_epi32(rounded(even), 16), rounded(odd), 0xaa);
+    if constexpr (kStream) {
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(p), both);
+    } else {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), both);
+    }
+  }
+  // In the upper halves, to nearest even.
+  SWA_FAST_LANES static inline __m256i rounded(Register v) {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i increment = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    return _mm256_blendv_epi8(_mm256_add_epi32(bits, increment), _mm256_set1_epi32(0x7fc00000),
+                              nan);
+  }
   SWA_FAST_LANES static inline void store(Half* p, Register v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                      _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));

@@ -102,6 +102,31 @@ struct Lanes<float> {
     };
     store_rounded(p, v, increment(v.low), increment(v.high));
   }
+  static inline void load_pair(const BFloat16* p, Register& even, Register& odd) {
+    const uint16_t* const numbers = reinterpret_cast<const uint16_t*>(p);
+    const uint32x4_t low = vreinterpretq_u32_u16(vld1q_u16(numbers));
+    const uint32x4_t high = vreinterpretq_u32_u16(vld1q_u16(numbers + 8));
+    const uint32x4_t upper = vdupq_n_u32(0xffff0000);
+    even = {vreinterpretq_f32_u32(vshlq_n_u32(low, 16)),
+            vreinterpretq_f32_u32(vshlq_n_u32(high, 16))};
+    odd = {vreinterpretq_f32_u32(vandq_u32(low, upper)),
+           vreinterpretq_f32_u32(vandq_u32(high, upper))};
+  }
+  template <bool kStream>
+  static inline void store_pair(BFloat16* p, Register even, Register odd) {
+    uint16_t* const numbers = reinterpret_cast<uint16_t*>(p);
+    const auto both = [](float32x4_t a, float32x4_t b) {
+      return vreinterpretq_u16_u32(vsriq_n_u32(rounded(b), rounded(a), 16));
+    };
+    vst1q_u16(numbers, both(even.low, odd.low));
+    vst1q_u16(numbers + 8, both(even.high, odd.high));
+  }
+  // In the upper halves, to nearest even.
+  static inline uint32x4_t rounded(float32x4_t x) {
+    const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits(x), 16), vdupq_n_u32(1));
+    const uint32x4_t sum = vaddq_u32(bits(x), vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+    return vbslq_u32(vceqq_f32(x, x), sum, vdupq_n_u32(0x7fc00000));
+  }
   static inline void store_with(BFloat16* p, Register v, Bits random) {
     store_rounded(p, v, vmovl_u16(vget_low_u16(random)), vmovl_high_u16(random));
   }

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -390,6 +394,45 @@ def test_cpu_result_does_not_depend_on_the_number_of_threads(
         assert all(torch.equal(results[0][0], y) for y, _ in results[1:])
         assert all(torch.equal(results[0][1], b) for _, b in results[1:])
         check_statistics(results[0][1], x, f"{shape} {layout} {dtype}")
+
+
+def rows_of_all_kinds() -> list[Tensor]:
+    """Statistics and output of channels-last input: rows that are put together, longer ones, more
+    columns than are summed at a time; groups of rows that are not whole, stores past caches, NaN.
+    """
+    results = []
+    for shape in ((9, 64, 5, 5), (3, 256, 7, 9), (2, 1040, 9, 8), (1, 48, 3, 5), (70, 256, 14, 15)):
+        for dtype in DTYPES if shape[0] < 70 else (torch.float32, torch.bfloat16):
+            generator = torch.Generator().manual_seed(sum(shape))
+            x = 3 + torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+            x[0, 5, 2, 2] = float("nan")
+            y, batch = run(channels_last(x), "cpu", "cpu", relu=True)
+            assert y is not None
+            assert y[:, 5].isnan().all()
+            assert not y[:, 6:].isnan().any()
+            results += [y, batch]
+    return results
+
+
+def test_rows_have_the_same_bits_with_every_instruction_set(tmp_path: Path) -> None:
+    """In channels-last layout every column is a sum of its own, whatever a register holds."""
+    need("cpu", "cpu")
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        pytest.skip("instruction sets of x86-64 beyond the baseline")
+    path = tmp_path / "narrow.pt"
+    program = (
+        "import pathlib, sys, torch\n"
+        "sys.path.insert(0, sys.argv[2])\n"
+        "from test_batch_norm_op import rows_of_all_kinds\n"
+        "torch.save(rows_of_all_kinds(), pathlib.Path(sys.argv[1]))\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", program, str(path), str(Path(__file__).parent)],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}, check=True,
+    )  # fmt: skip
+    narrow = torch.load(path, weights_only=True)
+    for i, (found, expected) in enumerate(zip(rows_of_all_kinds(), narrow, strict=True)):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True, msg=str(i))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
