@@ -36,12 +36,15 @@ Blend make_blend(Math w, bool copy) {
   return {Mode::kFromSource, -(Math(1) - w)};
 }
 
-template <typename Average, typename Source>
-void average_portable(Average* average, const Source* source, int64_t count, Blend blend) {
+template <Mode kMode, typename Average, typename Source>
+void average_portable(void* average_data, const void* source_data, int64_t count,
+                      double coefficient) {
   using Math = opmath_t<Average, Source>;
+  Average* average = static_cast<Average*>(average_data);
+  const Source* source = static_cast<const Source*>(source_data);
   for (int64_t i = 0; i < count; ++i) {
-    average[i] = static_cast<Average>(
-        blend.apply(static_cast<Math>(average[i]), static_cast<Math>(source[i])));
+    average[i] = static_cast<Average>(Blend{kMode, coefficient}.apply(
+        static_cast<Math>(average[i]), static_cast<Math>(source[i])));
   }
 }
 
@@ -60,46 +63,52 @@ SWA_FAST_LANES inline void average_vector(Average* average, const Source* source
   }
 }
 
+// The last elements, fewer than a vector. Through a padded copy, so that an element's result does
+// not depend on its place in the segment.
 template <Mode kMode, typename Average, typename Source>
-SWA_FAST_LANES void average_lanes(Average* average, const Source* source, int64_t count,
+SWA_FAST_LANES __attribute__((noinline)) void average_rest(Average* average, const Source* source,
+                                                           int64_t count, double coefficient) {
+  using Math = opmath_t<Average, Source>;
+  using L = Lanes<Math>;
+  Average a[L::kCount] = {};
+  Source b[L::kCount] = {};
+  std::memcpy(a, average, count * sizeof(Average));
+  std::memcpy(b, source, count * sizeof(Source));
+  average_vector<kMode>(a, b, L::broadcast(static_cast<Math>(coefficient)));
+  std::memcpy(average, a, count * sizeof(Average));
+}
+
+template <Mode kMode, typename Average, typename Source>
+SWA_FAST_LANES void average_lanes(void* average_data, const void* source_data, int64_t count,
                                   double coefficient) {
   using Math = opmath_t<Average, Source>;
   using L = Lanes<Math>;
+  Average* average = static_cast<Average*>(average_data);
+  const Source* source = static_cast<const Source*>(source_data);
   const auto c = L::broadcast(static_cast<Math>(coefficient));
   int64_t i = 0;
   for (; i + L::kCount <= count; i += L::kCount) average_vector<kMode>(average + i, source + i, c);
-  if (i < count) {
-    // Through a padded copy, so that an element's result does not depend on its place in the
-    // segment.
-    Average a[L::kCount] = {};
-    Source b[L::kCount] = {};
-    std::memcpy(a, average + i, (count - i) * sizeof(Average));
-    std::memcpy(b, source + i, (count - i) * sizeof(Source));
-    average_vector<kMode>(a, b, c);
-    std::memcpy(average + i, a, (count - i) * sizeof(Average));
-  }
+  if (i < count) average_rest<kMode>(average + i, source + i, count - i, coefficient);
 }
 
 #endif  // SWA_FAST_HAS_LANES
 
-template <typename Average, typename Source>
-void average_range(void* average_base, const void* source_base, int64_t begin, int64_t end,
-                   Blend blend) {
-  Average* average = static_cast<Average*>(average_base) + begin;
-  const Source* source = static_cast<const Source*>(source_base) + begin;
+// What updates a run of elements: average, source, their number and the blend's coefficient.
+using BlendKernel = void (*)(void*, const void*, int64_t, double);
+
+template <Mode kMode, typename Average, typename Source>
+BlendKernel blend_kernel() {
 #if SWA_FAST_HAS_LANES
-  if (cpu_has_lanes()) {
-    switch (blend.mode) {
-      case Mode::kCopy:
-        return average_lanes<Mode::kCopy>(average, source, end - begin, 0.0);
-      case Mode::kFromAverage:
-        return average_lanes<Mode::kFromAverage>(average, source, end - begin, blend.coefficient);
-      case Mode::kFromSource:
-        return average_lanes<Mode::kFromSource>(average, source, end - begin, blend.coefficient);
-    }
-  }
+  if (cpu_has_lanes()) return average_lanes<kMode, Average, Source>;
 #endif
-  average_portable(average, source, end - begin, blend);
+  return average_portable<kMode, Average, Source>;
+}
+
+template <typename Average, typename Source>
+BlendKernel blend_kernel(Mode mode) {
+  return mode == Mode::kCopy          ? blend_kernel<Mode::kCopy, Average, Source>()
+         : mode == Mode::kFromAverage ? blend_kernel<Mode::kFromAverage, Average, Source>()
+                                      : blend_kernel<Mode::kFromSource, Average, Source>();
 }
 
 }  // namespace swa_fast

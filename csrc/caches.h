@@ -1,5 +1,6 @@
-// Which memory is too large for the processor's caches, so that stores go past them: a store into a
-// cache fetches the line first and writes it back later, twice the traffic of one past it.
+// Lines that will be read soon; and which memory is too large for the processor's caches, so that
+// stores go past them: a store into a cache fetches the line first and writes it back later, twice
+// the traffic of one past it.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +12,13 @@
 #endif
 
 namespace swa_fast {
+
+// Asks the memory for the line of `p`. A function that does nothing but prefetch has no effect in
+// gcc's eyes, which drops its calls: the empty statement keeps them.
+inline void fetch_ahead(const void* p) {
+  __builtin_prefetch(p);
+  asm volatile("");
+}
 
 // Bytes of a core's own second-level cache. How much of the third level a process has is nowhere to
 // be asked: its size is that of all such caches of a socket, which others use, too.

@@ -5,6 +5,7 @@
 
 #include <cstdio>
 #include <memory>
+#include <vector>
 
 #include "watch.h"
 
@@ -15,7 +16,6 @@ using swa_fast::DLPackExchangeAPI;
 using swa_fast::Facts;
 using swa_fast::kDLPackMajor;
 
-constexpr size_t kAhead = 16;  // tensors whose memory is on its way
 constexpr char kFacts[] = "swa_fast.facts";
 
 Facts* facts_of(PyObject* capsule) {
@@ -78,25 +78,17 @@ PyObject* facts(PyObject*, PyObject* arguments) {
                        [](PyObject* capsule) { delete facts_of(capsule); });
 }
 
-// Whether the tensors of two sequences are what they were; -1 with a Python error.
-int tensors_hold(PyObject* capsule, PyObject* first, PyObject* second) {
-  Facts* expected = facts_of(capsule);
-  if (expected == nullptr || !are_sequences(first, second)) return -1;
-  for (size_t i = 0; i < kAhead; ++i) expected->prefetch(i);
-  size_t i = 0;
-  return for_each(first, second,
-                  [&](PyObject* tensor) {
-                    expected->prefetch(i + kAhead);
-                    return i < expected->count() && expected->hold(i++, tensor);
-                  }) &&
-         i == expected->count();
-}
-
 PyObject* hold(PyObject*, PyObject* arguments) {
   PyObject *capsule, *first, *second;
   if (!PyArg_ParseTuple(arguments, "OOO", &capsule, &first, &second)) return nullptr;
-  const int held = tensors_hold(capsule, first, second);
-  return held < 0 ? nullptr : PyBool_FromLong(held);
+  Facts* expected = facts_of(capsule);
+  if (expected == nullptr || !are_sequences(first, second)) return nullptr;
+  expected->start();
+  size_t i = 0;
+  const bool held = for_each(first, second, [&](PyObject* tensor) {
+    return i < expected->count() && expected->hold(i++, tensor);
+  });
+  return PyBool_FromLong(held && i == expected->count());
 }
 
 constexpr char kContents[] = "swa_fast.contents";
@@ -111,15 +103,28 @@ PyObject* contents(PyObject*, PyObject* dictionaries) {
     return nullptr;
   }
   auto result = std::make_unique<Contents>();
-  for (Py_ssize_t i = 0; i < PyTuple_Size(dictionaries); ++i) {
+  struct Place {
     PyObject *owner, *key, *dictionary, *items;
-    if (!PyArg_ParseTuple(PyTuple_GetItem(dictionaries, i), "O!OO!O!", &PyDict_Type, &owner, &key,
-                          &PyDict_Type, &dictionary, &PyTuple_Type, &items)) {
+  };
+  std::vector<Place> places(PyTuple_Size(dictionaries));
+  for (size_t i = 0; i < places.size(); ++i) {
+    Place& each = places[i];
+    if (!PyArg_ParseTuple(PyTuple_GetItem(dictionaries, i), "O!OO!O!", &PyDict_Type, &each.owner,
+                          &each.key, &PyDict_Type, &each.dictionary, &PyTuple_Type, &each.items)) {
       return nullptr;
     }
-    result->dictionaries.push_back({owner, key, dictionary, PyTuple_Size(items) / 2, 0});
-    for (Py_ssize_t k = 0; k < PyTuple_Size(items); ++k) {
-      result->items.push_back(PyTuple_GetItem(items, k));
+  }
+  for (size_t i = 0; i < places.size(); ++i) {
+    if (i == 0 || places[i].owner != places[i - 1].owner) {
+      result->add_owner(places[i].owner);
+      for (size_t k = i; k < places.size() && places[k].owner == places[i].owner; ++k) {
+        result->add_item(places[k].key, places[k].dictionary);
+      }
+    }
+    result->add_whole(places[i].dictionary);
+    for (Py_ssize_t k = 0; k + 1 < PyTuple_Size(places[i].items); k += 2) {
+      result->add_item(PyTuple_GetItem(places[i].items, k),
+                       PyTuple_GetItem(places[i].items, k + 1));
     }
   }
   return PyCapsule_New(result.release(), kContents,
@@ -127,17 +132,13 @@ PyObject* contents(PyObject*, PyObject* dictionaries) {
 }
 
 PyObject* unchanged(PyObject*, PyObject* arguments) {
-  PyObject *contents, *facts, *tensors, *none = PyTuple_New(0);
-  if (none == nullptr) return nullptr;
-  int held = -1;
-  if (PyArg_ParseTuple(arguments, "OOO", &contents, &facts, &tensors)) {
-    Contents* expected = contents_of(contents);
-    if (expected != nullptr) {
-      held = expected->hold() ? tensors_hold(facts, tensors, none) : 0;
-    }
-  }
-  Py_DECREF(none);
-  return held < 0 ? nullptr : PyBool_FromLong(held);
+  PyObject *contents, *facts;
+  if (!PyArg_ParseTuple(arguments, "OO", &contents, &facts)) return nullptr;
+  Contents* const dictionaries = contents_of(contents);
+  if (dictionaries == nullptr) return nullptr;
+  Facts* const tensors = facts_of(facts);
+  if (tensors == nullptr) return nullptr;
+  return PyBool_FromLong(dictionaries->hold() && tensors->hold());
 }
 
 PyMethodDef functions[] = {
@@ -156,8 +157,8 @@ PyMethodDef functions[] = {
      "hold(facts: capsule, first, second) -> bool: whether the tensors of two lists or tuples are "
      "what those of ``facts`` were."},
     {"unchanged", unchanged, METH_VARARGS,
-     "unchanged(contents: capsule, facts: capsule, tensors) -> bool: whether dictionaries and "
-     "tensors are what they were."},
+     "unchanged(contents: capsule, facts: capsule) -> bool: whether dictionaries and tensors are "
+     "what they were. The tensors must have been kept."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

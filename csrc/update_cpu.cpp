@@ -11,6 +11,7 @@
 #include <atomic>
 
 #include "blend_cpu.h"
+#include "caches.h"
 #include "philox_cpu.h"
 #include "update.h"
 
@@ -21,8 +22,8 @@ constexpr int64_t kGrain = 16384;     // elements below which a second thread do
 constexpr int64_t kSegmentCost = 64;  // of starting a segment, in elements
 constexpr int64_t kCutMultiple = 16;  // segments are cut at multiples of it: whole Philox groups
 constexpr int64_t kPiece = 2048;      // elements of the source that all averages use in turn
-constexpr int64_t kAhead = 4;         // segments whose first lines are on their way
-constexpr int64_t kPrefetched = 256;  // bytes of them
+constexpr int64_t kAhead = 16;        // segments among which short ones are on their way
+constexpr int64_t kShort = 512;       // bytes of these at most
 
 int64_t element_bytes(int code) {
   return code == kDouble ? 8 : code == kFloat ? 4 : code == kBytes ? 1 : 2;
@@ -45,10 +46,12 @@ class Table {
     }
   }
 
-  // Calls f(segment, begin, end) for pieces of segments that together cover all elements once.
+  // Calls f(segment, begin, end) for pieces of segments that together cover all elements once. Each
+  // thread has a copy of f, which may remember something from one segment to the next.
   template <typename F>
-  void for_each(const F& f) const {
+  void for_each(const F& shared) const {
     torch::stable::parallel_for(0, start_[count_], kGrain, [&](int64_t begin, int64_t end) {
+      F f = shared;
       const auto after = std::upper_bound(start_.begin(), start_.end(), begin);
       for (int64_t i = after - start_.begin() - 1; i < count_ && start_[i] < end; ++i) {
         prefetch(i + kAhead);
@@ -61,19 +64,19 @@ class Table {
  private:
   Segment segment(int64_t i) const { return {words_ + i * width_}; }
 
-  // The first lines of a segment that follows soon: tensors that others allocated lie anywhere, and
-  // the processor fetches ahead only within one of them.
+  // A short segment that follows soon: tensors that others allocated lie anywhere, and the
+  // processor fetches ahead only within one of them. Long ones are left to it, which does it
+  // better.
   void prefetch(int64_t i) const {
     if (i >= count_) return;
-    const auto bytes = [&](int code) {
-      return std::min(segment(i).count() * element_bytes(code), kPrefetched);
-    };
-    const int64_t read = bytes(segment(i).source_type()), both = bytes(segment(i).average_type());
-    const char* source = static_cast<const char*>(segment(i).source());
-    for (int64_t at = 0; at < read; at += 64) __builtin_prefetch(source + at);
+    const Segment next = segment(i);
+    const int64_t read = next.count() * element_bytes(next.source_type());
+    const int64_t both = next.count() * element_bytes(next.average_type());
+    if (read > kShort || both > kShort) return;
+    const char* source = static_cast<const char*>(next.source());
+    for (int64_t at = 0; at < read; at += 64) fetch_ahead(source + at);
     for (int row = first_; row < first_ + rows_; ++row) {
-      const char* average = segment(i).average(row);
-      for (int64_t at = 0; at < both; at += 64) __builtin_prefetch(average + at, 1);
+      for (int64_t at = 0; at < both; at += 64) fetch_ahead(next.average(row) + at);
     }
   }
 
@@ -151,47 +154,86 @@ SWA_FAST_LANES void blend_stochastically_lanes(BFloat16* average, const Source* 
 
 #endif  // SWA_FAST_HAS_LANES
 
-struct Update {
+class Update {
+ public:
   int rows;
-  double weight[kMaxAverages];
-  int64_t n[kMaxAverages];
   std::optional<int64_t> seed;
+  double weight[kMaxAverages] = {};
+  int64_t n[kMaxAverages] = {};
 
-  void operator()(Segment segment, int64_t begin, int64_t end) const {
+  Update(int rows, std::optional<int64_t> seed) : rows(rows), seed(seed) {}
+
+  void operator()(Segment segment, int64_t begin, int64_t end) {
     if (segment.average_type() == kBytes) {
       const char* source = static_cast<const char*>(segment.source());
       for (int row = 0; row < rows; ++row) {
-        std::memcpy(segment.average(row) + begin, source + begin, end - begin);
+        copy_bytes(segment.average(row) + begin, source + begin, end - begin);
       }
       return;
     }
-    dispatch_code(segment.average_type(), [&](auto average) {
-      dispatch_code(segment.source_type(), [&](auto source) {
-        blend<decltype(average), decltype(source)>(segment, begin, end);
+    choose(segment);
+    const int64_t step = rows == 1 ? end - begin : kPiece;
+    for (int64_t at = begin; at < end; at += step) {
+      const int64_t count = std::min(end - at, step);
+      for (int row = 0; row < rows; ++row) {
+        const Step& chosen = steps_[row];
+        if (chosen.stochastically != nullptr) {
+          (this->*chosen.stochastically)(segment, row, at, at + count, chosen.rule);
+        } else if (chosen.kernel != nullptr) {
+          chosen.kernel(segment.average(row) + at * average_size_,
+                        static_cast<const char*>(segment.source()) + at * source_size_, count,
+                        chosen.rule.coefficient);
+        }
+      }
+    }
+  }
+
+ private:
+  using Stochastically = void (Update::*)(Segment, int, int64_t, int64_t, Blend) const;
+
+  // What is done for an average to segments of one kind: nothing, where the weight is 0.
+  struct Step {
+    BlendKernel kernel = nullptr;
+    Stochastically stochastically = nullptr;
+    Blend rule{};
+  };
+
+  // Counters are eight bytes, of which a model has as many as BatchNorm layers.
+  static void copy_bytes(char* to, const char* from, int64_t count) {
+    if (count == 8) {
+      std::memcpy(to, from, 8);
+    } else {
+      std::memcpy(to, from, count);
+    }
+  }
+
+  // The steps for segments of these types, which are mostly those of the segment before.
+  void choose(Segment segment) {
+    const int average_type = segment.average_type(), source_type = segment.source_type();
+    const int kind = (average_type << 8 | source_type) << 1 | segment.copied();
+    if (kind == kind_) return;
+    kind_ = kind;
+    average_size_ = element_bytes(average_type);
+    source_size_ = element_bytes(source_type);
+    dispatch_code(average_type, [&](auto average) {
+      dispatch_code(source_type, [&](auto source) {
+        for (int row = 0; row < rows; ++row) {
+          steps_[row] = step<decltype(average), decltype(source)>(row, segment.copied());
+        }
       });
     });
   }
 
- private:
   template <typename Average, typename Source>
-  void blend(Segment segment, int64_t begin, int64_t end) const {
+  Step step(int row, bool copied) const {
     using Math = opmath_t<Average, Source>;
-    const int64_t step = rows == 1 ? end - begin : kPiece;
-    for (int64_t at = begin; at < end; at += step) {
-      const int64_t stop = std::min(end, at + step);
-      for (int row = 0; row < rows; ++row) {
-        const double w = segment.copied() ? 1.0 : weight[row];
-        if (w == 0.0) continue;
-        const Blend rule = make_blend<Math>(static_cast<Math>(w), w == 1.0);
-        if constexpr (std::is_same_v<Average, BFloat16> && std::is_same_v<Math, float>) {
-          if (seed && !segment.copied()) {
-            blend_stochastically<Source>(segment, row, at, stop, rule);
-            continue;
-          }
-        }
-        average_range<Average, Source>(segment.average(row), segment.source(), at, stop, rule);
-      }
+    const double w = copied ? 1.0 : weight[row];
+    if (w == 0.0) return {};
+    const Blend rule = make_blend<Math>(static_cast<Math>(w), w == 1.0);
+    if constexpr (std::is_same_v<Average, BFloat16> && std::is_same_v<Math, float>) {
+      if (seed && !copied) return {nullptr, &Update::blend_stochastically<Source>, rule};
     }
+    return {blend_kernel<Average, Source>(rule.mode), nullptr, rule};
   }
 
   template <typename Source>
@@ -219,6 +261,10 @@ struct Update {
       }
     }
   }
+
+  int kind_ = -1;  // of the segments that the rest is for
+  int64_t average_size_ = 0, source_size_ = 0;
+  Step steps_[kMaxAverages];
 };
 
 template <typename T>
@@ -239,7 +285,7 @@ void update_cpu(std::vector<Tensor> /*averages*/, std::vector<Tensor> /*sources*
                 int64_t /*pairs*/, std::optional<int64_t> seed, bool skip_nonfinite,
                 int64_t /*short_segments*/, std::optional<Tensor> found_inf,
                 std::optional<Tensor> steps, int64_t every, int64_t offset) {
-  Update update{check_update_arguments(n_averaged, counters, rules, table), {}, {}, seed};
+  Update update(check_update_arguments(n_averaged, counters, rules, table), seed);
   STD_TORCH_CHECK(n_averaged.is_cpu() && (!counters || counters->is_cpu()),
                   "update_.cpu: n_averaged and counters must be on the CPU");
   STD_TORCH_CHECK(counters || !skip_nonfinite, "update_.cpu: skip_nonfinite needs counters");

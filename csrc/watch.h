@@ -21,7 +21,11 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <functional>
+#include <map>
 #include <vector>
+
+#include "caches.h"
 
 namespace swa_fast {
 
@@ -60,9 +64,9 @@ T read(const void* object, size_t offset) {
 
 // Where torch 2.10 to 2.14 keep what is compared, in bytes from the start of each object.
 struct Layout {
+  static constexpr size_t kType = 8;      // of the type's address in Python's object
   static constexpr size_t kImpl = 16;     // of TensorImpl's address in Python's object
   static constexpr size_t kStorage = 16;  // of StorageImpl's address in TensorImpl
-  static constexpr size_t kVersion = 40;  // of the version counter's address in TensorImpl
   static constexpr size_t kData = 16;     // in StorageImpl: address, its owner, device, size
   static constexpr size_t kDataBytes = 40;
   // In TensorImpl, from `shape` on: number of dimensions, five sizes, five strides, offset, number
@@ -87,36 +91,161 @@ struct Layout {
   }
 };
 
+// Whether the bytes from `a` on are those from `b` on: word by word in registers, without a call.
+template <size_t kBytes>
+bool same_bytes(const void* a, const void* b) {
+  static_assert(kBytes % 8 == 0, "whole words");
+  uint64_t different = 0;
+  for (size_t at = 0; at < kBytes; at += 8) {
+    different |= read<uint64_t>(a, at) ^ read<uint64_t>(b, at);
+  }
+  return different == 0;
+}
+
 // What tensors were, in the order in which a check reads it.
 class Facts {
  public:
   static inline const DLPackExchangeAPI* exchange = nullptr;
   static inline Layout layout;
+  static constexpr size_t kAhead = 16;       // tensors whose memory is on its way
+  static constexpr size_t kFormsAhead = 64;  // forms that are fetched before the first tensor
 
-  // False with a Python error where an object has no address.
+  // False with a Python error where an object has no address. It is not owned.
   bool add(PyObject* tensor) {
     DLTensor now;
     if (exchange->look(tensor, &now) != 0) return false;
-    facts_.push_back({now.data, type_of(now), Py_TYPE(tensor), now.dim, geometry_.size()});
+    facts_.push_back({tensor, now.data, type_of(now), Py_TYPE(tensor), now.dim, geometry_.size()});
     geometry_.insert(geometry_.end(), now.sizes, now.sizes + now.dim);
     geometry_.insert(geometry_.end(), now.strides, now.strides + now.dim);
     bytes_.emplace_back();
-    bytes_.back().read_from(tensor, now);
+    form_of_.emplace_back();
+    remember(bytes_.size() - 1, tensor, now);
     return true;
   }
 
   size_t count() const { return facts_.size(); }
 
-  // Asks the memory for what `hold(i, ...)` will read.
-  void prefetch(size_t i) const {
-    if (i < bytes_.size()) bytes_[i].prefetch();
+  // Asks the memory for what the first checks will read.
+  void start() const {
+    for (size_t i = 0; i < std::min(kFormsAhead, forms_.size()); ++i) {
+      fetch_ahead(&forms_[i]);
+      fetch_ahead(forms_[i].shape + Layout::kShapeBytes - 1);
+    }
+    for (size_t i = 0; i < kAhead; ++i) prefetch(i);
   }
 
-  // True if `tensor` is what the one added as number `i` was.
+  // True if `tensor` is what the one added as number `i` was; the numbers are asked in their order.
   bool hold(size_t i, PyObject* tensor) {
-    if (bytes_[i].hold(tensor)) return true;
+    prefetch(i + kAhead);
+    return (tensor == bytes_[i].object && holds(i)) || look(i, tensor);
+  }
+
+  // True if the tensors that were added, which somebody has kept, are what they were.
+  bool hold() {
+    start();
+    const size_t n = facts_.size();
+    for (size_t i = 0; i < n; ++i) {
+      prefetch(i + kAhead);
+      if (!(bytes_[i].object != nullptr && holds(i)) && !look(i, facts_[i].object)) return false;
+    }
+    return true;
+  }
+
+ private:
+  struct Fact {
+    PyObject* object;
+    const void* data;
+    uint64_t element;
+    PyTypeObject* type;
+    int64_t dim;
+    size_t geometry;  // place of the sizes, which the strides follow
+  };
+
+  // What many tensors have in common: kept once, so that a check finds it in the first-level cache.
+  struct Form {
+    PyTypeObject* type;
+    unsigned char shape[Layout::kShapeBytes];
+
+    bool operator<(const Form& other) const {
+      if (type != other.type) return std::less<PyTypeObject*>()(type, other.type);
+      return std::memcmp(shape, other.shape, sizeof(shape)) < 0;
+    }
+  };
+
+  // The rest of the bytes of a tensor's three objects that tell what a look would find: one line
+  // of the caches.
+  struct alignas(64) Bytes {
+    PyObject* object = nullptr;  // null: unknown, a look is needed. Not owned
+    const void *impl, *storage;
+    unsigned char data[Layout::kDataBytes];
+
+    // Each line is read only once the one before it was found to be what it was: the owner of the
+    // tensor keeps Python's object, that keeps TensorImpl, and that keeps StorageImpl.
+    bool hold(const Form& form) const {
+      return Py_TYPE(object) == form.type && read<const void*>(object, Layout::kImpl) == impl &&
+             read<const void*>(impl, Layout::kStorage) == storage &&
+             same_bytes<Layout::kShapeBytes>(shape_in(impl), form.shape) &&
+             same_bytes<Layout::kDataBytes>(data_in(storage), data);
+    }
+
+    // To the last byte: objects begin at multiples of 16, so that they reach into one line more
+    // than their sizes would say.
+    void prefetch() const {
+      fetch_ahead(reinterpret_cast<const char*>(object) + Layout::kType);
+      fetch_ahead(reinterpret_cast<const char*>(object) + Layout::kImpl);
+      const char* const last = shape_in(impl) + Layout::kShapeBytes - 1;
+      for (const char* at = static_cast<const char*>(impl); at < last; at += 64) {
+        fetch_ahead(at);
+      }
+      fetch_ahead(last);
+      fetch_ahead(data_in(storage));
+      fetch_ahead(data_in(storage) + Layout::kDataBytes - 1);
+    }
+  };
+  static_assert(sizeof(Bytes) == 64, "a line");
+
+  static const char* shape_in(const void* impl) {
+    return static_cast<const char*>(impl) + layout.shape;
+  }
+  static const char* data_in(const void* storage) {
+    return static_cast<const char*>(storage) + Layout::kData;
+  }
+
+  // Keeps the bytes of number `i`, if they tell what a look has told.
+  void remember(size_t i, PyObject* tensor, const DLTensor& look) {
+    Bytes& bytes = bytes_[i];
+    bytes.object = nullptr;
+    if (layout.shape == 0 || look.dim > Layout::kDimensions) return;
+    Form form{Py_TYPE(tensor), {}};
+    bytes.impl = read<const void*>(tensor, Layout::kImpl);
+    bytes.storage = read<const void*>(bytes.impl, Layout::kStorage);
+    if (bytes.storage == nullptr) return;
+    std::memcpy(bytes.data, data_in(bytes.storage), sizeof(bytes.data));
+    std::memcpy(form.shape, shape_in(bytes.impl), sizeof(form.shape));
+    const int64_t dim = read<int64_t>(form.shape, 0), offset = read<int64_t>(form.shape, 88);
+    const char* start = read<const char*>(bytes.data, 0) + offset * (look.type_bits / 8);
+    const char* found = static_cast<const char*>(look.data) + look.byte_offset;
+    if (dim == look.dim && (start == found || found == nullptr) &&
+        std::memcmp(form.shape + 8, look.sizes, 8 * dim) == 0 &&
+        std::memcmp(form.shape + 48, look.strides, 8 * dim) == 0) {
+      const auto place = numbers_.try_emplace(form, static_cast<uint32_t>(forms_.size()));
+      if (place.second) forms_.push_back(form);
+      form_of_[i] = place.first->second;
+      bytes.object = tensor;
+    }
+  }
+
+  void prefetch(size_t i) const {
+    if (i < bytes_.size() && bytes_[i].object != nullptr) bytes_[i].prefetch();
+  }
+
+  // By its bytes, which are known.
+  bool holds(size_t i) const { return bytes_[i].hold(forms_[form_of_[i]]); }
+
+  // By asking it.
+  bool look(size_t i, PyObject* tensor) {
     const Fact& was = facts_[i];
-    if (Py_TYPE(tensor) != was.type || bytes_[i].other_keys(tensor)) return false;
+    if (Py_TYPE(tensor) != was.type || other_keys(i, tensor)) return false;
     DLTensor now;
     if (exchange->look(tensor, &now) != 0) {
       PyErr_Clear();  // such as one that has become sparse
@@ -126,78 +255,20 @@ class Facts {
     const bool held = now.data == was.data && type_of(now) == was.element && now.dim == was.dim &&
                       std::equal(now.sizes, now.sizes + now.dim, geometry) &&
                       std::equal(now.strides, now.strides + now.dim, geometry + now.dim);
-    if (held) bytes_[i].read_from(tensor, now);
+    if (held) remember(i, tensor, now);
     return held;
   }
 
- private:
-  struct Fact {
-    const void* data;
-    uint64_t element;
-    PyTypeObject* type;
-    int64_t dim;
-    size_t geometry;  // place of the sizes, which the strides follow
-  };
-
-  // The bytes of a tensor's three objects that tell what a look would find.
-  struct Bytes {
-    PyObject* object = nullptr;  // null: unknown, a look is needed. Not owned
-    PyTypeObject* type;
-    const void *impl, *storage;
-    unsigned char data[Layout::kDataBytes], shape[Layout::kShapeBytes];
-
-    void read_from(PyObject* tensor, const DLTensor& look) {
-      object = nullptr;
-      if (layout.shape == 0 || look.dim > Layout::kDimensions) return;
-      type = Py_TYPE(tensor);
-      impl = read<const void*>(tensor, Layout::kImpl);
-      storage = read<const void*>(impl, Layout::kStorage);
-      if (storage == nullptr) return;
-      std::memcpy(data, static_cast<const char*>(storage) + Layout::kData, sizeof(data));
-      std::memcpy(shape, static_cast<const char*>(impl) + layout.shape, sizeof(shape));
-      const int64_t dim = read<int64_t>(shape, 0), offset = read<int64_t>(shape, 88);
-      const char* start = read<const char*>(data, 0) + offset * (look.type_bits / 8);
-      const char* found = static_cast<const char*>(look.data) + look.byte_offset;
-      if (dim == look.dim && (start == found || found == nullptr) &&
-          std::memcmp(shape + 8, look.sizes, 8 * dim) == 0 &&
-          std::memcmp(shape + 48, look.strides, 8 * dim) == 0) {
-        object = tensor;
-      }
+  // Whether its dispatch keys are known to be others, as those of values that are conjugated or
+  // negated where they lie, of which DLPack does not tell.
+  bool other_keys(size_t i, PyObject* tensor) const {
+    const Bytes& seen = bytes_[i];
+    if (tensor != seen.object || read<const void*>(tensor, Layout::kImpl) != seen.impl) {
+      return false;
     }
-
-    // Each line is read only once the one before it was found to be what it was: the owner of the
-    // tensor keeps Python's object, that keeps TensorImpl, and that keeps StorageImpl.
-    bool hold(PyObject* tensor) const {
-      if (tensor != object || Py_TYPE(tensor) != type ||
-          read<const void*>(tensor, Layout::kImpl) != impl ||
-          read<const void*>(impl, Layout::kStorage) != storage) {
-        return false;
-      }
-      // Whoever updates next advances the versions of averages.
-      __builtin_prefetch(read<const void*>(impl, Layout::kVersion));
-      const char* at = static_cast<const char*>(impl) + layout.shape;
-      return std::memcmp(at, shape, sizeof(shape)) == 0 &&
-             std::memcmp(static_cast<const char*>(storage) + Layout::kData, data, sizeof(data)) ==
-                 0;
-    }
-
-    // Whether its dispatch keys are known to be others, as those of values that are conjugated or
-    // negated where they lie, of which DLPack does not tell.
-    bool other_keys(PyObject* tensor) const {
-      if (tensor != object || read<const void*>(tensor, Layout::kImpl) != impl) return false;
-      const char* at = static_cast<const char*>(impl) + layout.shape;
-      return std::memcmp(at + Layout::kKeys, shape + Layout::kKeys, 8) != 0;
-    }
-
-    void prefetch() const {
-      if (object == nullptr) return;
-      __builtin_prefetch(object);
-      for (size_t at = 0; at < layout.shape + Layout::kShapeBytes; at += 64) {
-        __builtin_prefetch(static_cast<const char*>(impl) + at);
-      }
-      __builtin_prefetch(static_cast<const char*>(storage) + Layout::kData);
-    }
-  };
+    return !same_bytes<8>(shape_in(seen.impl) + Layout::kKeys,
+                          forms_[form_of_[i]].shape + Layout::kKeys);
+  }
 
   static uint64_t type_of(const DLTensor& tensor) {
     return uint64_t{tensor.type_code} << 32 | uint64_t{tensor.type_bits} << 16 | tensor.type_lanes;
@@ -206,19 +277,16 @@ class Facts {
   std::vector<Fact> facts_;
   std::vector<int64_t> geometry_;  // sizes, then strides, of one tensor after the other
   std::vector<Bytes> bytes_;
+  std::vector<uint32_t> form_of_;  // each tensor's, where its object is known
+  std::vector<Form> forms_;
+  std::map<Form, uint32_t> numbers_;  // of the forms
 };
 
 // What dictionaries held and where they were kept themselves, in the order in which a check reads
 // it. The pointers are borrowed from the tuple it was made of, which its owner keeps: Python's
 // garbage collector sees through a tuple, and not through a capsule.
-struct Contents {
-  struct Dictionary {
-    PyObject *owner, *key;  // owner[key] is the dictionary
-    PyObject* dictionary;
-    Py_ssize_t size;
-    uint64_t version;  // with which it was last found to hold what was expected; 0: none
-  };
-  static constexpr size_t kAhead = 16;
+class Contents {
+ public:
   // CPython 3.10 to 3.12 give a dictionary another number at every change, one that no other has
   // had (PEP 509): the same number means the same contents. Where it lies, in bytes from the
   // start, is read in these releases only.
@@ -244,34 +312,75 @@ struct Contents {
     return failed;
   }
 
-  std::vector<Dictionary> dictionaries;
-  std::vector<PyObject*> items;  // key, value, key, value, ... of one after the other
+  // A dictionary that has others as values of some of its keys, whatever else it holds. Asked about
+  // once for all of them, of a module once for its three.
+  void add_owner(PyObject* dictionary) { add(dictionary, false); }
+  // One that holds these keys and values in this order, and nothing more.
+  void add_whole(PyObject* dictionary) { add(dictionary, true); }
+  // Of the one that was added last.
+  void add_item(PyObject* key, PyObject* value) {
+    items_.push_back({key, value});
+    ++expected_.back().count;
+  }
 
   // Same objects, same order, nothing more.
   bool hold() {
-    PyObject* const* expected = items.data();
-    for (size_t d = 0; d < dictionaries.size(); ++d) {
-      if (d + kAhead < dictionaries.size()) __builtin_prefetch(dictionaries[d + kAhead].dictionary);
-      Dictionary& each = dictionaries[d];
-      if (PyDict_GetItemWithError(each.owner, each.key) != each.dictionary) return false;
+    for (size_t i = 0; i < seen_.size(); ++i) {
+      if (i + kAhead < seen_.size()) {
+        fetch_ahead(static_cast<const char*>(seen_[i + kAhead].dictionary) + kVersion);
+      }
+      Seen& each = seen_[i];
       const uint64_t version = versioned ? read<uint64_t>(each.dictionary, kVersion) : 0;
-      if (version != 0 && version == each.version) {
-        expected += 2 * each.size;
-        continue;
-      }
-      if (PyDict_Size(each.dictionary) != each.size) return false;
-      PyObject *key, *value;
-      Py_ssize_t position = 0;
-      for (Py_ssize_t i = 0; i < each.size; ++i, expected += 2) {
-        if (!PyDict_Next(each.dictionary, &position, &key, &value) || key != expected[0] ||
-            value != expected[1]) {
-          return false;
-        }
-      }
+      if (version != 0 && version == each.version) continue;
+      if (!holds(static_cast<PyObject*>(each.dictionary), expected_[i])) return false;
       each.version = version;
     }
     return true;
   }
+
+ private:
+  struct Seen {
+    void* dictionary;
+    uint64_t version;  // with which it was last found to hold what was expected; 0: none
+  };
+  struct Item {
+    PyObject *key, *value;
+  };
+  struct Expected {
+    size_t first;  // of the items
+    Py_ssize_t count;
+    bool whole;
+  };
+  static constexpr size_t kAhead = 64;
+
+  void add(PyObject* dictionary, bool whole) {
+    seen_.push_back({dictionary, 0});
+    expected_.push_back({items_.size(), 0, whole});
+  }
+
+  bool holds(PyObject* dictionary, const Expected& expected) const {
+    const Item* item = items_.data() + expected.first;
+    const Item* const end = item + expected.count;
+    if (!expected.whole) {
+      return std::all_of(item, end, [&](const Item& each) {
+        return PyDict_GetItemWithError(dictionary, each.key) == each.value;
+      });
+    }
+    if (PyDict_Size(dictionary) != expected.count) return false;
+    PyObject *key, *value;
+    Py_ssize_t position = 0;
+    for (; item != end; ++item) {
+      if (!PyDict_Next(dictionary, &position, &key, &value) || key != item->key ||
+          value != item->value) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+  std::vector<Seen> seen_;  // all that is read while nothing changes
+  std::vector<Expected> expected_;
+  std::vector<Item> items_;
 };
 
 }  // namespace swa_fast

@@ -50,7 +50,7 @@ class Watch:
         self._dictionaries = tuple(each for each in found if isinstance(each[2], dict))
         # A scripted module's are no dictionaries, but look like ones.
         self._others = [each for each in found if not isinstance(each[2], dict)]
-        self._tensors = tuple(tensors)
+        self._tensors = tuple(tensors)  # the extension borrows them
         # Those whose values may come to be lazily conjugated or negated where they lie.
         self._lazy = [tensor for tensor in tensors if _may_be_lazy(tensor)]
         self._bits = [_bits(tensor) for tensor in self._lazy]
@@ -76,7 +76,7 @@ class Watch:
         if self._others and not all(map(_same, self._others)):
             return False
         if self._extension is not None:
-            held: bool = self._extension.unchanged(self._contents, self._facts, self._tensors)
+            held: bool = self._extension.unchanged(self._contents, self._facts)
             return held
         try:
             looks = [self._look(tensor) for tensor in self._tensors]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ._cadence import Gate, Place
 from ._graphs import keep_for_graph
@@ -388,7 +389,7 @@ class Storage:
     def note_written(self) -> None:
         """The kernels write to addresses: without this, autograd would not notice that a tensor it
         saved for backward has changed."""
-        torch.autograd.graph.increment_version(self._versioned)
+        increment_version(self._versioned)
 
     def versions(self) -> list[int]:
         """How often the averages were written."""

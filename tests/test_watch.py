@@ -226,6 +226,80 @@ def test_watch_of_many(way: str) -> None:
         assert not watch.holds()
 
 
+def test_a_tensor_that_takes_the_form_of_another(way: str) -> None:
+    """What tensors have in common is remembered once for all of them."""
+    forms: list[Callable[[int], Tensor]] = [
+        lambda n: torch.randn(2, 6),
+        lambda n: torch.randn(3, 4),
+        lambda n: torch.randn(4, 3).t(),
+        lambda n: torch.randn(3, 4).double(),
+        lambda n: nn.Parameter(torch.randn(3, 4)),
+        *([lambda n: torch.randn(n + 1)] * 80),
+    ]
+    tensors = [make(n) for make in forms for n in range(2)]
+    tensors += [make(n) for n, make in enumerate(forms)]
+    memory = torch.zeros(200)
+    for at, of in ((0, 2), (2, 0), (4, 2), (6, 2), (2, 6), (-1, 0), (-1, -2), (-2, -1)):
+        mine, other = tensors[at], tensors[of]
+        # At one address all the time.
+        before = torch.as_strided(memory.view(mine.dtype), mine.shape, mine.stride())
+        after = torch.as_strided(memory.view(other.dtype), other.shape, other.stride())
+        mine.data = before
+        watch = Watch(tensors, [])
+        assert watch.holds() and watch.holds()
+        mine.data = after
+        assert not watch.holds()
+        mine.data = before
+        assert watch.holds()
+
+
+def test_an_owner_that_changes_elsewhere(way: str) -> None:
+    """Of the dictionary that has others as its values, only these count: a module's mode and other
+    attributes come and go."""
+    first = nn.Linear(2, 2)
+    model = nn.Sequential(first, nn.ReLU())
+    watch = Watch(list(model.parameters()), Watch.places_of(model))
+    for change in (
+        lambda: model.eval(),
+        lambda: setattr(first, "note", 1),
+        lambda: setattr(first, "note", 2),
+        lambda: delattr(first, "note"),
+        lambda: first.register_forward_hook(lambda *_: None),
+    ):
+        change()
+        assert watch.holds() and watch.holds()
+    kept = first._buffers
+    first.__dict__["_buffers"] = {}
+    assert not watch.holds() and not watch.holds()
+    first.__dict__["_buffers"] = kept
+    assert watch.holds()
+    del first.__dict__["_parameters"]
+    assert not watch.holds()
+
+
+class Plain:
+    """Its attributes are set by the interpreter's own shortcuts, not by a method as a module's."""
+
+    def __init__(self) -> None:
+        self.place: dict[str, object] = {}
+
+
+def test_an_owner_whose_attribute_is_set_by_specialised_code(way: str) -> None:
+    def assign(to: Plain, value: dict[str, object]) -> None:
+        to.place = value
+
+    for _ in range(100):
+        assign(Plain(), {})
+    owner = Plain()
+    kept = owner.place
+    watch = Watch([], [(owner.__dict__, "place")])
+    for _ in range(100):
+        assert watch.holds()
+        assign(owner, {})
+        assert not watch.holds()
+        assign(owner, kept)
+
+
 def test_dictionaries_that_are_again_what_they_were(way: str) -> None:
     """Their contents count, and not how often they changed."""
     first, second = torch.randn(2), torch.randn(2)
