@@ -186,6 +186,17 @@ def test_what_is_not_a_change(way: str) -> None:
         assert watch.holds()
 
 
+def test_values_negated_where_they_lie(way: str) -> None:
+    """Same address, sizes and type: the dispatch keys alone tell, which a look does not."""
+    if way != "bytes":
+        pytest.skip("only contiguous real tensors are not asked, and torch has no public way")
+    tensor = torch.randn(8)
+    watch = Watch([tensor], [])
+    assert watch.holds()
+    tensor.data = torch._neg_view(tensor.data)
+    assert not watch.holds()
+
+
 def test_memory_shared_until_it_is_written(way: str) -> None:
     """``torch._lazy_clone`` leaves two tensors at one address until one is written. A kernel writes
     to the address that a look told, so a look must not tell the shared one."""
