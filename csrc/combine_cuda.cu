@@ -46,20 +46,6 @@ __device__ __forceinline__ double multiply_add(double a, double b, double c) {
   return fma(a, b, c);
 }
 
-template <typename F>
-__device__ __forceinline__ void dispatch_code(int code, const F& f) {
-  switch (code) {
-    case kFloat:
-      return f(float{});
-    case kDouble:
-      return f(double{});
-    case kBfloat16:
-      return f(BFloat16{});
-    case kHalf:
-      return f(Half{});
-  }
-}
-
 // kPack elements of all rows, from `at` on.
 template <typename Math, typename Source, int kPack>
 __device__ __forceinline__ void combine_elements(const Arguments& arguments, int64_t at) {

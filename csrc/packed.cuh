@@ -5,6 +5,9 @@
 #include <cstring>
 #include <type_traits>
 
+#include "layout.h"
+#include "stable_compat.h"
+
 namespace swa_fast {
 
 constexpr int kPackBytes = 16;
@@ -49,6 +52,21 @@ template <typename T>
 __device__ __forceinline__ T* to_global(T* pointer) {
   __builtin_assume(__isGlobal(pointer));
   return pointer;
+}
+
+// Calls `f` with a value of the type that a code of layout.h means.
+template <typename F>
+__device__ __forceinline__ void dispatch_code(int code, const F& f) {
+  switch (code) {
+    case kFloat:
+      return f(float{});
+    case kDouble:
+      return f(double{});
+    case kBfloat16:
+      return f(BFloat16{});
+    case kHalf:
+      return f(Half{});
+  }
 }
 
 }  // namespace swa_fast

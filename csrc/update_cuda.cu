@@ -282,20 +282,6 @@ __device__ __forceinline__ void copy_segment(Segment segment, int rows, int part
   });
 }
 
-template <typename F>
-__device__ __forceinline__ void dispatch_code(int code, const F& f) {
-  switch (code) {
-    case kFloat:
-      return f(float{});
-    case kDouble:
-      return f(double{});
-    case kBfloat16:
-      return f(BFloat16{});
-    case kHalf:
-      return f(Half{});
-  }
-}
-
 // Takes one of the tickets 0, 1, 2, ... What this thread has read, and by way of a barrier what its
 // block has, is read before that: who drew the last ticket may overwrite it. The lower half of an
 // int64.

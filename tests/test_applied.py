@@ -17,6 +17,7 @@ from test_hooks import at_every_line
 from torch import Tensor, nn
 
 from swa_fast import EMA, SWA, AveragedModel, Averager, get_ema_multi_avg_fn, update_bn
+from swa_fast._kept import put
 
 KINDS = [
     "Averager", "Averager of bf16", "Averager, reference", "AveragedModel",
@@ -423,6 +424,14 @@ def test_values_are_set_aside_where_there_is_room_now(monkeypatch: pytest.Monkey
     assert len(held) == 4 and len({tensor.data_ptr() for tensor in held}) == 4
     # Not where it was the first time.
     assert not torch.equal(held[-1], torch.full_like(held[-1], 255))
+
+
+def test_a_sparse_parameter_is_put_back() -> None:
+    """A leaf that requires a gradient, which leaving inference mode alone would have recorded."""
+    parameter = nn.Parameter(torch.eye(3).to_sparse())
+    with torch.no_grad():
+        put([parameter], [torch.full((3, 3), 2.0).to_sparse()])
+    assert torch.equal(parameter.detach().to_dense(), torch.full((3, 3), 2.0))
 
 
 def test_a_model_made_in_inference_mode() -> None:

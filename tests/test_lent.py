@@ -34,7 +34,7 @@ def test_another_model(backend: str, device: str) -> None:
         if n == 2:
             averager.set_decay(0.25)
             reference.set_decay(0.25)
-            averager.averages  # noqa: B018, which are watched from now on
+            _ = averager.averages  # which are watched from now on
         if n == 3:
             source.scalar.data = source.scalar.data.clone()
         expected.load_state_dict(source.state_dict())

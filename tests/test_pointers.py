@@ -75,7 +75,7 @@ def test_updates_go_on_without_another_table(
     if kind == "Averager":
         average = Averager(model, rules, backend=backend)
         update, names = average.update, list(rules)
-        average.averages  # noqa: B018, which are watched from now on
+        _ = average.averages  # which are watched from now on
     else:
         average = AveragedModel(model, backend=backend)
         update, names = lambda: average.update_parameters(model), [model]
@@ -291,7 +291,7 @@ def test_an_interrupt_between_any_two_instructions(moved: bool) -> None:
     at, finished = 0, False
     while not finished:
         pair = Pair("Averager by pointer")
-        pair.average.averages  # noqa: B018, whose first use alone needs another table
+        _ = pair.average.averages  # whose first use alone needs another table
         with pair.applied():
             pass
         left = at
@@ -380,7 +380,7 @@ def test_averages_that_moved_since(kind: str) -> None:
 
 def test_what_was_kept_of_a_block_may_be_moved() -> None:
     model, averager = make()
-    averager.averages  # noqa: B018, whose first use alone needs another table
+    _ = averager.averages  # whose first use alone needs another table
     with averager.applied("e", by="pointer"):
         kept = model.state_dict()
     for tensor in kept.values():

@@ -292,15 +292,21 @@ def updates_while_gathered(ranks: int, folder: Path) -> None:
         expect_equal(whole(averager.averages[name]), expected)
 
 
-def failures_within(ranks: int, folder: Path) -> None:
-    """An exception in the block, also one in the middle of a forward, after which FSDP keeps what
-    it has gathered."""
+def averaged_twice(ranks: int) -> tuple[nn.Module, Averager, dict[str, Tensor]]:
+    """A sharded model, an averager of it after two updates, and the whole average."""
     model = shard(make_model(), mesh_of(ranks))
     averager = Averager(model, {"ema": EMA(0.5)})
     for step in range(2):
         put(model, step)
         averager.update()
     kept = whole(copy.deepcopy(dict(averager.averages["ema"])))
+    return model, averager, kept
+
+
+def failures_within(ranks: int, folder: Path) -> None:
+    """An exception in the block, also one in the middle of a forward, after which FSDP keeps what
+    it has gathered."""
+    model, averager, kept = averaged_twice(ranks)
     x = make_input()
     for broken in (False, True):
         handle = model[3].register_forward_pre_hook(lambda *_: 1 / 0) if broken else None  # type: ignore
@@ -324,12 +330,7 @@ def an_exception_before_every_line(ranks: int, folder: Path) -> None:
     the same line: pieces, averages and what a forward computes are those before."""
     x = make_input()
     # One model for all lines, as each of them leaves it as it was.
-    model = shard(make_model(), mesh_of(ranks))
-    averager = Averager(model, {"ema": EMA(0.5)})
-    for step in range(2):
-        put(model, step)
-        averager.update()
-    kept = whole(copy.deepcopy(dict(averager.averages["ema"])))
+    model, averager, kept = averaged_twice(ranks)
     averaged = outputs(averager, "ema")
     with torch.no_grad():
         raw = model(x)

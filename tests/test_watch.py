@@ -189,7 +189,7 @@ def test_what_is_not_a_change(way: str) -> None:
 def test_values_negated_where_they_lie(way: str) -> None:
     """Same address, sizes and type: the dispatch keys alone tell, which a look does not."""
     if way != "bytes":
-        pytest.skip("only contiguous real tensors are not asked, and torch has no public way")
+        pytest.skip("DLPack does not tell, nor does torch offer a public way to do it")
     tensor = torch.randn(8)
     watch = Watch([tensor], [])
     assert watch.holds()
