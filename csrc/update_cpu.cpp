@@ -12,6 +12,7 @@
 
 #include "blend_cpu.h"
 #include "caches.h"
+#include "direct.h"
 #include "philox_cpu.h"
 #include "update.h"
 
@@ -33,18 +34,19 @@ int64_t element_bytes(int code) {
 class Table {
  public:
   // Of the averages, `rows` are used, from `first` on.
-  Table(const Tensor& table, int first, int rows)
+  Table(const int64_t* words, int64_t count, int64_t width, int first, int rows)
       : first_(first),
         rows_(rows),
-        words_(static_cast<const int64_t*>(table.const_data_ptr())),
-        width_(table.size(1)),
-        count_(table.size(0)),
+        words_(words),
+        width_(width),
+        count_(count),
         start_(count_ + 1) {
-    STD_TORCH_CHECK(table.is_cpu(), "update_.cpu: table must be on the CPU");
     for (int64_t i = 0; i < count_; ++i) {
       start_[i + 1] = start_[i] + kSegmentCost + segment(i).count();
     }
   }
+  Table(const Tensor& table, int first, int rows)
+      : Table(words_of(table), table.size(0), table.size(1), first, rows) {}
 
   // Calls f(segment, begin, end) for pieces of segments that together cover all elements once. Each
   // thread has a copy of f, which may remember something from one segment to the next.
@@ -62,6 +64,11 @@ class Table {
   }
 
  private:
+  static const int64_t* words_of(const Tensor& table) {
+    STD_TORCH_CHECK(table.is_cpu(), "update_.cpu: table must be on the CPU");
+    return static_cast<const int64_t*>(table.const_data_ptr());
+  }
+
   Segment segment(int64_t i) const { return {words_ + i * width_}; }
 
   // A short segment that follows soon: tensors that others allocated lie anywhere, and the
@@ -280,24 +287,9 @@ bool all_finite(const void* data, int64_t begin, int64_t end) {
   return !bad;
 }
 
-void update_cpu(std::vector<Tensor> /*averages*/, std::vector<Tensor> /*sources*/,
-                Tensor n_averaged, std::optional<Tensor> counters, Tensor rules, Tensor table,
-                int64_t /*pairs*/, std::optional<int64_t> seed, bool skip_nonfinite,
-                int64_t /*short_segments*/, std::optional<Tensor> found_inf,
-                std::optional<Tensor> steps, int64_t every, int64_t offset) {
-  Update update(check_update_arguments(n_averaged, counters, rules, table), seed);
-  STD_TORCH_CHECK(n_averaged.is_cpu() && (!counters || counters->is_cpu()),
-                  "update_.cpu: n_averaged and counters must be on the CPU");
-  STD_TORCH_CHECK(counters || !skip_nonfinite, "update_.cpu: skip_nonfinite needs counters");
-  const Table segments(table, 0, update.rows);
-  int64_t* n = static_cast<int64_t*>(n_averaged.mutable_data_ptr());
-  const WeightRule* rule = static_cast<const WeightRule*>(rules.const_data_ptr());
-  const Gate gate = make_gate(found_inf, steps, every, offset, counters, n_averaged);
-
-  if (gate.skipped()) return;
-  const bool due = gate.due();
-  if (gate.steps != nullptr) ++*gate.steps;
-  if (!due) return;
+// Everything after the question whether an update is due.
+void update_all(const Table& segments, Update update, int64_t* n, int64_t* counters,
+                const WeightRule* rules, bool skip_nonfinite) {
   if (skip_nonfinite) {
     std::atomic<bool> finite{true};
     segments.for_each([&](Segment segment, int64_t begin, int64_t end) {
@@ -307,18 +299,57 @@ void update_cpu(std::vector<Tensor> /*averages*/, std::vector<Tensor> /*sources*
       });
     });
     if (!finite) {
-      ++static_cast<int64_t*>(counters->mutable_data_ptr())[kSkipped];
+      ++counters[kSkipped];
       return;
     }
   }
   for (int row = 0; row < update.rows; ++row) {
     update.n[row] = n[row];
-    update.weight[row] = rule[row].weight(n[row]);
+    update.weight[row] = rules[row].weight(n[row]);
   }
   segments.for_each(update);
-  if (!counters) return;
+  if (counters == nullptr) return;
   for (int row = 0; row < update.rows; ++row) ++n[row];
 }
+
+void update_cpu(std::vector<Tensor> /*averages*/, std::vector<Tensor> /*sources*/,
+                Tensor n_averaged, std::optional<Tensor> counters, Tensor rules, Tensor table,
+                int64_t /*pairs*/, std::optional<int64_t> seed, bool skip_nonfinite,
+                int64_t /*short_segments*/, std::optional<Tensor> found_inf,
+                std::optional<Tensor> steps, int64_t every, int64_t offset) {
+  const Update update(check_update_arguments(n_averaged, counters, rules, table), seed);
+  STD_TORCH_CHECK(n_averaged.is_cpu() && (!counters || counters->is_cpu()),
+                  "update_.cpu: n_averaged and counters must be on the CPU");
+  STD_TORCH_CHECK(counters || !skip_nonfinite, "update_.cpu: skip_nonfinite needs counters");
+  const Table segments(table, 0, update.rows);
+  const Gate gate = make_gate(found_inf, steps, every, offset, counters, n_averaged);
+
+  if (gate.skipped()) return;
+  const bool due = gate.due();
+  if (gate.steps != nullptr) ++*gate.steps;
+  if (!due) return;
+  update_all(segments, update, static_cast<int64_t*>(n_averaged.mutable_data_ptr()),
+             counters ? static_cast<int64_t*>(counters->mutable_data_ptr()) : nullptr,
+             static_cast<const WeightRule*>(rules.const_data_ptr()), skip_nonfinite);
+}
+
+class UpdateOfTable final : public DirectUpdate {
+ public:
+  explicit UpdateOfTable(const DirectArguments& arguments)
+      : arguments_(arguments),
+        segments_(arguments.table, arguments.segments, kSegmentHeader + arguments.averages, 0,
+                  arguments.averages) {}
+
+  void run() override {
+    update_all(segments_, Update(arguments_.averages, arguments_.seed), arguments_.n_averaged,
+               arguments_.counters, reinterpret_cast<const WeightRule*>(arguments_.rules),
+               arguments_.skip_nonfinite);
+  }
+
+ private:
+  const DirectArguments arguments_;
+  const Table segments_;
+};
 
 void swap_cpu(std::vector<Tensor> /*averages*/, std::vector<Tensor> /*sources*/, Tensor table,
               int64_t row, int64_t /*short_segments*/) {
@@ -438,6 +469,11 @@ void swag_cpu(std::vector<Tensor> /*averages*/, std::vector<Tensor> /*sources*/,
 }
 
 }  // namespace
+
+std::unique_ptr<DirectUpdate> make_direct_update(const DirectArguments& arguments) {
+  return std::make_unique<UpdateOfTable>(arguments);
+}
+
 }  // namespace swa_fast
 
 STABLE_TORCH_LIBRARY_IMPL(swa_fast, CPU, m) {

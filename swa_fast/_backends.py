@@ -150,7 +150,21 @@ def cpu_library() -> Any:
     known = (2, 10) <= _release(torch.__version__) < (2, 15)
     sample = torch.empty(3, 5, 7, device="cpu") if known else None
     library.start(torch.Tensor.__dlpack_c_exchange_api__, sample)
+    if known:
+        library.hear(_listeners(), torch._C._increment_version, sample)
     return library
+
+
+def _listeners() -> tuple[Callable[[], object], ...]:
+    """What returns something true while a call of an operator would be seen: by a profiler, modes,
+    a tracer or a transformation of functions."""
+    return (
+        torch._C._autograd._profiler_enabled,
+        torch._C._is_torch_function_mode_enabled,
+        torch._C._len_torch_dispatch_stack,
+        torch._C._is_tracing,
+        torch._C._functorch.peek_interpreter_stack,
+    )
 
 
 def code_for(capability: tuple[int, int], arch_list: str) -> str | None:

@@ -12,10 +12,9 @@ from torch import Tensor
 from . import _backends
 from ._arguments import check_averages, check_settings
 from ._cadence import Cadence
-from ._memory import Slot, average_dtype
+from ._memory import FlatMemory, SeparateMemory, Slot, average_dtype
 from .by_name import check_patterns
 from .rules import Rule, row_names
-from .storage import FlatMemory, SeparateMemory
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from .rules import EMA, Rule
+from ._memory import Slot
+from .by_name import grouped
+from .rules import EMA, Rule, why_it_stands_still
 
 if TYPE_CHECKING:
+    from ._cadence import Cadence
     from .storage import Storage
 
 __all__ = ["Decays"]
+
+_log = logging.getLogger("swa_fast")
 
 
 class Decays:
@@ -20,17 +26,39 @@ class Decays:
 
     _rules: dict[str, Rule]
     _storage: Storage
+    _rounding: str
+    _on_nonfinite: str | None
+    _cadence: Cadence | None
     # Updates done or tried, which schedules of the decay go by; None: to be asked for.
     _calls: int | None
 
+    def _check_that_all_move(self, rules: Mapping[str, Rule], slots: Sequence[Slot]) -> None:
+        """Raises ValueError for an average that would stand still in one of its dtypes."""
+        slots, groups = grouped(list(rules.values()), slots)
+        found = {(slot.group, slot.dtype): None for slot in slots if slot.averaged}
+        for group, dtype in found:
+            self._check_that_it_moves(dict(zip(rules, groups[group], strict=True)), dtype)
+
     def _check_that_it_moves(self, rules: Mapping[str, Rule], dtype: torch.dtype) -> None:
-        raise NotImplementedError
+        for name, rule in rules.items() if self._rounding == "nearest" else ():
+            reason = why_it_stands_still(rule, dtype)
+            if reason is None:
+                continue
+            message = (
+                f"averages[{name!r}]: {reason}; use dtype=torch.float32 or, for bfloat16, "
+                "rounding='stochastic'"
+            )
+            if isinstance(rule, EMA) or dtype != torch.float16:
+                raise ValueError(message)
+            _log.warning("%s", message)
 
     def _find_schedules(self) -> None:
         rules = enumerate(self._rules.values())
         self._scheduled = [
             row for row, rule in rules if isinstance(rule, EMA) and rule.schedule is not None
         ]
+        # Whether an update has nothing to do before and after but the storage's.
+        self._plain = not (self._cadence or self._scheduled or self._on_nonfinite == "raise")
 
     def _tried(self) -> int:
         raise NotImplementedError

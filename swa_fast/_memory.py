@@ -3,8 +3,9 @@ memory before it is read by address."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from . import _layout as layout
 from . import _ops
 
 __all__ = [
+    "FlatMemory",
+    "SeparateMemory",
     "Slot",
     "allocate",
     "average_dtype",
@@ -27,6 +30,7 @@ __all__ = [
     "places_in",
     "reals",
     "tensors_in",
+    "together",
 ]
 
 
@@ -188,3 +192,74 @@ def is_plain(tensor: Tensor) -> bool:
     """Gapless, and holding the values that its memory holds."""
     plain = tensor.is_contiguous() or _ops.same_dense_layout(tensor, tensor)
     return plain and not tensor.is_conj() and not tensor.is_neg()
+
+
+_Where = TypeVar("_Where", bound=Hashable)
+
+
+def together(places: Iterable[_Where]) -> dict[_Where, list[int]]:
+    """The indices of equal places."""
+    members: dict[_Where, list[int]] = {}
+    for i, place in enumerate(places):
+        members.setdefault(place, []).append(i)
+    return members
+
+
+class SeparateMemory:
+    """Averages in tensors that somebody else may move or replace: the memory is the averages.
+
+    Attributes:
+        tensors: what version counters and compilers know of.
+    """
+
+    def __init__(self, averages: Sequence[Sequence[Tensor]]) -> None:
+        self._slots = len(averages[0]) if averages else 0
+        self.tensors = [tensor for row in averages for tensor in row]
+
+    def averages(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+        """The averages in these tensors, or in others that stand for them."""
+        n = self._slots
+        return [list(tensors[i : i + n]) for i in range(0, len(tensors), n)] if n else []
+
+
+class FlatMemory:
+    """Several averages, in one tensor of shape [averages, elements] for each device and dtype: one
+    allocation and one version counter for all of them.
+
+    Args:
+        slots: the tensors of an average.
+        devices: where each of them lives.
+        rows: how many averages.
+    """
+
+    def __init__(self, slots: Sequence[Slot], devices: Sequence[torch.device], rows: int) -> None:
+        self._slots = slots
+        self._members = together(devices)
+        self._rows = rows
+        self.tensors: list[Tensor] = []
+        self._parts: list[int] = []  # how many of the tensors are a device's
+        for device, members in self._members.items():
+            memory = allocate([slots[i] for i in members], rows, device)
+            self.tensors += memory
+            self._parts.append(len(memory))
+
+    def averages(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+        """The averages in these tensors, or in others that stand for them, as views."""
+        return self._collect(tensors, averages_in)
+
+    def own(self) -> list[list[Tensor]]:
+        """The averages, each tensor with a storage of its own length."""
+        return self._collect(self.tensors, tensors_in)
+
+    def _collect(self, tensors: Sequence[Tensor], cut: Any) -> list[list[Tensor]]:
+        rest = iter(tensors)
+        result: list[list[Tensor]] = [
+            [torch.empty(0)] * len(self._slots) for _ in range(self._rows)
+        ]
+        for members, count in zip(self._members.values(), self._parts, strict=True):
+            memory = [next(rest) for _ in range(count)]
+            rows = cut([self._slots[i] for i in members], memory)
+            for row, views in zip(result, rows, strict=True):
+                for i, view in zip(members, views, strict=True):
+                    row[i] = view
+        return result

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from . import sharding
-from ._memory import Slot
+from ._memory import FlatMemory, SeparateMemory, Slot
 from ._modules import Selection
 from ._state import FORMAT, Differences, read_state, read_weights
 from .rules import EMA, Rule, describe_rule, row_names
-from .storage import FlatMemory, SeparateMemory
 
 if TYPE_CHECKING:
     from ._cadence import Cadence

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -67,13 +67,26 @@ class Watch:
             return type(tensor), tensor.layout  # it has no address
         return type(tensor), tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
-    def holds(self) -> bool:
-        """True while nothing has changed."""
+    @property
+    def looks(self) -> tuple[Callable[[], bool] | None, object, object] | None:
+        """For ``swa_fast._C.update``: what tells of the rest that the extension does not look at,
+        if there is any, and what it looks at."""
+        if self._extension is None:
+            return None
+        rest = self.rest_holds if self._lazy or self._wrapped or self._others else None
+        return rest, self._contents, self._facts
+
+    def rest_holds(self) -> bool:
+        """True while nothing has changed that the extension does not look at."""
         if self._lazy and self._bits != [_bits(tensor) for tensor in self._lazy]:
             return False
         if self._wrapped and not all(map(operator.is_, map(_inner, self._wrapped), self._inner)):
             return False
-        if self._others and not all(map(_same, self._others)):
+        return not self._others or all(map(_same, self._others))
+
+    def holds(self) -> bool:
+        """True while nothing has changed."""
+        if not self.rest_holds():
             return False
         if self._extension is not None:
             held: bool = self._extension.unchanged(self._contents, self._facts)

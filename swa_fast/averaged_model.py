@@ -18,14 +18,14 @@ from . import _backends, _by_torch, _ops, sharding
 from ._applied import applied
 from ._cadence import Cadence
 from ._kept import all_or_nothing
-from ._memory import Slot, dense_strides
+from ._memory import SeparateMemory, Slot, dense_strides
 from ._modules import apart, check_kind, copied, is_loose, match_modules, warn_of_packed
 from ._pointers import kind_of
 from ._watch import Watch
 from .avg_fns import AvgFn, MultiAvgFn, rule_of
 from .hooks import Attachment, Gate, attach
 from .rules import EMA, SWA, Power, Rule, why_it_stands_still
-from .storage import SeparateMemory, Storage
+from .storage import Storage
 
 __all__ = ["AveragedModel"]
 
@@ -270,14 +270,14 @@ class AveragedModel(nn.Module):
         return self.backend, self.use_buffers, kind
 
     def _bound(self, model: nn.Module) -> Storage | None:
+        storage = self._known(model)
+        return self._bind(model) if storage is None or not storage.holds() else storage
+
+    def _known(self, model: nn.Module) -> Storage | None:
+        """What was bound to this model, wherever its tensors are now."""
         storage = self._storage
-        if (
-            storage is None
-            or self._model() is not model
-            or self._key != self._options()
-            or not storage.holds()
-        ):
-            return self._bind(model)
+        if storage is None or self._model() is not model or self._key != self._options():
+            return None
         rule = self._built_in()
         if rule is not None and rule != self._followed:
             storage.set_rule(0, rule)
@@ -355,6 +355,9 @@ class AveragedModel(nn.Module):
         with self._lock:
             self._refuse_if_applied("update_parameters")
             rule = self._built_in()
+            storage = None if rule is None else self._known(model)
+            if storage is not None and gate is None and storage.update_at_once(storage):
+                return
             storage = None if rule is None else self._bound(model)
             if storage is None:
                 self._update_by_torch(model)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from . import _ops
 from ._applied import applied
@@ -17,7 +17,7 @@ from ._changes import Changes
 from ._decays import Decays
 from ._fit import tensors_of
 from ._lent import Lent, Source
-from ._memory import Slot, average_dtype, dense_strides
+from ._memory import FlatMemory, SeparateMemory, Slot, average_dtype, dense_strides
 from ._modules import Filter, Selection, check_kind, is_loose, warn_of_packed
 from ._overlap import Overlap
 from ._pointers import kind_of
@@ -27,15 +27,13 @@ from ._watch import Watch
 from .by_name import check_patterns, grouped
 from .engine import Engine
 from .hooks import Attachable, Gate, Given
-from .rules import EMA, Rule, why_it_stands_still, with_members
-from .storage import FlatMemory, SeparateMemory, Storage
+from .rules import Rule, with_members
+from .storage import Storage
 
 __all__ = ["Averager"]
 
-_log = logging.getLogger("swa_fast")
 
-
-class Averager(Saved, Changes, Decays, Views, Attachable):
+class Averager(Saved, Decays, Changes, Views, Attachable):
     r"""Running averages of a model's weights, several at once, without a copy of the model.
 
     .. math::
@@ -246,26 +244,6 @@ class Averager(Saved, Changes, Decays, Views, Attachable):
         # What a traced update reads and writes.
         self._memory, self._counts = self._storage.memory.tensors, self._storage.counts
 
-    def _check_that_all_move(self, rules: Mapping[str, Rule], slots: Sequence[Slot]) -> None:
-        """Raises ValueError for an average that would stand still in one of its dtypes."""
-        slots, groups = grouped(list(rules.values()), slots)
-        found = {(slot.group, slot.dtype): None for slot in slots if slot.averaged}
-        for group, dtype in found:
-            self._check_that_it_moves(dict(zip(rules, groups[group], strict=True)), dtype)
-
-    def _check_that_it_moves(self, rules: Mapping[str, Rule], dtype: torch.dtype) -> None:
-        for name, rule in rules.items() if self._rounding == "nearest" else ():
-            reason = why_it_stands_still(rule, dtype)
-            if reason is None:
-                continue
-            message = (
-                f"averages[{name!r}]: {reason}; use dtype=torch.float32 or, for bfloat16, "
-                "rounding='stochastic'"
-            )
-            if isinstance(rule, EMA) or dtype != torch.float16:
-                raise ValueError(message)
-            _log.warning("%s", message)
-
     def _bind(self, tensors: list[Tensor], loose: list[Tensor]) -> None:
         module = self._selection.module
         places = [] if module is None else Watch.places_of(module)
@@ -330,6 +308,13 @@ class Averager(Saved, Changes, Decays, Views, Attachable):
         itself takes longer than one that is not, because all tensors are arguments of what the
         compiler makes: several times longer on a CPU, by some half a microsecond for each tensor.
         """
+        # An exporter that traces without Dynamo is one of those who listen.
+        if not is_dynamo_compiling() and self._plain and decay is None and source is None:
+            storage = self._storage
+            if storage.at_once is not None:
+                self._calls = None
+                if storage.update_at_once(storage):
+                    return
         if not torch.compiler.is_compiling():
             self._call(None, decay, source)
         elif decay is not None or source is not None:
@@ -363,8 +348,6 @@ class Averager(Saved, Changes, Decays, Views, Attachable):
             if given is not None and self._storage.is_own(*given):
                 given = None
             lent = None if source is None else self._borrow(source)
-            if lent is None:
-                self._refresh()
             if decay is None and not self._scheduled:
                 self._take(given, gate, lent)
             else:
@@ -391,13 +374,16 @@ class Averager(Saved, Changes, Decays, Views, Attachable):
         return self._lent
 
     def _take(self, given: Given | None, gate: Gate | None, lent: Lent | None) -> None:
+        storage = self._storage
         calls, self._calls = self._calls, None  # not known while it is on the way
         if lent is not None:
-            self._storage.update_from(lent, gate)
-        elif given is None:
-            self._storage.update(gate)
-        else:
-            self._storage.update_with(*given, gate)
+            storage.update_from(lent, gate)
+        elif given is not None or gate is not None or not storage.update_at_once(storage):
+            self._refresh()
+            if given is None:
+                storage.update(gate)
+            else:
+                storage.update_with(*given, gate)
         if calls is not None and gate is None:
             self._calls = calls + 1
 

@@ -402,6 +402,16 @@ class Engine:
             table.words, table.pairs, self.seed, self.skip_nonfinite, table.short, *gated,
         )  # fmt: skip
 
+    def direct(self, plan: Plan) -> object:
+        """:meth:`launch` without torch's dispatcher, which takes longer than a small model's
+        update: for ``swa_fast._C.update``, while the plan is kept."""
+        table, counters = plan.update, self.counters
+        return _backends.cpu_library().direct(
+            self.n_averaged.data_ptr(), 0 if counters is None else counters.data_ptr(),
+            plan.rules.data_ptr(), table.words.data_ptr(), len(table), len(self.rules), self.seed,
+            self.skip_nonfinite,
+        )  # fmt: skip
+
     def settle(self) -> None:
         """Forms the means of windows, which an update that was interrupted may have left undone."""
         if self._unsettled is not None:

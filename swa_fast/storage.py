@@ -4,17 +4,18 @@ devices, the live tensors that they are taken from, and the watch over both."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from . import _backends
 from ._cadence import Gate, Place
 from ._graphs import keep_for_graph
-from ._memory import Slot, allocate, averages_in, tensors_in
+from ._memory import FlatMemory, SeparateMemory, Slot, together
 from ._modules import check_kind
 from ._watch import Place as WatchedPlace
 from ._watch import Watch
@@ -27,80 +28,7 @@ if TYPE_CHECKING:
     from ._overlap import Overlap
     from ._pointers import Pointers
 
-__all__ = ["Averages", "FlatMemory", "SeparateMemory", "Storage"]
-
-
-class SeparateMemory:
-    """Averages in tensors that somebody else may move or replace: the memory is the averages.
-
-    Attributes:
-        tensors: what version counters and compilers know of.
-    """
-
-    def __init__(self, averages: Sequence[Sequence[Tensor]]) -> None:
-        self._slots = len(averages[0]) if averages else 0
-        self.tensors = [tensor for row in averages for tensor in row]
-
-    def averages(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-        """The averages in these tensors, or in others that stand for them."""
-        n = self._slots
-        return [list(tensors[i : i + n]) for i in range(0, len(tensors), n)] if n else []
-
-
-class FlatMemory:
-    """Several averages, in one tensor of shape [averages, elements] for each device and dtype: one
-    allocation and one version counter for all of them.
-
-    Args:
-        slots: the tensors of an average.
-        devices: where each of them lives.
-        rows: how many averages.
-    """
-
-    def __init__(self, slots: Sequence[Slot], devices: Sequence[torch.device], rows: int) -> None:
-        self._slots = slots
-        self._members = _together(devices)
-        self._rows = rows
-        self.tensors: list[Tensor] = []
-        self._parts: list[int] = []  # how many of the tensors are a device's
-        for device, members in self._members.items():
-            memory = allocate([slots[i] for i in members], rows, device)
-            self.tensors += memory
-            self._parts.append(len(memory))
-
-    def averages(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-        """The averages in these tensors, or in others that stand for them, as views."""
-        return self._collect(tensors, averages_in)
-
-    def own(self) -> list[list[Tensor]]:
-        """The averages, each tensor with a storage of its own length."""
-        return self._collect(self.tensors, tensors_in)
-
-    def _collect(self, tensors: Sequence[Tensor], cut: Any) -> list[list[Tensor]]:
-        rest = iter(tensors)
-        result: list[list[Tensor]] = [
-            [torch.empty(0)] * len(self._slots) for _ in range(self._rows)
-        ]
-        for members, count in zip(self._members.values(), self._parts, strict=True):
-            memory = [next(rest) for _ in range(count)]
-            rows = cut([self._slots[i] for i in members], memory)
-            for row, views in zip(result, rows, strict=True):
-                for i, view in zip(members, views, strict=True):
-                    row[i] = view
-        return result
-
-
-Averages = SeparateMemory | FlatMemory
-
-
-_Where = TypeVar("_Where", bound=Hashable)
-
-
-def _together(places: Iterable[_Where]) -> dict[_Where, list[int]]:
-    members: dict[_Where, list[int]] = {}
-    for i, place in enumerate(places):
-        members.setdefault(place, []).append(i)
-    return members
+__all__ = ["Storage"]
 
 
 @dataclass(frozen=True)
@@ -112,6 +40,10 @@ class Part:
 
     def of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return [tensors[i] for i in self.members]
+
+
+def _never(storage: Storage) -> bool:
+    return False
 
 
 class Storage:
@@ -140,12 +72,16 @@ class Storage:
         overlap: updates that are on their way, or None where none ever is.
         lock: held while averages or live tensors are written.
         given_away: whether somebody else may have moved or replaced an average.
+        at_once: how ``swa_fast._C.update`` does all of an update that is one launch on the CPU, or
+            None where there is more to do.
+        update_at_once: called with this storage, looks whether everything is where it was, updates
+            and returns True; False, with nothing done, where that cannot be done at once.
     """
 
     def __init__(
         self,
         slots: Sequence[Slot],
-        memory: Averages,
+        memory: SeparateMemory | FlatMemory,
         rules: Sequence[Sequence[Rule | Member]],
         *,
         counter: Tensor | None = None,
@@ -172,7 +108,7 @@ class Storage:
         self.parts: list[Part] = []
         devices = [average.device for average in self.averages[0]] if self.averages else []
         groups = [slot.group for slot in self.slots]
-        for (device, group), members in _together(zip(devices, groups, strict=False)).items():
+        for (device, group), members in together(zip(devices, groups, strict=False)).items():
             of_device = engine(
                 [self.slots[i] for i in members],
                 [[row[i] for i in members] for row in self.averages],
@@ -187,8 +123,11 @@ class Storage:
             self.parts.append(Part(of_device, tuple(members)))
         self.plans: list[Plan] = []
         self._direct: tuple[Engine, Plan] | None = None
+        self.at_once: tuple[object, ...] | None = None
         self._watch: Watch | None = None
         self._note_memory()
+        library = _backends.cpu_library()
+        self.update_at_once = _never if library is None else library.update
 
     def _note_memory(self) -> None:
         # Inference tensors have no version counters.
@@ -262,6 +201,7 @@ class Storage:
         self.plans, self._watch = self.plans_for(live, places, wrapped)
         self.live, self.loose_live, self.pointers = live, list(loose), {}
         self._direct = self._find_direct()
+        self.at_once = self._find_at_once()
 
     def plans_for(
         self, live: list[Tensor], places: Iterable[WatchedPlace], wrapped: Sequence[Tensor] = ()
@@ -278,8 +218,12 @@ class Storage:
         watched = list(live)
         if self.given_away:
             watched += (tensor for row in self.averages for tensor in row)
-        if self.counter is not None:
-            watched.append(self.counter)
+        watched += (
+            [part.engine.n_averaged for part in self.parts]
+            if self.counter is None
+            else [self.counter]
+        )
+        watched += [part.engine.counters for part in self.parts if part.engine.counters is not None]
         return plans, Watch(watched, places, wrapped)
 
     def _find_direct(self) -> tuple[Engine, Plan] | None:
@@ -290,6 +234,19 @@ class Storage:
         counts = self.counter is None or self._counts(engine.device)
         alone = plan.direct and not plan.means and not engine.functions and len(plan.update) > 0
         return (engine, plan) if alone and counts and engine.device.type == "cpu" else None
+
+    def _find_at_once(self) -> tuple[object, ...] | None:
+        if self._direct is None or self._watch is None or self._watch.looks is None:
+            return None
+        engine, plan = self._direct
+        if type(engine) is not Engine or plan.backend != "cpu" or self.overlap is not None:
+            return None
+        # Averages with a version counter each are watched after the live tensors.
+        each = self.given_away and len(self._versioned) == len(self.averages) * len(self.slots)
+        first = len(self.live) if each else -1
+        # What the rest only borrows, for as long as an update takes.
+        kept = self._watch, plan
+        return kept, *self._watch.looks, engine.direct(plan), first, self._versioned
 
     def find_averages(self) -> None:
         """Looks where the averages lie now, if they may have been moved.
@@ -321,12 +278,12 @@ class Storage:
         on."""
         if not self.given_away:
             self.given_away = True
-            self._watch = None
+            self._watch = self.at_once = None
 
     def unbind(self) -> None:
         """Lets go of the live tensors."""
         self.plans, self.live, self._watch, self.loose_live = [], [], None, []
-        self._direct, self.pointers = None, {}
+        self._direct, self.at_once, self.pointers = None, None, {}
 
     def holds(self) -> bool:
         """True while everything is where it was when it was bound."""

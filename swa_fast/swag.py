@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from . import _backends, _ops
 from ._applied import applied
 from ._cadence import Cadence
-from ._memory import Slot, dense_strides
+from ._memory import FlatMemory, Slot, dense_strides
 from ._modules import Filter, Selection, check_kind
 from ._watch import Watch
 from .batch_norm import update_bn
@@ -24,7 +24,7 @@ from .batch_norm.options import device_of
 from .engine import Engine, Plan
 from .hooks import Attachment, Gate, attach
 from .rules import SWA
-from .storage import FlatMemory, Storage
+from .storage import Storage
 
 __all__ = ["SWAG", "predict"]
 

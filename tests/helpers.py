@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from swa_fast import Averager, _backends
 
@@ -137,6 +138,19 @@ def unaligned(values: Tensor) -> Tensor:
     shifted = torch.empty(values.numel() + 1, dtype=values.dtype, device=values.device)
     shifted = shifted[1:].view(values.shape)
     return shifted.copy_(values)
+
+
+class Calls(TorchDispatchMode):
+    """Lists the operators of ours that are called, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "swa_fast":
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 class Net(nn.Module):
