@@ -44,6 +44,22 @@ SHAPES = (
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
+def elsewhere(layer: Callable[[], Tensor | None], x: Tensor) -> Callable[[], object]:
+    """A layer that, on the CPU, never writes where it wrote last, as in a network, whose other
+    layers come in between. Without this malloc's bookkeeping decides whether the run that is not
+    timed has fetched the output's memory for the one that is: the same layer took 0.17 or 0.38 ms,
+    from one process and contender to the next."""
+    if x.device.type != "cpu":
+        return layer
+    last: list[Tensor | None] = []
+
+    def run() -> None:
+        last.append(layer())
+        del last[:-1]
+
+    return run
+
+
 def check_output(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, roundings: int = 4) -> None:
     exact = torch.nn.functional.batch_norm(
         x.double(), None, None, weight.double(), bias.double(), training=True, eps=EPS
@@ -70,7 +86,7 @@ def swa_fast_layer(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], obje
     assert y is not None
     check_output(y, x, weight, bias)
     check_variance(batch[3] / batch[0], x)
-    return layer
+    return elsewhere(layer, x)
 
 
 def swa_fast_statistics(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], object]:
@@ -96,7 +112,7 @@ def torch_layer(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], object]
     # In channels-last layout it adds up the rows in fp32, one after the other.
     rows = x.numel() // x.shape[1]
     check_output(layer(), x, weight, bias, 4 if x.dtype == torch.bfloat16 else math.isqrt(rows))
-    return layer
+    return elsewhere(layer, x)
 
 
 def torch_var_mean(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], object]:

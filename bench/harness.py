@@ -320,7 +320,7 @@ def interleaved(
     other one leaves them. ``flush`` fills the caches before each timed run."""
     # A first run may do what later ones need not, such as looking for the tensors.
     once = {name: timer(run) or 0.0 for name, run in runs.items()}
-    once |= {name: timer(runs[name]) or 0.0 for name, t in once.items() if t < LONG}
+    once |= {name: timer(runs[name]) or 0.0 for name, t in once.items() if t < whole}
     average = statistics.fmean(once.values()) or 1.0
     every = {name: min(SPARED, max(1, round(t / average))) for name, t in once.items()}
     needed = {

@@ -53,8 +53,8 @@ constexpr int64_t kChannelGrain = 256;     // channels below which a second thre
 constexpr int64_t kTileBytes = 4096;       // neighbouring channels are read in runs of a page
 constexpr int64_t kMaxTile = 16;
 
-// Bytes of the input that are fetched before their turn: for a channel's sums, and for the output
-// of rows.
+// Bytes that are fetched before their turn: of the input for a channel's sums, and of input or
+// output for the output of rows.
 constexpr int64_t kAhead = 1024, kOutputAhead = 8192;
 
 template <typename T>
@@ -63,6 +63,17 @@ inline void prefetch(const T* p, int64_t bytes_ahead) {
   // The address may lie behind the tensor: a prefetch does not fault.
   __builtin_prefetch(reinterpret_cast<const char*>(p) + bytes_ahead);
 #endif
+}
+
+// Columns whose three coefficients take half of the first-level cache: a power of two, so that
+// pieces of so many are whole blocks.
+template <typename Math>
+int64_t coefficients_cached() {
+  int64_t columns = 256;
+  while (2 * columns * 3 * static_cast<int64_t>(sizeof(Math)) <= first_level_cache() / 2) {
+    columns *= 2;
+  }
+  return columns;
 }
 
 // What one call works on.

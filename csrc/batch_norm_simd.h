@@ -394,6 +394,13 @@ SWA_FAST_TARGET inline double sum_of(const double* x, int64_t count) {
   return sum;
 }
 
+// What the hardware does not fetch early enough: of an output that goes past the caches the input,
+// else the output's own lines, which are read before they are written.
+template <bool kStream, typename T>
+SWA_FAST_TARGET inline void fetch_next(const T* x, const T* y, int64_t ahead) {
+  if (ahead != 0) prefetch(kStream ? x : y, ahead);
+}
+
 // Columns from `begin` to `end` of kRows rows, which share the loads of a column's coefficients, as
 // far as there are kBlocks whole blocks. Returns where they end.
 template <typename B, int64_t kRows, int kBlocks, bool kStream, typename T>
@@ -412,7 +419,7 @@ SWA_FAST_TARGET inline int64_t normalise_piece(const T* x, T* y, int64_t columns
     }
     for (int64_t u = 0; u < kRows; ++u) {
       const int64_t at = u * stride + i;
-      if constexpr (kStream) prefetch(x + at, ahead);
+      fetch_next<kStream>(x + at, y + at, ahead);
       for (int b = 0; b < kBlocks; ++b) {
         normalise_block<B, kStream>(x + at + b * B::kValues, y + at + b * B::kValues,
                                     centre + b * B::kCount, scale + b * B::kCount,
@@ -439,7 +446,7 @@ SWA_FAST_TARGET inline void normalise_panel(const T* x, T* y, int64_t rows, int6
   for (int64_t row = 0; row < rows; ++row) {
     for (int i = 0; i < kBlocks; ++i) {
       const int64_t at = row * stride + i * B::kValues;
-      if constexpr (kStream) prefetch(x + at, ahead);
+      fetch_next<kStream>(x + at, y + at, ahead);
       normalise_block<B, kStream>(x + at, y + at, centre + i * B::kCount, scale + i * B::kCount,
                                   offset + i * B::kCount, relu);
     }
@@ -456,16 +463,16 @@ SWA_FAST_TARGET inline void normalise_column_blocks(const T* x, T* y, int64_t ro
     return normalise_panel<Wide, kBlocks, kStream>(x, y, rows, columns, stride, ahead, c, relu);
   }
   // Memory is read and written nearly in its order, which is fastest, in pieces of as many columns
-  // as have their coefficients in the first-level cache, and a line at a time.
-  constexpr int64_t kPiece = 1024;
+  // as have their coefficients in half of the first-level cache, and a line at a time.
+  const int64_t piece = coefficients_cached<statistics_t<T>>();
   constexpr int64_t kLine = 64 / (Wide::kValues * sizeof(T));
   constexpr int kLineBlocks = std::clamp<int64_t>(kLine, 1, 4);
   // Two rows at a time save loads of coefficients, which shows where there are many of them for a
   // line of input, or the input is in a cache; from memory, and into it, order counts for more.
   constexpr int64_t kRows = kStream ? 1 : 2;
   const bool by_rows = Wide::kCount > 1 || columns < stride;
-  for (int64_t begin = 0; begin < columns; begin += kPiece) {
-    const int64_t end = std::min(columns, begin + kPiece);
+  for (int64_t begin = 0; begin < columns; begin += piece) {
+    const int64_t end = std::min(columns, begin + piece);
     const auto some = [&](int64_t row, auto count) SWA_FAST_TARGET {
       int64_t i = begin;
       const auto all = [&](auto block, auto blocks) SWA_FAST_TARGET {
@@ -497,7 +504,7 @@ SWA_FAST_TARGET inline void normalise_columns_by(const T* x, T* y, int64_t rows,
 }
 
 // `c` holds the centres of all columns, then the scales, then the offsets, in the order of place()
-// if `paired`. `ahead`: bytes of the input that are fetched before their turn if `stream`.
+// if `paired`. `ahead`: bytes that are fetched before their turn, or 0.
 template <typename T>
 SWA_FAST_TARGET void normalise_columns(const T* x, T* y, int64_t rows, int64_t columns,
                                        int64_t stride, int64_t ahead, bool paired,

@@ -33,6 +33,18 @@ inline int64_t second_level_cache() {
   return bytes;
 }
 
+// Bytes of a core's first-level cache for data.
+inline int64_t first_level_cache() {
+  static const int64_t bytes = [] {
+    int64_t found = 0;
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+    found = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+#endif
+    return found > 0 ? found : int64_t{32} << 10;
+  }();
+  return bytes;
+}
+
 // Whether an output of that many bytes, written beside an input of about as many, has left the
 // caches before anybody reads it. Measured on a Zen 5 and a Zen 3, whose second levels are 1 MiB
 // and 512 KiB: from twelve times as many on, stores past the caches are faster.
