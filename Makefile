@@ -58,8 +58,8 @@ test-gpu: $(VENV)/.test
 # A build of its own, which comes before the editable one in the path. Python's own objects are
 # allocated by malloc, so that they are watched, too; what Python leaves at its end is not a leak.
 # Not Triton, whose compiler is foreign code, nor what forks or spawns.
-ASAN_TESTS := $(addprefix tests/test_,update_op.py batch_norm_op.py watch.py gather.py rules.py \
-  storage.py averager.py averaged_model.py avg_fns.py applied.py hooks.py swag.py bn_lent.py)
+ASAN_TESTS := $(addprefix tests/test_,update_op.py batch_norm_op.py watch.py at_once.py gather.py \
+  rules.py storage.py averager.py averaged_model.py avg_fns.py applied.py hooks.py swag.py bn_lent.py)
 test-asan: $(VENV)/.test
 	rm -rf build/asan
 	PATH="$(abspath $(BIN)):$$PATH" SWA_FAST_CUDA=0 SWA_FAST_SANITIZE=address,undefined \
@@ -100,6 +100,9 @@ bench-quick: $(VENV)/.bench
 BENCH_OPTIONS ?=
 bench-record: $(VENV)/.bench
 	$(BIN)/python bench/run.py --device cpu $(BENCH_OPTIONS) --out bench/results/rows_cpu.csv
+	$(BIN)/python bench/run.py --device cpu --threads 1 --ops update --models PreResNet-20 \
+	    PreResNet-164 ResNet-50 "10,000 tiny tensors" $(BENCH_OPTIONS) \
+	    --out bench/results/rows_cpu_one_thread.csv
 	$(BIN)/python bench/bench_overhead.py $(BENCH_OPTIONS) --out bench/results/overhead_cpu.csv
 	$(BIN)/python bench/report.py
 

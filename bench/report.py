@@ -10,7 +10,7 @@ overhead_*.csv, checkpoints_*.csv, sharding_*.csv and differences.csv. A place i
 
 * ``machine``: what the rows were measured on;
 * ``times``: median ms, contenders by models (``op``, ``mode``; ``models`` and ``contenders`` with |
-  between them);
+  between them; ``threads``, the most there are by default);
 * ``limit``: the same in percent of the limit;
 * ``multiples``: the same as multiples of the limit's time in the same rounds: for sizes whose time
   is that of a memory which is not always as fast;
@@ -73,6 +73,12 @@ def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in table)
 
 
+def of_threads(rows: Sequence[Row], threads: str | None = None) -> list[Row]:
+    """Those of so many threads, or of as many as torch took by itself."""
+    number = max((r.threads for r in rows), default=0) if threads is None else int(threads)
+    return [r for r in rows if r.threads == number]
+
+
 class Data:
     """All committed results."""
 
@@ -104,6 +110,7 @@ class Data:
             and options.get("clock", r.clock) == r.clock
             and (wanted is None or r.model in wanted)
         ]
+        rows = of_threads(rows, options.get("threads"))
         if not rows:
             raise ValueError(f"no row for {options}")
         devices = sorted({(r.device, r.threads, r.clock) for r in rows})
@@ -452,7 +459,7 @@ def _save(figure: Any, path: Path, rows: Sequence[Row]) -> None:
 def growth_rows(data: Data) -> list[Row]:
     """One tensor, and the models."""
     return [
-        r for r in data.rows
+        r for r in of_threads(data.rows)
         if r.mode == "warm" and r.median and "reference" not in r.contender
         and ((r.op == "growth" and r.model.endswith("in 1 tensor")) or r.op == "update")
     ]  # fmt: skip
@@ -460,7 +467,7 @@ def growth_rows(data: Data) -> list[Row]:
 
 def update_rows(data: Data) -> list[Row]:
     return [
-        r for r in data.rows
+        r for r in of_threads(data.rows)
         if r.op == "update" and r.mode == "warm" and r.limit_median
         and "reference" not in r.contender
     ]  # fmt: skip
