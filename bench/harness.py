@@ -8,7 +8,8 @@ as wrong and not timed.
 Times come from rounds in which the contenders take turns in an order drawn anew, so that neither a
 machine that drifts nor the caches that another contender leaves favour one; those that are slower
 than most take part in fewer rounds. Each has twenty turns or more, unless its runs take longer than
-a second. On a CUDA device times are those of its events.
+a second. On a CUDA device times are those of its events; on the CPU every case has a process of its
+own.
 
 * ``warm``: a turn begins with a run that is not timed (unless it takes more than 0.1 s). On a CUDA
   device it is the latency: of one run on an idle device, the host's share included.
@@ -28,7 +29,9 @@ import functools
 import gc
 import importlib.util
 import math
+import multiprocessing
 import os
+import pickle
 import platform
 import random
 import statistics
@@ -36,6 +39,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -624,6 +628,61 @@ def select(
     ]
 
 
+Key = tuple[str, str, str]
+Cases = Callable[[torch.device], list[Case]]
+
+
+def _key(case: Case) -> Key:
+    return case.op, case.model, case.dtype
+
+
+def _measure_there(
+    cases: Cases, key: Key, settings: Settings, threads: int | None, rows: Connection
+) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)
+    case = next(c for c in cases(settings.device) if _key(c) == key)
+    with case.around():
+        rows.send(measure(case, settings))
+
+
+def measure_alone(cases: Cases, case: Case, settings: Settings, threads: int | None) -> list[Row]:
+    """:func:`measure` of one of these cases, on the CPU in a new process, as a training begins: in
+    the holes that other cases leave in the heap a model's tensors are scattered, and an update of
+    hundreds of them then takes a quarter longer.
+
+    Raises:
+        RuntimeError: the process ended without rows.
+    """
+    try:
+        pickle.dumps(cases)
+    except (pickle.PicklingError, AttributeError):
+        here = True  # such as a function within another one, which no process could import
+    else:
+        here = settings.device.type != "cpu" or settings.check_only
+    if here:
+        with case.around():
+            return measure(case, settings)
+    # A fork of a process that has imported everything and made nothing.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["harness", cases.__module__])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(
+        target=_measure_there, args=(cases, _key(case), settings, threads, sender)
+    )
+    process.start()
+    sender.close()
+    try:
+        rows: list[Row] = receiver.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(
+            f"{', '.join(_key(case))}: its process ended with {process.exitcode} and no rows"
+        ) from None
+    process.join()
+    return rows
+
+
 def main(suites: Sequence[Suite], description: str, arguments: Sequence[str] | None = None) -> int:
     """The command line of a suite, or of all of them. Returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -677,15 +736,20 @@ def main(suites: Sequence[Suite], description: str, arguments: Sequence[str] | N
             settings.seconds, settings.most, settings.whole = 0.4, 60, WHOLE / 10
         if options.seconds is not None:
             settings.seconds = options.seconds
-        cases = select(suites, device, quick=options.quick, ops=options.ops, models=options.models)
-        if not cases:
+        chosen = [
+            (suite.cases, case)
+            for suite in suites
+            for case in select(
+                [suite], device, quick=options.quick, ops=options.ops, models=options.models
+            )
+        ]
+        if not chosen:
             parser.error("no case is selected; --list shows all")
-        for case in cases:
+        for cases, case in chosen:
             if options.list:
                 print(f"{kind}: {case.op}: {case.model}, {case.dtype}")
                 continue
-            with case.around():
-                rows = measure(case, settings)
+            rows = measure_alone(cases, case, settings, options.threads)
             show(rows)
             wrong_ours += sum(r.side == OURS and r.status == "wrong" for r in rows)
             found += rows
