@@ -8,7 +8,7 @@ The pages are README.md and those of docs/. The rows are bench/results/rows_*.cs
 overhead_*.csv, checkpoints_*.csv, sharding_*.csv and differences.csv. A place in a page begins with
 ``<!-- bench:KIND option="value" ... -->`` and ends with ``<!-- /bench -->``. Kinds:
 
-* ``machine``: what the rows were measured on;
+* ``machine``: what the rows were measured on (``threads``);
 * ``times``: median ms, contenders by models (``op``, ``mode``; ``models`` and ``contenders`` with |
   between them; ``threads``, the most there are by default);
 * ``limit``: the same in percent of the limit;
@@ -331,8 +331,9 @@ def differences(data: Data, options: dict[str, str]) -> str:
 def machine(data: Data, options: dict[str, str]) -> str:
     lines = []
     clocks = {"wall": "", "cpu": ", CPU time of the process", "events": ", CUDA events"}
-    for device, threads, clock in _unique((r.device, r.threads, r.clock) for r in data.rows):
-        rows = [r for r in data.rows if (r.device, r.threads, r.clock) == (device, threads, clock)]
+    every = of_threads(data.rows, options.get("threads"))
+    for device, threads, clock in _unique((r.device, r.threads, r.clock) for r in every):
+        rows = [r for r in every if (r.device, r.threads, r.clock) == (device, threads, clock)]
         busy = [r.others for r in rows if r.others is not None]
         dates = sorted({r.date for r in rows})
         text = (
