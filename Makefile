@@ -19,7 +19,7 @@ help:
 	@echo "make wheel  build the wheel into dist/ and check it"
 	@echo "make dist   what a release consists of, into dist/, and all checks of the package index"
 	@echo "make clean  remove everything that was built, but not $(VENV)"
-	@echo "make bench-quick   two minutes: the main operations beside their competitors and the limit"
+	@echo "make bench-quick   three minutes: the main operations beside their competitors and the limit"
 	@echo "make bench         everything that is timed, rows into OUT (runs/bench.csv)"
 	@echo "make bench-record  the rows in bench/results again, then pages and charts from them"
 	@echo "make bench-report  README, docs and charts from the rows in bench/results"

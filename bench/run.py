@@ -1,6 +1,6 @@
 """All benchmarks, or some of them, in one run.
 
-    python bench/run.py --quick                     what most users want to see, below two minutes
+    python bench/run.py --quick                     what most users want to see, in three minutes
     python bench/run.py --out results.csv           everything
     python bench/run.py --ops update --models ViT-L/16
     python bench/report.py results.csv              tables and charts of the rows
