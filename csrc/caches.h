@@ -20,28 +20,31 @@ inline void fetch_ahead(const void* p) {
   asm volatile("");
 }
 
-// Bytes of a core's own second-level cache. How much of the third level a process has is nowhere to
-// be asked: its size is that of all such caches of a socket, which others use, too.
-inline int64_t second_level_cache() {
-  static const int64_t bytes = [] {
-    int64_t found = 0;
-#ifdef _SC_LEVEL2_CACHE_SIZE
-    found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+// What the system tells of a cache, in bytes, or `otherwise` where it tells nothing.
+inline int64_t cache_bytes([[maybe_unused]] int name, int64_t otherwise) {
+  int64_t found = 0;
+#ifdef __linux__
+  found = sysconf(name);
 #endif
-    return found > 0 ? found : int64_t{1} << 20;
-  }();
-  return bytes;
+  return found > 0 ? found : otherwise;
 }
+
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+constexpr int kFirstLevel = _SC_LEVEL1_DCACHE_SIZE, kSecondLevel = _SC_LEVEL2_CACHE_SIZE;
+#else
+constexpr int kFirstLevel = -1, kSecondLevel = -1;  // names that sysconf does not know
+#endif
 
 // Bytes of a core's first-level cache for data.
 inline int64_t first_level_cache() {
-  static const int64_t bytes = [] {
-    int64_t found = 0;
-#ifdef _SC_LEVEL1_DCACHE_SIZE
-    found = sysconf(_SC_LEVEL1_DCACHE_SIZE);
-#endif
-    return found > 0 ? found : int64_t{32} << 10;
-  }();
+  static const int64_t bytes = cache_bytes(kFirstLevel, int64_t{32} << 10);
+  return bytes;
+}
+
+// Bytes of a core's own second-level cache. How much of the third level a process has is nowhere to
+// be asked: its size is that of all such caches of a socket, which others use, too.
+inline int64_t second_level_cache() {
+  static const int64_t bytes = cache_bytes(kSecondLevel, int64_t{1} << 20);
   return bytes;
 }
 
